@@ -1,0 +1,1 @@
+"""One matrix in, its truncated delta out. torch and LAPACK; no files."""

@@ -1,0 +1,1 @@
+"""Plan, memory, budget, tasks and where they run."""

@@ -1,0 +1,76 @@
+"""The one tree of expected failures, each with the exit status the command line gives it.
+
+Every message is one line that names the file or tensor, what was found, what was expected and what to do.
+Names from a checkpoint are hostile until `shown` has escaped them.
+"""
+
+from __future__ import annotations
+
+
+class StreamRepairError(Exception):
+    """An expected failure; `exit_status` is what the command exits with."""
+
+    exit_status = 1
+
+
+class UsageError(StreamRepairError, ValueError):
+    """The command or call was wrong: an option's value, a pattern that does not compile."""
+
+    exit_status = 2
+
+
+class InputError(StreamRepairError, ValueError):
+    """BASE or FT is malformed, incomplete, non-finite or unsuitable; refused, nothing of OUT is left."""
+
+    exit_status = 3
+
+
+class DamageError(StreamRepairError, ValueError):
+    """OUT is not what its report says it is."""
+
+    exit_status = 4
+
+
+class BudgetError(StreamRepairError, MemoryError):
+    """The work does not fit the memory budget; the message names the smallest budget that works."""
+
+    exit_status = 5
+
+
+class DiskSpaceError(StreamRepairError, OSError):
+    """The result does not fit the disk; nothing was written."""
+
+    exit_status = 5
+
+
+class OutputError(StreamRepairError, OSError):
+    """OUT cannot be written or synced; finished work is kept."""
+
+
+class NumericalError(StreamRepairError, ArithmeticError):
+    """No backend produced a factorisation that passed its check, or the result overflows its dtype."""
+
+
+class LockedError(StreamRepairError, BlockingIOError):
+    """Another live run holds OUT."""
+
+    exit_status = 11
+
+
+class InterruptedRunError(StreamRepairError, InterruptedError):
+    """A signal stopped the run; all finished work is kept and the same command continues it."""
+
+    exit_status = 75
+
+
+_LONGEST_SHOWN = 200
+
+
+def shown(name: str) -> str:
+    """A name from a checkpoint, safe to print: control, ANSI, bidi and surrogate characters escaped, length bounded."""
+    escaped = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in name
+    )
+    if len(escaped) > _LONGEST_SHOWN:
+        return f"{escaped[:_LONGEST_SHOWN]}… ({len(name)} characters)"
+    return escaped or "''"

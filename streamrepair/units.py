@@ -1,0 +1,48 @@
+"""Byte counts and durations as people write them; inside, sizes are ints of bytes and times floats of seconds."""
+
+from __future__ import annotations
+
+import re
+
+from streamrepair.errors import UsageError
+
+_FACTORS = {
+    "": 1,
+    "B": 1,
+    **{f"{p}{b}": 1000**i for i, p in enumerate("KMGTP", 1) for b in ("", "B")},
+    **{f"{p}I{b}": 1024**i for i, p in enumerate("KMGTP", 1) for b in ("", "B")},
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*\Z")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes from "24GB" (10⁹), "16GiB" (2³⁰), "500M" or "1048576".
+
+    Raises:
+        UsageError: the text is no size, or it is zero.
+    """
+    match = _SIZE.match(text)
+    factor = _FACTORS.get(match[2].upper()) if match else None
+    if match is None or factor is None or (size := int(float(match[1]) * factor)) <= 0:
+        raise UsageError(f"size {text!r} is not understood: write it like 24GB (10^9 bytes) or 16GiB (2^30 bytes)")
+    return size
+
+
+def format_bytes(size_bytes: float) -> str:
+    """ "1.23 GB" from 1_230_000_000: decimal units, three significant digits."""
+    value = float(size_bytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(value) < 999.5:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """ "0.42 s", "12.3 s", "4 min 05 s", "2 h 07 min"."""
+    if seconds < 60:
+        return f"{seconds:.3g} s" if seconds >= 0.0995 else f"{seconds:.2g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
