@@ -1,0 +1,122 @@
+"""Pairs the tensors of BASE and FT: what is to be done with each name, and why. Pure: headers in, decisions out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from streamrepair.checkpoint.headers import TensorEntry
+from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.errors import InputError, UsageError, shown
+
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Dtypes whose values are the weights themselves; 8-bit and narrower floats mean something only with their scales."""
+LEAST_ELEMENTS = 1024
+"""Smaller matrices are passed through: the law of large random matrices says nothing about them."""
+
+Intent = Literal["repair", "keep", "drop"]
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One side's tensor and where it lies."""
+
+    shard: int
+    """Position in the checkpoint's shards."""
+    entry: TensorEntry
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What is intended for one tensor name."""
+
+    name: str
+    intent: Intent
+    reason: str
+    """Why, in words for the report."""
+    base: Side | None
+    ft: Side | None
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """--include and --exclude: regular expressions searched in tensor names."""
+
+    include: str | None = None
+    exclude: str | None = None
+
+    def refusal(self, name: str) -> str | None:
+        """Why the user does not want this tensor repaired, or None.
+
+        Raises:
+            UsageError: a pattern does not compile.
+        """
+        if self.include is not None and not _pattern("--include", self.include).search(name):
+            return f"not included by {self.include!r}"
+        if self.exclude is not None and _pattern("--exclude", self.exclude).search(name):
+            return f"excluded by {self.exclude!r}"
+        return None
+
+
+def pair(base: Checkpoint, ft: Checkpoint, selection: Selection) -> tuple[Pairing, ...]:
+    """Every tensor name of both sides exactly once: FT's in file order, then those only BASE has.
+
+    Raises:
+        InputError: the two share no tensor name at all.
+        UsageError: a pattern does not compile.
+    """
+    if not any(name in base.tensors for name in ft.tensors):
+        raise InputError(
+            f"{base.given} and {ft.given} have no tensor name in common: they are not a base and its fine-tune; "
+            f"BASE has {_first(base)}, FT has {_first(ft)}"
+        )
+    selection.refusal("")  # a pattern that does not compile is refused even where nothing would be matched
+    pairings = [*_of_ft(base, ft, selection)]
+    written = {pairing.name for pairing in pairings}
+    for name, (shard, entry) in base.tensors.items():
+        if name not in written:
+            pairings.append(Pairing(name, "drop", "not in the fine-tuned checkpoint", Side(shard, entry), None))
+    return tuple(pairings)
+
+
+def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection) -> Iterator[Pairing]:
+    for position, shard in enumerate(ft.shards):
+        for entry in shard.tensors:
+            if ft.tensors.get(entry.name) != (position, entry):
+                # In the shard, not in the index: loaders ignore it, but the shard is rewritten as it is.
+                yield Pairing(entry.name, "keep", "not listed in the index", None, Side(position, entry))
+                continue
+            found = base.tensors.get(entry.name)
+            other = Side(*found) if found else None
+            refusal = _refusal(entry, other.entry if other else None) or selection.refusal(entry.name)
+            intent: Intent = "keep" if refusal else "repair"
+            yield Pairing(entry.name, intent, refusal or "", other, Side(position, entry))
+
+
+def _refusal(ft: TensorEntry, base: TensorEntry | None) -> str | None:
+    """Why a tensor is passed through, or None if it is a pair of matrices."""
+    if base is None:
+        return "not in the base checkpoint"
+    if ft.shape != base.shape:
+        return f"shapes differ: {list(base.shape)} in base, {list(ft.shape)} fine-tuned"
+    for side, entry in (("base", base), ("fine-tuned", ft)):
+        if entry.dtype not in FLOATS:
+            return f"dtype {entry.dtype} ({side}) is not a plain floating-point weight"
+    if len(ft.shape) != 2:
+        return f"{len(ft.shape)}-D, not a matrix"
+    if ft.numel < LEAST_ELEMENTS:
+        return f"tiny: {ft.numel} elements, fewer than {LEAST_ELEMENTS}"
+    return None
+
+
+def _pattern(option: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from error
+
+
+def _first(checkpoint: Checkpoint) -> str:
+    return ", ".join(shown(name) for name in list(checkpoint.tensors)[:2]) + ", …"

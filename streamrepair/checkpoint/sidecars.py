@@ -1,0 +1,118 @@
+"""The files beside the weights that make a folder loadable: configuration, tokenizer, chat template, custom code.
+
+They come from FT, byte for byte (but for the dtype that config.json states, where the output's differs), and are never
+imported or executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.errors import InputError, shown
+
+_SUFFIXES = (
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+    ".py",
+    ".tiktoken",
+    ".spm",
+    ".bpe",
+    ".vocab",
+    ".merges",
+    ".yaml",
+    ".yml",
+)
+_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_LEFT_OUT = re.compile(
+    r"(\.safetensors\.index\.json|(pytorch_model|tf_model|flax_model).*\.index\.json"
+    r"|streamrepair\.json|dghard_repair\.json|trainer_state\.json|adapter_config\.json|.*results\.json)\Z"
+)
+_DEEPEST = 3
+_LARGEST_BYTES = 1 << 28
+
+
+def sidecars(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Relative paths of the sidecar files in a checkpoint's folder, sorted.
+
+    A checkpoint given as one file has them only if a config.json lies beside it: any folder may hold a weights file.
+    """
+    folder = checkpoint.folder
+    if not checkpoint.whole_folder and not (folder / "config.json").is_file():
+        return ()
+    return tuple(sorted(_walk(folder, "", 1)))
+
+
+def _walk(folder: Path, prefix: str, depth: int) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith("."):
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                # checkpoint-500 and the like are whole checkpoints of their own.
+                if depth < _DEEPEST and not name.startswith(("checkpoint-", "runs", "original", "onnx")):
+                    yield from _walk(folder / name, f"{prefix}{name}/", depth + 1)
+            elif _wanted(name) and entry.is_file():
+                yield prefix + name
+
+
+def _wanted(name: str) -> bool:
+    if _LEFT_OUT.search(name):
+        return False
+    return name.endswith(_SUFFIXES) or name.upper().startswith(_NAMES)
+
+
+def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, dtype: str | None) -> None:
+    """Copy sidecars into `out`, each whole or not at all.
+
+    Args:
+        dtype: what config.json is to state as the weights' dtype, or None to leave it.
+
+    Raises:
+        InputError: one cannot be read.
+        OutputError: one cannot be written.
+    """
+    for name in names:
+        data = _read(checkpoint.folder / name)
+        if name == "config.json" and dtype is not None:
+            data = _with_dtype(data, dtype)
+        target = out / name
+        if target.parent != out:
+            osfile.make_folder(target.parent)
+        osfile.write_atomic(target, data)
+
+
+def _read(path: Path) -> bytes:
+    fd = osfile.open_input(path)
+    try:
+        size = os.fstat(fd).st_size
+        if size > _LARGEST_BYTES:
+            raise InputError(
+                f"{shown(str(path))}: {size} bytes is too long for a sidecar file: move it out of the folder"
+            )
+        data = bytearray(size)
+        osfile.pread_into(fd, memoryview(data), 0, path)
+    finally:
+        osfile.close(fd)
+    return bytes(data)
+
+
+def _with_dtype(data: bytes, dtype: str) -> bytes:
+    try:
+        config = json.loads(data)
+    except ValueError:
+        return data
+    if not isinstance(config, dict):
+        return data
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = dtype
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,178 @@
+"""One shard of the result: header first, tensors at their offsets in any order, its name only when it is whole.
+
+A shard grows under `OUT/.streamrepair/partial/`, reserved on disk in full before any work. Loaders glob for
+`*.safetensors` in OUT itself; they meet a shard only once every byte has been written, read back, checked and synced.
+Where the dtype is kept, FT's header is reused byte for byte, so that offsets, order and metadata are FT's by identity.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.headers import ITEM_BITS, ShardHeader, TensorEntry
+from streamrepair.checkpoint.pairing import FLOATS
+from streamrepair.errors import DamageError, shown
+
+PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """Where everything of an output shard will lie."""
+
+    name: str
+    """Final file name."""
+    prefix: bytes
+    """The first bytes of the file: the header's length and the header."""
+    entries: Mapping[str, TensorEntry]
+    """Tensors by name, with their dtype and offsets in the output file."""
+    file_bytes: int
+    """Final length."""
+
+
+def layout_like(shard: ShardHeader, out_dtype: str) -> ShardLayout:
+    """The output shard of an FT shard; `out_dtype` is "same", or "float32": plain floats of 16 bits become F32."""
+    if out_dtype == "same":
+        prefix = len(shard.header_bytes).to_bytes(8, "little") + shard.header_bytes
+        return ShardLayout(shard.path.name, prefix, {e.name: e for e in shard.tensors}, shard.file_bytes)
+    fields: dict[str, object] = {}
+    if shard.metadata:
+        fields["__metadata__"] = dict(shard.metadata)
+    offset, placed = 0, []
+    for entry in shard.tensors:
+        dtype = "F32" if entry.dtype in FLOATS and entry.dtype != "F64" else entry.dtype
+        nbytes = entry.numel * ITEM_BITS[dtype] // 8
+        fields[entry.name] = {"dtype": dtype, "shape": entry.shape, "data_offsets": [offset, offset + nbytes]}
+        placed.append((entry, dtype, offset, nbytes))
+        offset += nbytes
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the format's own alignment of the data
+    start = 8 + len(text)
+    entries = {e.name: TensorEntry(e.name, dtype, e.shape, start + at, nbytes) for e, dtype, at, nbytes in placed}
+    return ShardLayout(shard.path.name, len(text).to_bytes(8, "little") + text, entries, start + offset)
+
+
+class ShardFile:
+    """An output shard while it grows, or the sealed one.
+
+    Args:
+        layout: what it will hold. out: the folder of its final name. work: the folder it grows in.
+    """
+
+    def __init__(self, layout: ShardLayout, *, out: Path, work: Path) -> None:
+        self.layout = layout
+        self.final = out / layout.name
+        self.partial = work / (layout.name + PARTIAL_SUFFIX)
+        self.sealed = False
+        self._fd = -1
+
+    def open(self) -> None:
+        """Open what is there (the sealed file, or the partial one), or reserve a new partial file.
+
+        Raises:
+            DiskSpaceError, OutputError: it cannot be reserved or opened.
+        """
+        self.sealed = self.final.exists() and not self.partial.exists()
+        self._fd = osfile.open_output(self.path)
+        if not self.sealed:
+            osfile.allocate(self._fd, self.layout.file_bytes, self.partial)
+            osfile.pwrite_all(self._fd, memoryview(self.layout.prefix), 0, self.partial)
+
+    @property
+    def path(self) -> Path:
+        """Its present name."""
+        return self.final if self.sealed else self.partial
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Write bytes at a file offset.
+
+        Raises:
+            OutputError: the device refused.
+        """
+        assert not self.sealed, "a sealed shard is not written"
+        osfile.pwrite_all(self._fd, data, offset, self.partial)
+
+    def digest(self, name: str) -> str:
+        """Digest of a tensor's bytes as they are in the file now.
+
+        Raises:
+            InputError: the file is shorter than its layout.
+        """
+        entry = self.layout.entries[name]
+        return digest_range(self._fd, entry.start, entry.nbytes, self.path)
+
+    def sync(self) -> None:
+        """Force the data to the device.
+
+        Raises:
+            OutputError: the device reported an error: what was written since the last sync is to be written again.
+        """
+        osfile.sync(self._fd, self.path)
+
+    def seal(self, digests: Mapping[str, str]) -> None:
+        """Read everything back, compare it with `digests`, sync, and give the shard its final name.
+
+        Raises:
+            DamageError: the file does not hold what was written.
+            OutputError: sync or rename failed.
+        """
+        for name in self.layout.entries:
+            found = self.digest(name)
+            if found != digests[name]:
+                raise DamageError(
+                    f"{shown(str(self.partial))}: tensor {shown(name)} reads back with digest {found}, expected "
+                    f"{digests[name]}: memory or disk is faulty; run again with --overwrite on another disk"
+                )
+        self.sync()
+        osfile.rename(self.partial, self.final)
+        osfile.sync_folder(self.final.parent)
+        self.sealed = True
+
+    def unseal(self) -> None:
+        """Take the final name back from a shard that turned out damaged, to write parts of it again.
+
+        Raises:
+            OutputError: the rename failed.
+        """
+        osfile.rename(self.final, self.partial)
+        osfile.sync_folder(self.final.parent)
+        self.sealed = False
+
+    def close(self) -> None:
+        """Release the descriptor."""
+        if self._fd >= 0:
+            osfile.close(self._fd)
+            self._fd = -1
+
+
+def digest_range(fd: int, start: int, nbytes: int, path: Path) -> str:
+    """XXH3-128 of a byte range, as "xxh3-128:…".
+
+    Damage is what it guards against, not an adversary: whoever can change OUT can change its report too. It runs at
+    memory speed, where a cryptographic hash would be slower than the disk.
+
+    Raises:
+        InputError: the file ends early or cannot be read.
+    """
+    digest = new_digest()
+    buffer = memoryview(bytearray(min(nbytes, 1 << 22)))
+    for offset, length in osfile.chunks(nbytes, 1 << 22):
+        osfile.pread_into(fd, buffer[:length], start + offset, path)
+        digest.update(buffer[:length])
+    return digest_text(digest)
+
+
+def new_digest() -> xxhash.xxh3_128:
+    """An empty running digest."""
+    return xxhash.xxh3_128()
+
+
+def digest_text(digest: xxhash.xxh3_128) -> str:
+    """The digest as it stands in reports."""
+    return f"xxh3-128:{digest.hexdigest()}"

@@ -1,0 +1,108 @@
+"""Checks that a factorisation is what it claims, from probe vectors that never entered it.
+
+A backend's answer is used only when these pass. They cost O(n²) per probe where a factorisation costs O(n³):
+
+- *Gram error*: for probes X with independent ±1 entries, E‖EX‖² per probe is ‖E‖_F² with E = G − ΔᵀΔ (Hutchinson 1990).
+- *Factor error*: the same with E = G − Q·T·Qᵀ (or V·Λ·Vᵀ), which covers every eigenvalue at once: by Weyl, no ordered
+  eigenvalue is off by more than ‖E‖₂.
+- *Count*: a Sturm sequence on T at τ² counts the values above it independently of the eigenvalue solver (Sylvester).
+- *Vectors*: ‖VᵀV − I‖ in full, and the residual VᵀG − ΛVᵀ on the probes.
+
+Source: Hutchinson 1990; Halko, Martinsson & Tropp 2011, section 4.3 (a posteriori bounds from random probes);
+Parlett, The Symmetric Eigenvalue Problem, sections 3.3 and 10.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamrepair.errors import NumericalError
+
+PROBES = 8
+ORTHONORMALITY = 1e-8
+RESIDUAL = 1e-8
+FACTOR = 1e-10
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What was proven about one decomposition; all bounds are in units of the eigenvalue λ = s²."""
+
+    value_bound: float
+    """No eigenvalue is off by more than this (‖E‖₂, estimated from the probes)."""
+    orthonormality: float
+    """Largest entry of |VᵀV − I|."""
+    residual: float
+    """‖(VᵀG − ΛVᵀ)X‖_F / (λ_max·√probes)."""
+
+
+def probe_vectors(n: int) -> NDArray[np.float64]:
+    """(PROBES, n) signs ±1, the same for every matrix of that n: reruns must give the same bytes."""
+    signs = np.random.Generator(np.random.SFC64(n)).integers(0, 2, (PROBES, n))
+    return (2.0 * signs - 1.0).astype(np.float64)
+
+
+def frobenius_estimate(difference: NDArray[np.float64]) -> float:
+    """‖E‖_F estimated from E·X, given as (PROBES, n)."""
+    return float(np.linalg.norm(difference) / np.sqrt(PROBES))
+
+
+def spectral_bound(difference: NDArray[np.float64]) -> float:
+    """‖E‖₂ of a rounding error from E·X, given as (PROBES, n).
+
+    A symmetric matrix of independent entries has ‖E‖₂ → 2‖E‖_F/√n (Wigner's semicircle); ‖E‖_F itself bounds small n.
+    """
+    frobenius = frobenius_estimate(difference)
+    return float(frobenius * min(1.0, 2.0 / np.sqrt(max(1, difference.shape[1]))))
+
+
+def check_factor(difference: NDArray[np.float64], largest: float) -> None:
+    """Refuse a factorisation whose product differs from G on the probes.
+
+    Raises:
+        NumericalError: not finite, or off by more than rounding explains.
+    """
+    error = frobenius_estimate(difference)
+    if not error <= FACTOR * largest:
+        raise NumericalError(f"the eigenvalue factorisation misses its matrix by {error / largest:.1e} of its norm")
+
+
+def check_vectors(
+    vectors: NDArray[np.float64], values: NDArray[np.float64], probes: NDArray[np.float64], images: NDArray[np.float64]
+) -> tuple[float, float]:
+    """(orthonormality, residual) of eigenvectors given as rows.
+
+    Args:
+        vectors: (k, n) eigenvectors. values: (k,) their eigenvalues.
+        probes: (PROBES, n) X. images: (PROBES, n) G·X.
+
+    Raises:
+        NumericalError: not orthonormal, or not eigenvectors.
+    """
+    k = len(vectors)
+    if k == 0:
+        return 0.0, 0.0
+    orthonormality = float(np.abs(vectors @ vectors.T - np.eye(k)).max())
+    if not orthonormality <= ORTHONORMALITY:
+        raise NumericalError(f"singular vectors are not orthonormal (off by {orthonormality:.1e})")
+    difference = vectors @ images.T - values[:, None] * (vectors @ probes.T)
+    residual = float(np.linalg.norm(difference)) / (PROBES**0.5 * float(values.max()))
+    if not residual <= RESIDUAL:
+        raise NumericalError(f"singular vectors do not belong to their values (residual {residual:.1e})")
+    return orthonormality, residual
+
+
+def sturm_count(diagonal: NDArray[np.float64], off: NDArray[np.float64], shift: float) -> int:
+    """How many eigenvalues of a symmetric tridiagonal matrix exceed `shift`: the negative pivots of shift·I − T."""
+    tiny = float(np.finfo(np.float64).tiny) * max(1.0, float(np.abs(off).max(initial=0.0)) ** 2)
+    above, pivot = 0, 1.0
+    squares = np.concatenate([[0.0], np.square(off)]).tolist()
+    for value, square in zip(diagonal.tolist(), squares, strict=True):
+        pivot = (shift - value) - square / pivot
+        if abs(pivot) < tiny:
+            pivot = -tiny
+        above += pivot < 0
+    return above

@@ -1,0 +1,183 @@
+"""The few LAPACK and BLAS routines the Gram route needs, called in place on the caller's arrays.
+
+They are SciPy's own builds (OpenBLAS or MKL), reached through the function pointers that `scipy.linalg.cython_lapack`
+exports for compiled code. SciPy's Python wrappers copy their arguments and some hold the interpreter lock; here
+nothing is copied, so that projected memory is the memory used, and ctypes releases the lock, so that workers run side
+by side.
+
+Arrays are passed as C-ordered NumPy arrays and seen by LAPACK as their Fortran transposes: a symmetric matrix is
+itself, its Fortran lower triangle is the C upper one, and a row of a C array is a Fortran column.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamrepair.errors import NumericalError
+
+Real = NDArray[np.float32] | NDArray[np.float64]
+Double = NDArray[np.float64]
+
+_LOWER = b"L"  # of the Fortran view: the upper triangle of the C-ordered array
+
+
+@cache
+def _routine(name: str, arguments: int) -> Callable[..., None]:
+    """The compiled routine `name` as a function of `arguments` pointers."""
+    from scipy.linalg import cython_blas, cython_lapack
+
+    module = cython_lapack if name in cython_lapack.__pyx_capi__ else cython_blas
+    capsule = module.__pyx_capi__[name]
+    get_name = ctypes.pythonapi.PyCapsule_GetName
+    get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    pointer = get_pointer(capsule, get_name(capsule))
+    return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(pointer)
+
+
+def _call(name: str, *arguments: bytes | int | float | Real | NDArray[np.int32] | ctypes.c_int, like: Real) -> None:
+    """Call a routine with LAPACK's conventions: everything by reference, reals in the precision of `like`."""
+    real = ctypes.c_float if like.dtype == np.float32 else ctypes.c_double
+    held: list[object] = []  # keeps every by-reference scalar alive over the call
+    pointers: list[object] = []
+    for argument in arguments:
+        match argument:
+            case np.ndarray():
+                pointers.append(argument.ctypes.data)
+                continue
+            case bytes():
+                scalar: object = ctypes.c_char(argument)
+            case int():
+                scalar = ctypes.c_int(argument)
+            case float():
+                scalar = real(argument)
+            case _:
+                scalar = argument
+        held.append(scalar)
+        pointers.append(ctypes.addressof(scalar))  # type: ignore[arg-type]
+    _routine(_letter(like) + name, len(arguments))(*pointers)
+
+
+def _letter(array: Real) -> Literal["s", "d"]:
+    return "s" if array.dtype == np.float32 else "d"
+
+
+def add_gram(panel: Real, gram: Real, *, beta: float) -> None:
+    """gram ← panelᵀ·panel + beta·gram, Fortran lower triangle only (?syrk).
+
+    Args:
+        panel: (rows, n), C- or F-contiguous.
+        gram: (n, n), C-contiguous, same dtype; its C upper triangle is written.
+        beta: 0 to overwrite, 1 to accumulate.
+    """
+    rows, n = panel.shape
+    assert gram.shape == (n, n)
+    assert gram.flags.c_contiguous
+    assert gram.dtype == panel.dtype
+    if panel.flags.c_contiguous:
+        transpose, leading = b"N", n
+    else:
+        assert panel.flags.f_contiguous
+        transpose, leading = b"T", rows
+    _call("syrk", _LOWER, transpose, n, rows, 1.0, panel, leading, beta, gram, n, like=gram)
+
+
+def tridiagonalise(gram: Double) -> tuple[Double, Double, Double]:
+    """Overwrite a symmetric matrix by the reflectors of G = Q·T·Qᵀ (dsytrd).
+
+    Returns:
+        (n,) diagonal and (n − 1,) off-diagonal of T, and the reflectors' scales.
+
+    Raises:
+        NumericalError: LAPACK refused its arguments.
+    """
+    n = len(gram)
+    diagonal, off, scales = (np.empty(max(1, size)) for size in (n, n - 1, n - 1))
+    _with_workspace("sytrd", _LOWER, n, gram, n, diagonal, off, scales, like=gram)
+    return diagonal, off[: n - 1], scales
+
+
+def tridiagonal_values(diagonal: Double, off: Double) -> Double:
+    """All eigenvalues of a symmetric tridiagonal matrix, ascending (dsterf: Pal–Walker–Kahan QL/QR, backward stable).
+
+    Raises:
+        NumericalError: no convergence.
+    """
+    values, scratch, info = diagonal.copy(), np.append(off, 0.0), ctypes.c_int()
+    _call("sterf", len(values), values, scratch, info, like=values)
+    _check("sterf", info)
+    return values
+
+
+def tridiagonal_vectors(diagonal: Double, off: Double, count: int) -> Double:
+    """The eigenvectors of the `count` largest eigenvalues, as rows of a (count, n) array, ascending (dstemr: MRRR).
+
+    Raises:
+        NumericalError: the algorithm failed or found another number of vectors.
+    """
+    n = len(diagonal)
+    values, vectors = np.empty(n), np.empty((count, n))
+    scratch = np.append(off, 0.0)
+    support, work, iwork = np.empty(2 * count, np.int32), np.empty(18 * n), np.empty(10 * n, np.int32)
+    found, accurate, info = ctypes.c_int(), ctypes.c_int(1), ctypes.c_int()
+    _call(
+        *(
+            "stemr",
+            b"V",
+            b"I",
+            n,
+            diagonal.copy(),
+            scratch,
+            0.0,
+            0.0,
+            n - count + 1,
+            n,
+            found,
+            values,
+            vectors,
+            n,
+            count,
+        ),
+        *(support, accurate, work, len(work), iwork, len(iwork), info),
+        like=diagonal,
+    )
+    _check("stemr", info)
+    if found.value != count:
+        raise NumericalError(f"LAPACK stemr found {found.value} eigenvectors where {count} were asked for")
+    return vectors
+
+
+def rotate_back(reflectors: Double, scales: Double, vectors: Double, *, transpose: bool = False) -> None:
+    """Each row v of `vectors` ← Q·v (or Qᵀ·v), Q the product of `tridiagonalise`'s reflectors (dormtr), in place."""
+    n, count = len(reflectors), len(vectors)
+    side = b"T" if transpose else b"N"
+    _with_workspace("ormtr", b"L", _LOWER, side, n, count, reflectors, n, scales, vectors, n, like=reflectors)
+
+
+def _with_workspace(name: str, *arguments: bytes | int | Real, like: Real) -> None:
+    """Ask the routine for its best workspace, then call it with that."""
+    size, info = np.zeros(1, like.dtype), ctypes.c_int()
+    _call(name, *arguments, size, -1, info, like=like)
+    work = np.empty(max(1, int(size[0])), like.dtype)
+    _call(name, *arguments, work, len(work), info, like=like)
+    _check(name, info)
+
+
+def times_symmetric(matrix: Double, vectors: Double) -> Double:
+    """G·v for each row v of `vectors`, where only the C upper triangle of `matrix` is set (dsymm)."""
+    images = np.empty_like(vectors)
+    n, count = len(matrix), len(vectors)
+    _call("symm", b"L", _LOWER, n, count, 1.0, matrix, n, vectors, n, 0.0, images, n, like=matrix)
+    return images
+
+
+def _check(name: str, info: ctypes.c_int) -> None:
+    if info.value:
+        raise NumericalError(f"LAPACK {name} returned {info.value}")

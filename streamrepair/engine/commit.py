@@ -1,0 +1,76 @@
+"""Makes finished tensors count: their bytes are synced, then their records journalled, then whole shards sealed.
+
+Tensors are committed in groups, since a sync per tensor would cost more than the tensor: what a crash can cost is the
+last few seconds' work, never the consistency of what is recorded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+
+import msgspec
+
+from streamrepair.engine.workspace import Workspace
+from streamrepair.report import JournalEntry, TensorRecord
+
+_EVERY_S = 3.0
+_EVERY_BYTES = 1 << 30
+
+
+class Committer:
+    """The only writer of the journal and of final names.
+
+    Args:
+        workspace: OUT. records: what is committed already. before_seal: raises if a shard must not be sealed now.
+    """
+
+    def __init__(
+        self, workspace: Workspace, records: Mapping[str, TensorRecord], *, before_seal: Callable[[], None]
+    ) -> None:
+        self._workspace, self._before_seal = workspace, before_seal
+        self.records = dict(records)
+        self._pending: dict[str, tuple[int, TensorRecord]] = {}
+        self._pending_bytes = 0
+        self._since = time.monotonic()
+        self._missing = [set(shard.layout.entries) - self.records.keys() for shard in workspace.shards]
+
+    def add(self, name: str, shard: int, record: TensorRecord, nbytes: int) -> None:
+        """Take a finished tensor; it counts after the next `flush`."""
+        self._pending[name] = (shard, record)
+        self._pending_bytes += nbytes
+
+    @property
+    def due(self) -> bool:
+        """Whether enough has gathered."""
+        return bool(self._pending) and (
+            self._pending_bytes >= _EVERY_BYTES or time.monotonic() - self._since >= _EVERY_S
+        )
+
+    def flush(self) -> None:
+        """Sync the shards of all pending tensors, journal them, and seal the shards that are whole.
+
+        Raises:
+            OutputError: the device refused; what was pending does not count.
+            DamageError: a shard does not read back as written.
+        """
+        pending, self._pending = self._pending, {}
+        self._pending_bytes = 0
+        for shard in sorted({shard for shard, _ in pending.values()}):
+            self._workspace.shards[shard].sync()
+        if pending:
+            self._workspace.journal.append(
+                msgspec.json.encode(JournalEntry(name, self._workspace.shards[shard].layout.name, record))
+                for name, (shard, record) in pending.items()
+            )
+        for name, (shard, record) in pending.items():
+            self.records[name] = record
+            self._missing[shard].discard(name)
+        self._seal_whole()
+        self._since = time.monotonic()
+
+    def _seal_whole(self) -> None:
+        for shard, missing in zip(self._workspace.shards, self._missing, strict=True):
+            if not missing and not shard.sealed:
+                self._before_seal()
+                shard.seal({name: self.records[name].digest or "" for name in shard.layout.entries})

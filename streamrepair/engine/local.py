@@ -1,0 +1,87 @@
+"""The local executor: a few worker threads on this machine that take tasks from the ledger and hand outcomes back.
+
+Threads and not processes: the work is in BLAS, LAPACK, torch and system calls, which all release the interpreter lock,
+and one process holds one copy of the libraries.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+from streamrepair.engine.ledger import Ledger
+from streamrepair.engine.plan import Task
+from streamrepair.engine.stop import StopRequest
+from streamrepair.engine.task import Outcome
+from streamrepair.errors import InterruptedRunError
+
+_POLL_S = 0.2
+
+
+class LocalExecutor:
+    """Runs tasks on threads.
+
+    Args:
+        workers: number of threads. room_bytes: memory that running tasks may hold together. stop: ends the run early.
+    """
+
+    def __init__(self, *, workers: int, room_bytes: int, stop: StopRequest) -> None:
+        self._workers, self._room_bytes, self._stop = workers, room_bytes, stop
+
+    def run(self, tasks: Iterable[Task], do: Callable[[Task], Outcome]) -> Iterator[Outcome | None]:
+        """Outcomes as tasks finish; None now and then while none has, so that the caller can see to other things.
+
+        Raises:
+            InterruptedRunError: stopped on request, after every outcome that was finished has been yielded.
+            StreamRepairError: the first failure of a task, likewise.
+        """
+        ledger = Ledger(tasks, room_bytes=self._room_bytes)
+        done: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
+        for number in range(self._workers):
+            threading.Thread(target=_work, args=(ledger, do, done), name=f"worker-{number}", daemon=True).start()
+        try:
+            yield from self._collect(ledger, done)
+        finally:
+            ledger.close()
+
+    def _collect(
+        self, ledger: Ledger, done: queue.SimpleQueue[Outcome | BaseException | None]
+    ) -> Iterator[Outcome | None]:
+        alive, failure = self._workers, None
+        while alive:
+            if self._stop.requested:
+                ledger.close()
+            if self._stop.overdue:
+                break
+            try:
+                result = done.get(timeout=_POLL_S)
+            except queue.Empty:
+                yield None
+                continue
+            if result is None:
+                alive -= 1
+            elif isinstance(result, BaseException):
+                failure = failure or result
+                ledger.close()
+            else:
+                yield result
+        if failure is not None and not isinstance(failure, InterruptedRunError):
+            raise failure
+        if self._stop.requested:
+            raise InterruptedRunError(self._stop.reason)
+
+
+def _work(
+    ledger: Ledger, do: Callable[[Task], Outcome], done: queue.SimpleQueue[Outcome | BaseException | None]
+) -> None:
+    """One worker's life; it puts its outcomes, at most one failure, and None at its end."""
+    while (task := ledger.take()) is not None:
+        try:
+            done.put(do(task))
+        except BaseException as error:  # whatever it is, the collector raises it in the caller's thread
+            done.put(error)
+            break
+        finally:
+            ledger.give_back(task)
+    done.put(None)

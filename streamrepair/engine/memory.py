@@ -1,0 +1,101 @@
+"""The memory model: projected bytes of one task and of the process, from shapes and dtypes alone. Pure.
+
+Words: *allowed* is what the user stated, *projected* what this module computes before anything runs, *measured* the
+peak the kernel saw. A projection is an upper bound on what is live at once; docs/memory.md derives each term.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from streamrepair.decompose.blocks import block_rows
+
+PROCESS_BYTES = 330_000_000
+"""The interpreter with torch, SciPy and their BLAS loaded, before any task; measured in bench/process_memory.py."""
+WORKER_BYTES = 24_000_000
+"""A worker's stacks, allocator arena and BLAS buffers."""
+CUDA_HOST_BYTES = 3_000_000_000
+"""What CUDA's libraries and context add to the process's resident memory."""
+CUDA_CONTEXT_BYTES = 700_000_000
+"""Device memory of the context and of the solver handles."""
+RING_SLOTS = 3
+"""Panels in flight per task: one filling, one waiting, one in use."""
+COPY_BYTES = 1 << 22
+"""Buffer of a task that only copies, or compares before it repairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixShape:
+    """What the memory of a repair depends on."""
+
+    rows: int
+    """Longer side."""
+    cols: int
+    """Shorter side, n."""
+    base_item_bytes: int
+    ft_item_bytes: int
+    out_item_bytes: int
+    kept_share: float = 0.5
+    """Largest share of the rank that can be kept: half, since τ is above the median, unless --scale is small."""
+
+    @property
+    def block(self) -> int:
+        """Rows of one block."""
+        return min(self.rows, block_rows(self.cols))
+
+
+def panel_bytes(shape: MatrixShape, panel_rows: int) -> int:
+    """Host bytes of the panels in flight."""
+    return RING_SLOTS * panel_rows * shape.cols * (shape.base_item_bytes + shape.ft_item_bytes)
+
+
+def gram_bytes(shape: MatrixShape) -> int:
+    """Peak of the Gram route in working memory: accumulating, factoring, or merging, whichever is largest.
+
+    n² terms: G (8) with its float32 partial sum (4); then reflectors (8), kept vectors in float64 (8·share), the same
+    checked (8·share²) and in float32 (4·share). Block terms: Δ, W_base, their float64 versions, the result.
+    """
+    n, block = shape.cols, shape.block * shape.cols
+    share = shape.kept_share
+    accumulate = 12 * n * n + 8 * block
+    accumulate_float64 = 8 * n * n + 16 * block
+    factor = int((8 + 12 * share + 8 * share * share) * n * n) + 80 * 8 * n
+    merge = int(4 * share * n * n) + (20 + shape.out_item_bytes) * block
+    return max(accumulate, accumulate_float64, factor, merge)
+
+
+def full_bytes(shape: MatrixShape) -> int:
+    """Peak of the reference route: QR of a block under R, then R, its vectors and gesdd's workspace, all float64."""
+    n, block = shape.cols, shape.block * shape.cols
+    qr = 3 * 8 * (n * n + block) + 16 * block
+    svd = 10 * 8 * n * n
+    return max(qr, svd)
+
+
+def device_bytes(shape: MatrixShape, backend: str) -> int:
+    """Peak on a GPU: G, its copy and vectors in `eigh` with cuSOLVER's workspace, and the block's conversions."""
+    n, block = shape.cols, shape.block * shape.cols
+    if backend == "full":
+        return 10 * 8 * n * n + 48 * block
+    return 6 * 8 * n * n + 48 * block
+
+
+def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: bool = False) -> int:
+    """Host bytes of one repair; with `cuda` the matrices are on the device and only vectors and results pass here."""
+    n = shape.cols
+    if cuda:
+        work = 16 * n * n + 16 * shape.block * n
+    else:
+        work = full_bytes(shape) if backend == "full" else gram_bytes(shape)
+    return panel_bytes(shape, panel_rows) + work + 2 * COPY_BYTES
+
+
+def process_bytes(*, cuda: bool) -> int:
+    """Host bytes of the process before any task."""
+    return PROCESS_BYTES + (CUDA_HOST_BYTES if cuda else 0)
+
+
+def run_bytes(task_bytes: list[int], workers: int, *, cuda: bool) -> int:
+    """Host bytes of a run at its fullest: the process, and the `workers` largest tasks at once."""
+    largest = sorted(task_bytes, reverse=True)[:workers]
+    return process_bytes(cuda=cuda) + workers * WORKER_BYTES + sum(largest)

@@ -1,0 +1,216 @@
+"""The plan of a run, from headers alone: what is done with every tensor, where it goes, what it needs. Pure.
+
+Everything that can be refused without reading a weight is refused while planning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from streamrepair.checkpoint.headers import ITEM_BITS, TensorEntry
+from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
+from streamrepair.checkpoint.write import ShardLayout, layout_like
+from streamrepair.engine import memory
+from streamrepair.engine.memory import MatrixShape
+from streamrepair.errors import BudgetError, shown
+from streamrepair.report import Settings
+from streamrepair.units import format_bytes
+
+_STRETCH_ELEMENTS = 4096
+"""Columns read of each row of a wide matrix, where memory allows: shorter stretches cost a system call per few kB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One tensor of the output."""
+
+    pairing: Pairing
+    ft: Side
+    shard: int
+    """Position of the output shard."""
+    out: TensorEntry
+    """Where the result goes."""
+    shape: MatrixShape | None
+    """None for a tensor that is passed through."""
+    panel_rows: int
+    backend: str
+    ram_bytes: int
+    """Projected host bytes while it runs."""
+    vram_bytes: int
+    """Projected device bytes while it runs; 0 on the CPU."""
+    flops: float
+    """Projected floating-point operations."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+        return self.pairing.name
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read: each side twice for a repair (the Gram pass and the merge), once otherwise."""
+        if self.shape is None or self.pairing.base is None:
+            return self.ft.entry.nbytes
+        return 2 * (self.ft.entry.nbytes + self.pairing.base.entry.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All of a run's work."""
+
+    base: Checkpoint
+    ft: Checkpoint
+    settings: Settings
+    layouts: tuple[ShardLayout, ...]
+    """Output shards, in FT's order."""
+    tasks: tuple[Task, ...]
+    """In the order they are started."""
+    dropped: tuple[Pairing, ...]
+    """Tensors only BASE has."""
+    device: str
+    workers: int
+    ram_allowed_bytes: int
+    vram_allowed_bytes: int | None
+
+    @property
+    def ram_projected_bytes(self) -> int:
+        """Projected peak of the process."""
+        needed = memory.run_bytes([t.ram_bytes for t in self.tasks], self.workers, cuda=self.device != "cpu")
+        return min(needed, self.ram_allowed_bytes)
+
+    @property
+    def vram_projected_bytes(self) -> int | None:
+        """Projected peak per GPU."""
+        if self.device == "cpu":
+            return None
+        return memory.CUDA_CONTEXT_BYTES + max((t.vram_bytes for t in self.tasks), default=0)
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes of all output shards."""
+        return sum(layout.file_bytes for layout in self.layouts)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes all tasks read."""
+        return sum(task.read_bytes for task in self.tasks)
+
+
+def make_plan(
+    base: Checkpoint,
+    ft: Checkpoint,
+    settings: Settings,
+    *,
+    device: str,
+    workers: int,
+    ram_bytes: int,
+    vram_bytes: int | None,
+) -> Plan:
+    """Plan the repair of FT against BASE.
+
+    Raises:
+        InputError: the two have nothing in common.
+        UsageError: a pattern does not compile.
+        BudgetError: a tensor does not fit the memory even alone.
+    """
+    layouts = tuple(layout_like(shard, settings.out_dtype) for shard in ft.shards)
+    pairings = pair(base, ft, Selection(settings.include, settings.exclude))
+    tasks = []
+    dropped = []
+    for pairing in pairings:
+        if pairing.ft is None:
+            dropped.append(pairing)
+        else:
+            tasks.append(_task(pairing, pairing.ft, layouts, settings, device=device))
+    tasks.sort(key=lambda task: (task.shard, -task.flops, -task.out.nbytes))
+    fixed = memory.process_bytes(cuda=device != "cpu")
+    fitted = tuple(_fitted(task, ram_bytes - fixed - memory.WORKER_BYTES, fixed, vram_bytes) for task in tasks)
+    affordable = max(1, (ram_bytes - fixed) // memory.WORKER_BYTES // 2)
+    return Plan(
+        base=base,
+        ft=ft,
+        settings=settings,
+        layouts=layouts,
+        tasks=fitted,
+        dropped=tuple(dropped),
+        device=device,
+        workers=min(workers, affordable, max(1, len(tasks))),
+        ram_allowed_bytes=ram_bytes,
+        vram_allowed_bytes=vram_bytes,
+    )
+
+
+def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings: Settings, *, device: str) -> Task:
+    out = layouts[ft.shard].entries[pairing.name]
+    if pairing.intent != "repair" or pairing.base is None:
+        return Task(pairing, ft, ft.shard, out, None, 0, "", 2 * memory.COPY_BYTES, 0, 0.0)
+    shape = matrix_shape(pairing.base.entry, ft.entry, out, settings)
+    rows = shape.block
+    if ft.entry.shape[0] < ft.entry.shape[1]:
+        rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
+    backend = "full" if settings.backend == "full" else "gram"
+    ram = memory.repair_bytes(shape, backend, rows, cuda=device != "cpu")
+    vram = memory.device_bytes(shape, backend) if device != "cpu" else 0
+    return Task(pairing, ft, ft.shard, out, shape, rows, backend, ram, vram, flops(shape, backend))
+
+
+def matrix_shape(base: TensorEntry, ft: TensorEntry, out: TensorEntry, settings: Settings) -> MatrixShape:
+    """What a pair's memory and cost depend on."""
+    # τ exceeds the median by a factor of at least √2 (β → 0) at scale 1, so at most half of the values can be kept.
+    halved = settings.sigma == "median" and settings.scale >= 0.71
+    return MatrixShape(
+        rows=max(ft.shape),
+        cols=min(ft.shape),
+        base_item_bytes=ITEM_BITS[base.dtype] // 8,
+        ft_item_bytes=ITEM_BITS[ft.dtype] // 8,
+        out_item_bytes=ITEM_BITS[out.dtype] // 8,
+        kept_share=0.5 if halved else 1.0,
+    )
+
+
+def flops(shape: MatrixShape, backend: str) -> float:
+    """Floating-point operations of a repair, with a tenth of the rank kept."""
+    m, n = float(shape.rows), float(shape.cols)
+    if backend == "full":
+        return 2 * m * n * n + 20 * n**3
+    return m * n * n + 4 / 3 * n**3 + 0.4 * m * n * n
+
+
+def _fitted(task: Task, ram_bytes: int, fixed_bytes: int, vram_bytes: int | None) -> Task:
+    """The task, with smaller panels where its preferred ones do not fit.
+
+    Raises:
+        BudgetError: even the smallest panels do not fit.
+    """
+    if vram_bytes is not None and task.vram_bytes + memory.CUDA_CONTEXT_BYTES > vram_bytes:
+        need = task.vram_bytes + memory.CUDA_CONTEXT_BYTES
+        raise BudgetError(_refusal(task, "--vram", need, vram_bytes) + ", or --device cpu")
+    if task.ram_bytes <= ram_bytes or task.shape is None:
+        if task.ram_bytes > ram_bytes:
+            raise BudgetError(_refusal(task, "--ram", fixed_bytes + memory.WORKER_BYTES + task.ram_bytes, ram_bytes))
+        return task
+    small = memory.repair_bytes(task.shape, task.backend, task.shape.block, cuda=task.vram_bytes > 0)
+    if small > ram_bytes:
+        need = fixed_bytes + memory.WORKER_BYTES + small
+        raise BudgetError(_refusal(task, "--ram", need, ram_bytes + fixed_bytes + memory.WORKER_BYTES))
+    return replace(task, panel_rows=task.shape.block, ram_bytes=small)
+
+
+def _refusal(task: Task, option: str, need_bytes: int, allowed_bytes: int) -> str:
+    need_mb = -(-need_bytes // 1_000_000)
+    return (
+        f"tensor {shown(task.name)} {list(task.out.shape)} needs {format_bytes(need_bytes)}, {option} allows "
+        f"{format_bytes(allowed_bytes)}: the smallest budget that works is {option} {need_mb}MB"
+    )
+
+
+def fits_full(plan: Plan) -> Mapping[str, bool]:
+    """For each repair, whether the reference route would fit the budget, should every cheaper one fail."""
+    room = plan.ram_allowed_bytes - memory.process_bytes(cuda=plan.device != "cpu") - memory.WORKER_BYTES
+    return {
+        task.name: memory.repair_bytes(task.shape, "full", task.shape.block) <= room
+        for task in plan.tasks
+        if task.shape is not None
+    }

@@ -1,0 +1,288 @@
+"""A run, from two names to a sealed result: open, plan, refuse or resume, execute, commit, seal, report."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import msgspec
+
+from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.checkpoint.read import InputFiles
+from streamrepair.checkpoint.sidecars import copy_sidecars, sidecars
+from streamrepair.engine import budget, memory
+from streamrepair.engine.commit import Committer
+from streamrepair.engine.local import LocalExecutor
+from streamrepair.engine.numeric_threads import NumericThreads
+from streamrepair.engine.plan import Plan, Task, fits_full
+from streamrepair.engine.stop import StopRequest
+from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, run_task
+from streamrepair.engine.workspace import Workspace, refuse_overlap
+from streamrepair.errors import shown
+from streamrepair.report import (
+    REPORT_NAME,
+    Budget,
+    CheckpointSummary,
+    Fingerprint,
+    Report,
+    TensorRecord,
+    Timings,
+)
+from streamrepair.version import __version__
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes on."""
+
+    def begin(self, plan: Plan, done_bytes: int) -> None:
+        """The work starts; so many output bytes were finished by an earlier run."""
+        ...
+
+    def advance(self, done_bytes: int) -> None:
+        """So many more output bytes are done."""
+        ...
+
+    def warn(self, message: str) -> None:
+        """Something the user should know."""
+        ...
+
+    def end(self) -> None:
+        """The work is over, one way or another."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    plan: Plan
+    workspace: Workspace
+    stop: StopRequest
+    watcher: Watcher
+    files: InputFiles
+    threads: NumericThreads
+    warnings: list[str]
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+        self.watcher.warn(message)
+
+
+def execute(
+    plan: Plan, out: Path, *, stop: StopRequest, watcher: Watcher, overwrite: bool = False, report: Path | None = None
+) -> Report:
+    """Carry out a plan and write OUT; continues an interrupted run of the same plan.
+
+    Raises:
+        StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
+    """
+    refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft})
+    budget.reset_peak()
+    workspace = Workspace(out, plan.layouts)
+    run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [])
+    try:
+        journalled = workspace.open(fingerprint(plan), overwrite=overwrite)
+        return _execute(run, journalled, report)
+    except NonFiniteInputError:
+        # Refused inputs leave no output behind: what was finished belongs to no result.
+        workspace.discard()
+        raise
+    finally:
+        watcher.end()
+        run.files.close()
+        run.threads.release()
+        workspace.close()
+
+
+def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path | None) -> Report:
+    began = time.perf_counter()
+    plan = run.plan
+    for message in plan_warnings(plan):
+        run.warn(message)
+    done = _sound(run, journalled)
+    run.watcher.begin(plan, sum(t.out.nbytes for t in plan.tasks if t.name in done))
+    unchanged = _unchanged_check(run)
+    committer = Committer(run.workspace, done, before_seal=unchanged)
+    spent = _work(run, committer, [task for task in plan.tasks if task.name not in done])
+    unchanged()
+    names = _write_beside(run)
+    report = _report(run, committer.records, spent, names, time.perf_counter() - began)
+    data = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
+    osfile.write_atomic(run.workspace.out / REPORT_NAME, data)
+    run.workspace.finish()
+    if report_path is not None:
+        osfile.write_atomic(report_path, data)
+    return report
+
+
+def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRecord]:
+    """The journalled tensors whose bytes are still what their records say; the others are done again."""
+    sound: dict[str, TensorRecord] = {}
+    for shard in run.workspace.shards:
+        damaged = []
+        for name in shard.layout.entries:
+            if name in journalled and shard.digest(name) == journalled[name].digest:
+                sound[name] = journalled[name]
+            elif name in journalled or shard.sealed:
+                damaged.append(name)
+        if damaged and shard.sealed:
+            shard.unseal()
+        for name in damaged:
+            if name in journalled:
+                run.warn(f"{shown(str(shard.path))}: tensor {shown(name)} is damaged and is done again")
+    return sound
+
+
+def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
+    """Run the tasks, committing as they finish; what is finished is committed however this ends."""
+    plan, spent = run.plan, Spent()
+    full_fits = fits_full(plan)
+    around = Surroundings(
+        base=plan.base,
+        ft=plan.ft,
+        settings=plan.settings,
+        files=run.files,
+        shards=run.workspace.shards,
+        device=plan.device,
+        progress=run.watcher,
+        check_stop=run.stop.check,
+        full_fits=lambda task: full_fits[task.name],
+        hold_threads=run.threads.hold,
+    )
+    room = plan.ram_allowed_bytes - memory.run_bytes([], plan.workers, cuda=plan.device != "cpu")
+    executor = LocalExecutor(workers=plan.workers, room_bytes=room, stop=run.stop)
+    try:
+        for outcome in executor.run(tasks, lambda task: run_task(task, around)):
+            if outcome is not None:
+                _take(run, committer, outcome, spent)
+            if committer.due:
+                committer.flush()
+    finally:
+        committer.flush()
+    return spent
+
+
+def _take(run: _Run, committer: Committer, outcome: Outcome, spent: Spent) -> None:
+    task, record = outcome.task, outcome.record
+    committer.add(task.name, task.shard, record, task.out.nbytes)
+    spent.add(outcome.spent)
+    if outcome.nonfinite:
+        run.warn(f"{outcome.nonfinite}; passed through as it is")
+    elif record.action == "kept_ft" and task.pairing.intent == "repair":
+        run.warn(f"tensor {shown(task.name)} is kept as fine-tuned: {record.reason}")
+    for reason in record.climbed:
+        if not reason.startswith(("gram-float32", "empty")):
+            run.warn(f"tensor {shown(task.name)}: {reason}; decided by {record.backend}")
+
+
+def _unchanged_check(run: _Run) -> Callable[[], None]:
+    shards = [*run.plan.base.shards, *run.plan.ft.shards]
+    return lambda: run.files.check_unchanged(shards)
+
+
+def _write_beside(run: _Run) -> tuple[str, ...]:
+    """Sidecars first, the index last: it is what makes loaders see a sharded checkpoint."""
+    plan, out = run.plan, run.workspace.out
+    names = sidecars(plan.ft)
+    copy_sidecars(plan.ft, names, out, dtype="float32" if plan.settings.out_dtype == "float32" else None)
+    if plan.ft.index_name is not None:
+        osfile.write_atomic(out / plan.ft.index_name, _index(plan))
+    return names
+
+
+def _index(plan: Plan) -> bytes:
+    ft = plan.ft
+    placed = {name: plan.layouts[ft.tensors[name][0]] for name in ft.index_order}
+    total = sum(layout.entries[name].nbytes for name, layout in placed.items())
+    index = {
+        "metadata": {**ft.index_metadata, "total_size": total},
+        "weight_map": {name: layout.name for name, layout in placed.items()},
+    }
+    return msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n"
+
+
+def plan_warnings(plan: Plan) -> list[str]:
+    """What a person should know before the work starts."""
+    found = []
+    if dropped := len(plan.dropped):
+        found.append(f"{dropped} tensors of BASE are not in FT and are dropped, e.g. {shown(plan.dropped[0].name)}")
+    missing = [t for t in plan.tasks if t.pairing.base is None and t.pairing.reason == "not in the base checkpoint"]
+    if missing:
+        found.append(f"{len(missing)} tensors of FT are not in BASE and are kept, e.g. {shown(missing[0].name)}")
+    if resized := [t for t in plan.tasks if t.pairing.reason.startswith("shapes differ")]:
+        found.append(f"{len(resized)} tensors differ in shape and are kept, e.g. {shown(resized[0].name)}")
+    for side, checkpoint in (("BASE", plan.base), ("FT", plan.ft)):
+        if checkpoint.unindexed:
+            found.append(f"{side}: {len(checkpoint.unindexed)} tensors are in its shards but not in its index")
+        if checkpoint.stray_files:
+            found.append(f"{side}: ignored weight files {', '.join(map(shown, checkpoint.stray_files[:5]))}")
+    return found
+
+
+def fingerprint(plan: Plan) -> Fingerprint:
+    """What must be unchanged for another run to continue this one."""
+    return Fingerprint(
+        version=__version__, base=_identities(plan.base), ft=_identities(plan.ft), settings=plan.settings
+    )
+
+
+def _identities(checkpoint: Checkpoint) -> dict[str, str]:
+    return {
+        str(shard.path.resolve()): f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
+        for shard in checkpoint.shards
+    }
+
+
+def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tuple[str, ...], wall_s: float) -> Report:
+    plan = run.plan
+    tensors = {name: records[name] for layout in plan.layouts for name in layout.entries}
+    for pairing in plan.dropped:
+        assert pairing.base is not None
+        entry = pairing.base.entry
+        tensors[pairing.name] = TensorRecord(
+            action="dropped", reason=pairing.reason, shape=entry.shape, dtype=entry.dtype
+        )
+    return Report(
+        version=__version__,
+        base=_summary(plan.base),
+        ft=_summary(plan.ft),
+        settings=plan.settings,
+        device=plan.device,
+        workers=plan.workers,
+        budget=Budget(
+            ram_allowed_bytes=plan.ram_allowed_bytes,
+            ram_projected_bytes=plan.ram_projected_bytes,
+            ram_measured_bytes=budget.peak_bytes(),
+            vram_allowed_bytes=plan.vram_allowed_bytes,
+            vram_projected_bytes=plan.vram_projected_bytes,
+            vram_measured_bytes=budget.device_peak_bytes(plan.device),
+        ),
+        timings=Timings(
+            wall_s=round(wall_s, 4),
+            read_s=round(spent.read_s, 4),
+            decompose_s=round(spent.decompose_s, 4),
+            write_s=round(spent.write_s, 4),
+            bytes_read=spent.bytes_read,
+            bytes_written=spent.bytes_written,
+        ),
+        sidecars=names,
+        warnings=tuple(run.warnings),
+        tensors=tensors,
+    )
+
+
+def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
+    digest = hashlib.sha256("".join(shard.digest for shard in checkpoint.shards).encode())
+    return CheckpointSummary(
+        given=checkpoint.given,
+        path=str(checkpoint.folder.resolve()),
+        shards=tuple(shard.path.name for shard in checkpoint.shards),
+        tensors=len(checkpoint.tensors),
+        bytes=checkpoint.total_bytes,
+        header_digest=f"sha256:{digest.hexdigest()}",
+        unindexed=checkpoint.unindexed,
+        stray_files=checkpoint.stray_files,
+    )

@@ -1,0 +1,164 @@
+"""A pair of matrices on disk as a stream of tall panels: the seam between files and decompositions.
+
+A tall weight is read as consecutive rows; a wide one as blocks of columns, a stretch of each row, and handed over
+transposed without moving it. A thread reads the next panel while the present one is computed on, in a ring of three
+reused buffers.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from streamrepair.checkpoint.headers import ITEM_BITS, ShardHeader, TensorEntry
+from streamrepair.checkpoint.read import InputFiles
+from streamrepair.decompose.operator import Panel
+from streamrepair.engine.memory import RING_SLOTS
+
+TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(slots=True)
+class ReadStats:
+    """What reading cost; written by one reader thread at a time."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """One side of a pair: a 2-D tensor in a shard."""
+
+    shard: ShardHeader
+    entry: TensorEntry
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return ITEM_BITS[self.entry.dtype] // 8
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixView:
+    """The `PanelSource` of a plain 2-D pair."""
+
+    files: InputFiles
+    base: StoredMatrix
+    ft: StoredMatrix
+    panel_rows: int
+    """Rows (of the tall orientation) per panel, a multiple of the block."""
+    check_stop: Callable[[], None] = lambda: None
+    """Called between panels; raises to abandon the task."""
+    advance: Callable[[int], None] = lambda _rows: None
+    """Told the rows of every panel once it is done with."""
+    stats: ReadStats = field(default_factory=ReadStats)
+
+    @property
+    def wide(self) -> bool:
+        """Whether the stored matrix has more columns than rows."""
+        return self.ft.entry.shape[0] < self.ft.entry.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """The longer side."""
+        return max(self.ft.entry.shape)
+
+    @property
+    def cols(self) -> int:
+        """The shorter side."""
+        return min(self.ft.entry.shape)
+
+    def panels(self) -> Iterator[Panel]:
+        """All panels in order; one is valid until the next is asked for."""
+        starts = list(range(0, self.rows, self.panel_rows))
+        ring = [self._buffers() for _ in range(min(RING_SLOTS, len(starts)))]
+        if len(starts) == 1:
+            yield from self._delivered(self._read(0, ring[0]))
+            return
+        with _Ahead(lambda i: self._read(starts[i], ring[i % len(ring)]), len(starts)) as panels:
+            for panel in panels:
+                yield from self._delivered(panel)
+
+    def _delivered(self, panel: Panel) -> Iterator[Panel]:
+        self.check_stop()
+        yield panel
+        self.advance(len(panel.ft))
+
+    def _buffers(self) -> tuple[bytearray, bytearray]:
+        elements = min(self.panel_rows, self.rows) * self.cols
+        return bytearray(elements * self.base.item_bytes), bytearray(elements * self.ft.item_bytes)
+
+    def _read(self, start: int, buffers: tuple[bytearray, bytearray]) -> Panel:
+        began = time.perf_counter()
+        count = min(self.panel_rows, self.rows - start)
+        base = self._read_side(self.base, start, count, buffers[0])
+        ft = self._read_side(self.ft, start, count, buffers[1])
+        self.stats.seconds += time.perf_counter() - began
+        self.stats.bytes += count * self.cols * (self.base.item_bytes + self.ft.item_bytes)
+        return Panel(start, base, ft)
+
+    def _read_side(self, side: StoredMatrix, start: int, count: int, buffer: bytearray) -> Tensor:
+        item, n = side.item_bytes, self.cols
+        view = memoryview(buffer)[: count * n * item]
+        if self.wide:
+            stretch, stored_row = count * item, self.rows * item
+            first = side.entry.start + start * item
+            for row in range(n):
+                piece = view[row * stretch : (row + 1) * stretch]
+                self.files.read_into(side.shard, first + row * stored_row, piece)
+        else:
+            self.files.read_into(side.shard, side.entry.start + start * n * item, view)
+        flat = torch.frombuffer(view, dtype=TORCH_DTYPE[side.entry.dtype], count=count * n)
+        return flat.view(n, count).T if self.wide else flat.view(count, n)
+
+
+class _Ahead:
+    """Results of `produce(0) … produce(count − 1)` in order, each made while the one before is in use.
+
+    At most one result waits and one is being made, so that with three buffers none is overwritten while in use.
+    """
+
+    def __init__(self, produce: Callable[[int], Panel], count: int) -> None:
+        self._produce, self._count = produce, count
+        self._ready: queue.Queue[Panel | BaseException] = queue.Queue(maxsize=1)
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
+
+    def __enter__(self) -> Iterator[Panel]:
+        self._thread.start()
+        return self._results()
+
+    def __exit__(self, *_: object) -> None:
+        self._left.set()
+        while self._thread.is_alive():
+            try:
+                self._ready.get(timeout=0.01)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def _results(self) -> Iterator[Panel]:
+        for _ in range(self._count):
+            result = self._ready.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+
+    def _run(self) -> None:
+        for i in range(self._count):
+            if self._left.is_set():
+                return
+            try:
+                result: Panel | BaseException = self._produce(i)
+            except BaseException as error:  # handed to the consumer, which raises it
+                result = error
+            self._ready.put(result)
+            if isinstance(result, BaseException):
+                return

@@ -1,0 +1,166 @@
+"""The records that cross a file: the report `streamrepair.json`, the journal's lines, and a run's fingerprint.
+
+Field names shared with dghard's report mean the same here. All numbers are checked to be finite before they are
+written: JSON has no NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import msgspec
+
+from streamrepair.errors import NumericalError, shown
+
+REPORT_FORMAT = "streamrepair.report/1"
+REPORT_NAME = "streamrepair.json"
+
+Action = Literal["repaired", "copied", "kept_ft", "dropped"]
+
+
+class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What was done with one tensor."""
+
+    action: Action
+    """repaired; copied (Δ = 0); kept_ft (passed through from FT); dropped (only BASE has it)."""
+    reason: str
+    shape: tuple[int, ...]
+    dtype: str
+    """Dtype in the output (in BASE for a dropped one)."""
+    rank_total: int | None = None
+    rank_kept: int | None = None
+    sigma_hat: float | None = None
+    """Noise level in the fused scale σ·√max(m, n)."""
+    threshold: float | None = None
+    """τ."""
+    frob_delta_in: float | None = None
+    """‖Δ‖_F."""
+    frob_delta_out: float | None = None
+    """‖Δ*‖_F, before rounding."""
+    rounding_loss: float | None = None
+    """‖round(W_base + Δ*) − (W_base + Δ*)‖_F / ‖Δ*‖_F: what the output dtype cannot hold of the delta."""
+    nearest_sigma_gap: float | None = None
+    """Smallest |s/τ − 1|; null where there is no τ."""
+    undecidable: int | None = None
+    """Singular values so near τ that rounding decides their side."""
+    backend: str | None = None
+    climbed: tuple[str, ...] = ()
+    """Why cheaper backends were left."""
+    seconds: float = 0.0
+    digest: str | None = None
+    """XXH3-128 of the tensor's bytes in the output."""
+
+    def check_finite(self, name: str) -> None:
+        """Refuse to let NaN or infinity into a file.
+
+        Raises:
+            NumericalError: a field is not finite.
+        """
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise NumericalError(f"tensor {shown(name)}: {field} is {value}, expected a finite number")
+
+
+class JournalEntry(msgspec.Struct, frozen=True):
+    """A line of the journal."""
+
+    name: str
+    shard: str
+    record: TensorRecord
+
+
+class CheckpointSummary(msgspec.Struct, frozen=True, kw_only=True):
+    """One input, as it was read."""
+
+    given: str
+    path: str
+    shards: tuple[str, ...]
+    tensors: int
+    bytes: int
+    header_digest: str
+    """Digest over all shards' headers."""
+    unindexed: tuple[str, ...] = ()
+    """Tensors in shards that the index does not list: ignored when read, carried along when written."""
+    stray_files: tuple[str, ...] = ()
+    """Other weight files in the folder: ignored."""
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """The options that decide the numbers."""
+
+    sigma: Literal["median", "tail"] = "median"
+    scale: float = 1.0
+    include: str | None = None
+    exclude: str | None = None
+    out_dtype: Literal["same", "float32"] = "same"
+    backend: Literal["auto", "full", "gram"] = "auto"
+    on_nonfinite: Literal["refuse", "copy-ft"] = "refuse"
+
+
+class Budget(msgspec.Struct, frozen=True, kw_only=True):
+    """Memory allowed, projected and measured, in bytes; VRAM figures are per GPU, null without one."""
+
+    ram_allowed_bytes: int
+    ram_projected_bytes: int
+    ram_measured_bytes: int
+    vram_allowed_bytes: int | None = None
+    vram_projected_bytes: int | None = None
+    vram_measured_bytes: int | None = None
+
+
+class Timings(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds and bytes; read, decompose and write are summed over workers and may exceed the wall time."""
+
+    wall_s: float
+    read_s: float
+    decompose_s: float
+    write_s: float
+    bytes_read: int
+    bytes_written: int
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """The whole of `streamrepair.json`."""
+
+    format: str = REPORT_FORMAT
+    version: str
+    base: CheckpointSummary
+    ft: CheckpointSummary
+    settings: Settings
+    device: str
+    workers: int
+    budget: Budget
+    timings: Timings
+    sidecars: tuple[str, ...]
+    warnings: tuple[str, ...]
+    tensors: dict[str, TensorRecord]
+
+
+class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
+    """What a run must find unchanged to go on with an earlier one's work."""
+
+    version: str
+    base: dict[str, str]
+    """Shard path → size, mtime and header digest."""
+    ft: dict[str, str]
+    settings: Settings
+
+    def differences(self, other: Fingerprint) -> list[str]:
+        """What changed from `other` to this, in words; empty if nothing did."""
+        found = []
+        if self.version != other.version:
+            found.append(f"streamrepair was {other.version}, is {self.version}")
+        for field in self.settings.__struct_fields__:
+            before, now = getattr(other.settings, field), getattr(self.settings, field)
+            if before != now:
+                found.append(f"--{field.replace('_', '-')} was {before}, is {now}")
+        for side, before_files, now_files in (("BASE", other.base, self.base), ("FT", other.ft, self.ft)):
+            changed = sorted(
+                p for p in before_files.keys() | now_files.keys() if before_files.get(p) != now_files.get(p)
+            )
+            found += [f"{side} file {shown(p)} was {before_files.get(p)}, is {now_files.get(p)}" for p in changed[:3]]
+            if len(changed) > 3:
+                found.append(f"and {len(changed) - 3} more files of {side}")
+        return found
