@@ -82,17 +82,38 @@ def check_vectors(
     Raises:
         NumericalError: not orthonormal, or not eigenvectors.
     """
-    k = len(vectors)
-    if k == 0:
+    if len(vectors) == 0:
         return 0.0, 0.0
-    orthonormality = float(np.abs(vectors @ vectors.T - np.eye(k)).max())
-    if not orthonormality <= ORTHONORMALITY:
-        raise NumericalError(f"singular vectors are not orthonormal (off by {orthonormality:.1e})")
+    defect = orthonormality(vectors)
+    if not defect <= ORTHONORMALITY:
+        raise NumericalError(f"singular vectors are not orthonormal (off by {defect:.1e})")
     difference = vectors @ images.T - values[:, None] * (vectors @ probes.T)
     residual = float(np.linalg.norm(difference)) / (PROBES**0.5 * float(values.max()))
     if not residual <= RESIDUAL:
         raise NumericalError(f"singular vectors do not belong to their values (residual {residual:.1e})")
-    return orthonormality, residual
+    return defect, residual
+
+
+def orthonormality(vectors: NDArray[np.float64]) -> float:
+    """Largest entry of |VᵀV − I| of vectors given as rows; NaN if they are not finite."""
+    if len(vectors) == 0:
+        return 0.0
+    product = vectors @ vectors.T
+    product.flat[:: len(vectors) + 1] -= 1.0
+    return float(max(product.max(), -product.min()))
+
+
+def check_count(counted: int, expected: int, close: int) -> None:
+    """Refuse a kept rank that an independent count does not bear out.
+
+    Args:
+        close: values so near the threshold that rounding may put them on either side.
+
+    Raises:
+        NumericalError: the counts differ by more.
+    """
+    if abs(counted - expected) > close:
+        raise NumericalError(f"{expected} eigenvalues exceed the squared threshold, another count finds {counted}")
 
 
 def sturm_count(diagonal: NDArray[np.float64], off: NDArray[np.float64], shift: float) -> int:

@@ -13,10 +13,12 @@ from functools import partial
 from typing import Literal
 
 import numpy as np
-import torch
 
 from streamrepair.decompose import certify, full, gram
-from streamrepair.decompose.operator import PanelSource, delta_blocks
+from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.convert import difference
+from streamrepair.decompose.host import HostArithmetic
+from streamrepair.decompose.operator import PanelSource, blocks
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
@@ -24,11 +26,12 @@ from streamrepair.spectral.threshold import HardThreshold
 Backend = Literal["auto", "full", "gram"]
 Rung = tuple[str, Callable[[], Truncation]]
 
-_CPU = torch.device("cpu")
+_SQUARISH = 2
+"""Below this ratio of sides the Gram product is so small a part of the work that float32 saves less than it risks."""
 
 
 def decompose(
-    source: PanelSource, rule: HardThreshold, *, device: torch.device, backend: Backend, full_fits: bool = True
+    source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic, backend: Backend, full_fits: bool = True
 ) -> Truncation:
     """The truncated delta of one matrix, by the first backend that can prove its answer.
 
@@ -40,67 +43,66 @@ def decompose(
         NumericalError: every backend failed; the message has each one's reason.
     """
     failures: list[str] = []
-    for name, attempt in _rungs(source, rule, device, backend, full_fits):
+    for name, attempt in _rungs(source, rule, arithmetic, backend, full_fits=full_fits):
         try:
             return replace(attempt(), climbed=tuple(failures))
         except NonFiniteDeltaError as error:
-            if name != "gram-float32":
+            if not name.startswith("gram"):
                 raise
-            failures.append(f"{name}: {error}")  # float32 sums can overflow where the input is sound
-        except (NumericalError, RuntimeError) as error:
-            failures.append(f"{name}: {_first_line(error)}")
+            failures.append(f"{name}: {error}")  # squares can overflow where the input is sound
+        except (NumericalError, RuntimeError, np.linalg.LinAlgError) as error:
+            failures.append(f"{name}: {str(error).partition(chr(10))[0]}")
     raise NumericalError("; ".join(failures))
 
 
 def _rungs(
-    source: PanelSource, rule: HardThreshold, device: torch.device, backend: Backend, full_fits: bool
+    source: PanelSource, rule: HardThreshold, arithmetic: Arithmetic, backend: Backend, *, full_fits: bool
 ) -> list[Rung]:
     rungs: list[Rung] = []
     if backend != "full":
-        precisions: tuple[gram.Precision, ...] = ("float32", "float64") if device.type == "cpu" else ("float64",)
-        for precision in precisions:
-            attempt = partial(gram.truncate, source, rule, device=device, precision=precision)
-            rungs.append((f"gram-{precision}", attempt))
-        rungs.append(("empty", partial(_mostly_empty, source, rule, device=device)))
+        for precision in arithmetic.precisions:
+            if precision == "float64" or source.rows >= _SQUARISH * source.cols:
+                attempt = partial(gram.truncate, source, rule, arithmetic=arithmetic, precision=precision)
+                rungs.append((f"gram-{precision}", attempt))
+        rungs.append(("rows", partial(_mostly_empty, source, rule)))
     if not full_fits:
         return [*rungs, ("full", _too_large)]
-    rungs.append(("full", partial(full.truncate, source, rule, device=device)))
-    if device.type != "cpu":
-        rungs.append(("full-cpu", partial(full.truncate, source, rule, device=_CPU)))
+    rungs.append(("full", partial(full.truncate, source, rule, arithmetic=arithmetic)))
+    if not isinstance(arithmetic, HostArithmetic):
+        rungs.append(("full-cpu", partial(full.truncate, source, rule, arithmetic=HostArithmetic())))
     return rungs
 
 
-def _mostly_empty(source: PanelSource, rule: HardThreshold, *, device: torch.device) -> Truncation:
+def _mostly_empty(source: PanelSource, rule: HardThreshold) -> Truncation:
     """A delta most of whose rows are zero has rank below half: its median is zero, which a count of rows proves.
 
     Embeddings fine-tuned on text that meets few tokens are like that, and a full SVD of them is dear.
 
     Raises:
+        NonFiniteDeltaError: the delta is not finite.
         NumericalError: too many rows are not zero to tell.
     """
     n, occupied, square = source.cols, 0, 0.0
-    for block in delta_blocks(source, device, torch.float64):
-        norms = block.square().sum(dim=1)
-        occupied += int((norms > 0).sum())
+    for block in blocks(source):
+        delta = np.empty(block.ft.shape)
+        difference(block.ft, block.ft_dtype, block.base, block.base_dtype, delta)
+        norms = np.square(delta, out=delta).sum(axis=0 if block.wide else 1)
+        if not np.isfinite(norms).all():
+            raise NonFiniteDeltaError("a row of the delta is not finite")
+        occupied += int(np.count_nonzero(norms))
         square += float(norms.sum())
         if occupied > (n - 1) // 2:
-            raise NumericalError(f"more than {occupied - 1} rows are not zero")
-    threshold = rule.estimate(np.zeros(n), source.rows, n)
-    certificate = certify.Certificate(0.0, 0.0, 0.0)
+            raise NumericalError("too many rows are not zero to prove that the median is")
     return Truncation(
         values=np.zeros(n),
-        threshold=threshold,
-        vh=torch.zeros((0, n), device=device),
+        threshold=rule.estimate(np.zeros(n), source.rows, n),
+        vh=np.zeros((0, n), np.float32),
         frob_delta_in=square**0.5,
         backend="rows",
-        certificate=certificate,
+        certificate=certify.Certificate(0.0, 0.0, 0.0),
         noise_free=True,
     )
 
 
 def _too_large() -> Truncation:
     raise NumericalError("the float64 SVD does not fit the memory budget: raise --ram")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -89,6 +89,23 @@ def add_gram(panel: Real, gram: Real, *, beta: float) -> None:
     _call("syrk", _LOWER, transpose, n, rows, 1.0, panel, leading, beta, gram, n, like=gram)
 
 
+def add_product(left: Real, right: Real, out: Real) -> None:
+    """out ← out + left·right (?gemm).
+
+    Args:
+        left: (rows, k), C- or F-contiguous. right: (k, cols), likewise. out: (rows, cols), C-contiguous.
+    """
+    (rows, k), cols = left.shape, right.shape[1]
+    assert right.shape[0] == k
+    assert out.shape == (rows, cols)
+    assert out.flags.c_contiguous
+    # Fortran sees the transposes: outᵀ ← outᵀ + rightᵀ·leftᵀ.
+    right_flag, right_leading = (b"N", cols) if right.flags.c_contiguous else (b"T", k)
+    left_flag, left_leading = (b"N", k) if left.flags.c_contiguous else (b"T", rows)
+    operands = (right, right_leading, left, left_leading)
+    _call("gemm", right_flag, left_flag, cols, rows, k, 1.0, *operands, 1.0, out, cols, like=out)
+
+
 def tridiagonalise(gram: Double) -> tuple[Double, Double, Double]:
     """Overwrite a symmetric matrix by the reflectors of G = Q·T·Qᵀ (dsytrd).
 

@@ -1,9 +1,9 @@
 """The delta of one matrix as a stream of row panels: all that the decompositions know of a checkpoint.
 
-A matrix enters *tall*: `rows` is its longer side, `cols` (n) its shorter one; a wide weight is handed over transposed,
-as a view, so that nothing past this module asks which way round it was stored. Panels come in order, on a fixed grid of
-blocks, and floating-point sums are formed block by block, so that the numbers do not depend on how many blocks a
-memory budget lets one panel hold.
+A matrix enters *tall*: `rows` is its longer side, `cols` (n) its shorter one. A wide weight is handed over as stored,
+marked `wide`, and read transposed, so that nothing past this module asks which way round it lies. Panels come in order,
+on a fixed grid of blocks, and floating-point sums are formed block by block, so that the numbers do not depend on how
+many blocks a memory budget lets one panel hold.
 """
 
 from __future__ import annotations
@@ -12,22 +12,40 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-from torch import Tensor
-
 from streamrepair.decompose.blocks import block_rows
+from streamrepair.decompose.convert import Raw
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Consecutive rows of both matrices, as stored."""
+    """Consecutive rows (of the tall orientation) of both matrices, as stored."""
 
     start: int
-    """First row (of the tall orientation)."""
-    base: Tensor
-    """(rows, n) of W_base in its stored dtype, on the CPU; a transposed view for a wide weight."""
-    ft: Tensor
-    """(rows, n) of W_ft, likewise."""
+    """First row."""
+    base: Raw
+    """W_base: (rows, n), or (n, rows) if `wide`."""
+    ft: Raw
+    """W_ft, likewise."""
+    base_dtype: str
+    ft_dtype: str
+    wide: bool
+    """Whether the arrays are transposed: their second axis is the long one."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of the tall orientation."""
+        return int(self.ft.shape[1] if self.wide else self.ft.shape[0])
+
+    def part(self, start: int, stop: int) -> Panel:
+        """Some of the panel's rows; a view."""
+        rows = (slice(None), slice(start, stop)) if self.wide else (slice(start, stop),)
+        return Panel(self.start + start, self.base[rows], self.ft[rows], self.base_dtype, self.ft_dtype, self.wide)
+
+    def blocks(self) -> Iterator[Panel]:
+        """The panel on the grid of blocks."""
+        height = block_rows(self.ft.shape[0] if self.wide else self.ft.shape[1])
+        for start in range(0, self.rows, height):
+            yield self.part(start, min(self.rows, start + height))
 
 
 class PanelSource(Protocol):
@@ -48,22 +66,7 @@ class PanelSource(Protocol):
         ...
 
 
-def delta(panel: Panel, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """W_ft − W_base of a panel, (rows, n) on `device`, subtracted in `dtype`.
-
-    float32 holds every bfloat16, float16 and float32 value, so only the subtraction rounds; for neighbouring values it
-    does not (Sterbenz).
-    """
-    difference = panel.ft.to(device=device, dtype=dtype, non_blocking=True)
-    if difference.data_ptr() == panel.ft.data_ptr():  # already of that dtype and device: leave the input alone
-        return difference - panel.base.to(device=device, dtype=dtype)
-    return difference.sub_(panel.base.to(device=device, dtype=dtype, non_blocking=True))
-
-
-def delta_blocks(source: PanelSource, device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[Tensor]:
-    """The delta on the fixed grid of blocks, each (≤ block_rows(n), n)."""
-    height = block_rows(source.cols)
+def blocks(source: PanelSource) -> Iterator[Panel]:
+    """All of a source on the grid of blocks."""
     for panel in source.panels():
-        for start in range(0, len(panel.ft), height):
-            part = Panel(panel.start + start, panel.base[start : start + height], panel.ft[start : start + height])
-            yield delta(part, device, dtype)
+        yield from panel.blocks()

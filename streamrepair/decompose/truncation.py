@@ -8,9 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from streamrepair.decompose.certify import Certificate
 from streamrepair.errors import NumericalError
@@ -36,8 +34,8 @@ class Truncation:
     """(n,) all singular values, ascending."""
     threshold: Threshold
     """σ̂, τ and the kept rank."""
-    vh: Tensor
-    """(rank_kept, n) float32 right singular vectors (of the tall orientation) as rows, on the device."""
+    vh: NDArray[np.float32]
+    """(rank_kept, n) right singular vectors (of the tall orientation) as rows."""
     frob_delta_in: float
     """‖Δ‖_F."""
     backend: str
@@ -75,21 +73,3 @@ def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: in
     cut = threshold.tau**2
     margin = bound * (1.0 + cut / median)
     return threshold, int(np.count_nonzero(np.abs(values - cut) <= margin))
-
-
-def merge(base: Tensor, difference: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
-    """W_base + Δ* of a block before its one rounding, and the coefficients Δ·Vᵀ.
-
-    Args:
-        base: (rows, n) W_base in float32 (float64 for float64 outputs); it is overwritten by the result.
-        difference: (rows, n) Δ, same dtype. vh: (k, n) V, same dtype and device.
-
-    Returns:
-        (rows, n) W_base + (Δ·Vᵀ)·V and (rows, k) Δ·Vᵀ.
-    """
-    if base.device.type == "cpu":
-        # NumPy's BLAS and not torch's: the same library, threads and speed as the Gram matrix.
-        coefficients = torch.from_numpy(difference.numpy() @ vh.numpy().T)
-        return base.add_(torch.from_numpy(coefficients.numpy() @ vh.numpy())), coefficients
-    coefficients = difference @ vh.T
-    return base.addmm_(coefficients, vh), coefficients

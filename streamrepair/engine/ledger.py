@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from streamrepair.engine.plan import Task
 
@@ -23,8 +23,12 @@ class Ledger:
         self._closed = False
         self._changed = threading.Condition()
 
-    def take(self) -> Task | None:
-        """The next task, waiting until its bytes are free; None when there are no more."""
+    def take(self, before_waiting: Callable[[], None]) -> Task | None:
+        """The next task, waiting until its bytes are free; None when there are no more.
+
+        Args:
+            before_waiting: lets go of what the worker keeps from its last task.
+        """
         with self._changed:
             while self._waiting and not self._closed:
                 # With nothing running the first task may go even if the room was overestimated: it fits alone.
@@ -33,6 +37,7 @@ class Ledger:
                     self._room_bytes -= task.ram_bytes
                     self._running += 1
                     return task
+                before_waiting()
                 self._changed.wait()
             return None
 

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 
+from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.ledger import Ledger
 from streamrepair.engine.plan import Task
 from streamrepair.engine.stop import StopRequest
@@ -29,7 +30,7 @@ class LocalExecutor:
     def __init__(self, *, workers: int, room_bytes: int, stop: StopRequest) -> None:
         self._workers, self._room_bytes, self._stop = workers, room_bytes, stop
 
-    def run(self, tasks: Iterable[Task], do: Callable[[Task], Outcome]) -> Iterator[Outcome | None]:
+    def run(self, tasks: Iterable[Task], do: Callable[[Task, Scratch], Outcome]) -> Iterator[Outcome | None]:
         """Outcomes as tasks finish; None now and then while none has, so that the caller can see to other things.
 
         Raises:
@@ -73,12 +74,14 @@ class LocalExecutor:
 
 
 def _work(
-    ledger: Ledger, do: Callable[[Task], Outcome], done: queue.SimpleQueue[Outcome | BaseException | None]
+    ledger: Ledger, do: Callable[[Task, Scratch], Outcome], done: queue.SimpleQueue[Outcome | BaseException | None]
 ) -> None:
     """One worker's life; it puts its outcomes, at most one failure, and None at its end."""
-    while (task := ledger.take()) is not None:
+    scratch = Scratch()
+    while (task := ledger.take(scratch.clear)) is not None:
         try:
-            done.put(do(task))
+            done.put(do(task, scratch))
+            scratch.settle()
         except BaseException as error:  # whatever it is, the collector raises it in the caller's thread
             done.put(error)
             break

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from streamrepair.decompose.blocks import block_rows
 
-PROCESS_BYTES = 330_000_000
-"""The interpreter with torch, SciPy and their BLAS loaded, before any task; measured in bench/process_memory.py."""
+PROCESS_BYTES = 120_000_000
+"""The interpreter with NumPy, SciPy and their BLAS loaded, before any task."""
 WORKER_BYTES = 24_000_000
 """A worker's stacks, allocator arena and BLAS buffers."""
 CUDA_HOST_BYTES = 3_000_000_000
@@ -45,8 +45,11 @@ class MatrixShape:
 
 
 def panel_bytes(shape: MatrixShape, panel_rows: int) -> int:
-    """Host bytes of the panels in flight."""
-    return RING_SLOTS * panel_rows * shape.cols * (shape.base_item_bytes + shape.ft_item_bytes)
+    """Host bytes of the panels in flight, and of a result gathered to a panel (of a wide matrix)."""
+    slots = min(RING_SLOTS, -(-shape.rows // panel_rows))
+    elements = panel_rows * shape.cols
+    gathered = elements * shape.out_item_bytes if panel_rows > shape.block else 0
+    return slots * elements * (shape.base_item_bytes + shape.ft_item_bytes) + gathered
 
 
 def gram_bytes(shape: MatrixShape) -> int:

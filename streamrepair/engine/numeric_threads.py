@@ -7,6 +7,10 @@ same on every machine of one kind. The settings are the process's, so they are p
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from threadpoolctl import threadpool_limits
 
 
 class NumericThreads:
@@ -14,29 +18,21 @@ class NumericThreads:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: tuple[object, int] | None = None
+        self._limits: threadpool_limits | None = None
 
     def hold(self) -> None:
-        """Load the numeric libraries and limit them; cheap after the first time, and for each thread that computes."""
-        import torch
-
+        """Load the numeric libraries and limit them; cheap after the first time."""
         with self._lock:
-            if self._held is None:
+            if self._limits is None:
                 import scipy.linalg.cython_blas
                 import scipy.linalg.cython_lapack  # noqa: F401 – a library is limited only once it is loaded
                 from threadpoolctl import threadpool_limits
 
-                self._held = (threadpool_limits(limits=1), torch.get_num_threads())
-        if torch.get_num_threads() != 1:
-            torch.set_num_threads(1)
+                self._limits = threadpool_limits(limits=1)
 
     def release(self) -> None:
         """Put the process's settings back."""
         with self._lock:
-            if self._held is not None:
-                import torch
-
-                limits, torch_threads = self._held
-                limits.restore_original_limits()  # type: ignore[attr-defined]
-                torch.set_num_threads(torch_threads)
-                self._held = None
+            if self._limits is not None:
+                self._limits.restore_original_limits()
+                self._limits = None

@@ -18,8 +18,10 @@ from streamrepair.errors import BudgetError, shown
 from streamrepair.report import Settings
 from streamrepair.units import format_bytes
 
+_WHOLE_WIDE_BYTES = 1 << 26
+"""A wide matrix whose pair is smaller is read whole: in blocks of columns every row costs a system call."""
 _STRETCH_ELEMENTS = 4096
-"""Columns read of each row of a wide matrix, where memory allows: shorter stretches cost a system call per few kB."""
+"""Columns read of each row of a larger one, where memory allows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +151,8 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     shape = matrix_shape(pairing.base.entry, ft.entry, out, settings)
     rows = shape.block
     if ft.entry.shape[0] < ft.entry.shape[1]:
-        rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
+        whole = pairing.base.entry.nbytes + ft.entry.nbytes <= _WHOLE_WIDE_BYTES
+        rows = shape.rows if whole else min(shape.rows, max(rows, _STRETCH_ELEMENTS))
     backend = "full" if settings.backend == "full" else "gram"
     ram = memory.repair_bytes(shape, backend, rows, cuda=device != "cpu")
     vram = memory.device_bytes(shape, backend) if device != "cpu" else 0

@@ -1,32 +1,31 @@
 """The repair of one matrix: pass one decides, pass two merges, rounds once and writes.
 
-The only module of the engine that computes with torch; loaded when the first tensor that differs is met.
+Loaded when the first tensor that differs is met: a run that only copies needs none of SciPy.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.write import digest_text, new_digest
 from streamrepair.decompose import ladder
-from streamrepair.decompose.blocks import block_rows
-from streamrepair.decompose.operator import Panel, delta
-from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, merge
+from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.convert import STORED_TYPE, Raw, widened
+from streamrepair.decompose.host import HostArithmetic
+from streamrepair.decompose.operator import Panel
+from streamrepair.decompose.scratch import Scratch
+from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
 from streamrepair.engine.memory import COPY_BYTES
-from streamrepair.engine.task import Job, copy, find_nonfinite, passed_through
-from streamrepair.engine.view import TORCH_DTYPE, MatrixView, StoredMatrix
+from streamrepair.engine.task import Job, copy, find_nonfinite, met_nonfinite, passed_through
+from streamrepair.engine.view import MatrixView, StoredMatrix
 from streamrepair.errors import NumericalError, shown
 from streamrepair.report import TensorRecord
 from streamrepair.spectral.threshold import HardThreshold
 
-_CPU = torch.device("cpu")
 _FIRST_PASS_SHARE = 0.6  # of a repair's time, for the progress bar
 
 
@@ -40,15 +39,11 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     view = _view(job)
     settings = job.around.settings
     rule = HardThreshold(scale=settings.scale, sigma=settings.sigma)
+    arithmetic = _arithmetic(job.around.device, job.scratch)
+    fits = job.around.full_fits(job.task)
     began = time.perf_counter()
     try:
-        truncation = ladder.decompose(
-            view,
-            rule,
-            device=torch.device(job.around.device),
-            backend=settings.backend,
-            full_fits=job.around.full_fits(job.task),
-        )
+        truncation = ladder.decompose(view, rule, arithmetic=arithmetic, backend=settings.backend, full_fits=fits)
     except NonFiniteDeltaError as error:
         where = find_nonfinite(job)
         if where is None:
@@ -58,7 +53,7 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     except NumericalError as error:
         raise _failed(job, error) from error
     job.spent.decompose_s += time.perf_counter() - began
-    record = _written(job, view, truncation)
+    record = _written(job, view, truncation, arithmetic)
     job.spent.read_s += view.stats.seconds
     job.spent.bytes_read += view.stats.bytes
     return record, None
@@ -71,7 +66,7 @@ def _failed(job: Job, error: Exception) -> NumericalError:
     )
 
 
-def _written(job: Job, view: MatrixView, truncation: Truncation) -> TensorRecord:
+def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic) -> TensorRecord:
     if truncation.frob_delta_in == 0.0:
         digest, _ = copy(job)
         return passed_through(job.task, "copied", "delta is zero", digest)
@@ -79,7 +74,7 @@ def _written(job: Job, view: MatrixView, truncation: Truncation) -> TensorRecord
         digest, _ = copy(job)
         reason = "delta has exactly low rank (its median singular value is zero): there is no noise to estimate"
         return passed_through(job.task, "kept_ft", reason, digest)
-    merged = _Merged(job, view, truncation)
+    merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
     merged.run()
     threshold, out = truncation.threshold, truncation.frob_delta_out
     gap = threshold.nearest_gap
@@ -106,14 +101,10 @@ def _written(job: Job, view: MatrixView, truncation: Truncation) -> TensorRecord
 class _Merged:
     """The second pass over a matrix: W_base + Δ* block by block, rounded once, written, digested."""
 
-    def __init__(self, job: Job, view: MatrixView, truncation: Truncation) -> None:
-        self._job, self._view = job, view
-        self._out_dtype = TORCH_DTYPE[job.task.out.dtype]
-        # Formed in float32, which holds every 16-bit float; float64 only where the output can tell.
-        self._work_dtype = torch.float64 if self._out_dtype == torch.float64 else torch.float32
-        self._vh = truncation.vh.to(self._work_dtype)
-        self._device = self._vh.device
-        self._running = None if view.wide else new_digest()
+    def __init__(self, job: Job, view: MatrixView, merger: Callable[[Panel], tuple[Raw, float]]) -> None:
+        self._job, self._view, self._merger = job, view, merger
+        # Column blocks are not consecutive in the file: such a tensor's digest is taken from the file afterwards.
+        self._running = None if view.wide and view.panel_rows < view.rows else new_digest()
         self.lost_square = 0.0
         """‖round(W_base + Δ*) − (W_base + Δ*)‖_F²."""
         self.digest = ""
@@ -126,75 +117,83 @@ class _Merged:
             NumericalError: a value overflows the output dtype.
         """
         for panel in self._view.panels():
-            for start, rounded in self._blocks(panel):
-                if self._view.wide:
-                    self._write_columns(panel.start + start, rounded)
-                else:
-                    self._write_rows(panel.start + start, rounded)
-            self._job.tell(
-                _FIRST_PASS_SHARE + (1 - _FIRST_PASS_SHARE) * (panel.start + len(panel.ft)) / self._view.rows
-            )
+            if panel.wide:
+                self._write_columns(panel)
+            else:
+                for block in panel.blocks():
+                    self._write_rows(block.start, self._merged(block))
+            done = (panel.start + panel.rows) / self._view.rows
+            self._job.tell(_FIRST_PASS_SHARE + (1 - _FIRST_PASS_SHARE) * done)
         if self._running is None:
             self.digest = self._job.around.shards[self._job.task.shard].digest(self._job.task.name)
         else:
             self.digest = digest_text(self._running)
 
-    def _blocks(self, panel: Panel) -> Iterator[tuple[int, Tensor]]:
-        height = block_rows(self._view.cols)
-        for start in range(0, len(panel.ft), height):
-            part = Panel(panel.start + start, panel.base[start : start + height], panel.ft[start : start + height])
-            base = part.base.to(device=self._device, dtype=self._work_dtype, copy=True)
-            exact, _ = merge(base, delta(part, self._device, self._work_dtype), self._vh)
-            yield start, self._rounded(exact)
+    def _merged(self, block: Panel) -> Raw:
+        rounded, lost = self._merger(block)
+        if not lost < float("inf"):
+            raise NumericalError(
+                f"tensor {shown(self._job.task.name)}: a repaired value overflows {self._job.task.out.dtype}: "
+                "write the result with --out-dtype float32"
+            )
+        self.lost_square += lost
+        return rounded
 
-    def _rounded(self, exact: Tensor) -> Tensor:
-        """The one rounding, on the CPU; its loss is added up."""
-        rounded = exact.to(self._out_dtype)
-        if rounded.dtype != exact.dtype:
-            exact -= rounded
-            lost = float(torch.linalg.vector_norm(exact)) ** 2
-            if not lost < float("inf"):
-                raise NumericalError(
-                    f"tensor {shown(self._job.task.name)}: a repaired value overflows {self._job.task.out.dtype}: "
-                    "write the result with --out-dtype float32"
-                )
-            self.lost_square += lost
-        return rounded.to(_CPU)
+    def _write_rows(self, start: int, rounded: Raw) -> None:
+        self._write(start * self._view.cols * rounded.itemsize, rounded)
 
-    def _write_rows(self, start: int, rounded: Tensor) -> None:
-        data = _bytes(rounded.contiguous())
-        assert self._running is not None
-        self._running.update(data)
-        self._job.write(start * self._view.cols * rounded.element_size(), data)
+    def _write_columns(self, panel: Panel) -> None:
+        """A stretch of each stored row of a wide tensor; all of it at once if the panel is the whole tensor."""
+        rounded: Raw | None = None
+        for block in panel.blocks():
+            merged = self._merged(block)
+            if rounded is None:
+                rounded = self._job.scratch.array("gathered", (self._view.cols, panel.rows), merged.dtype)
+            start = block.start - panel.start
+            rounded[:, start : start + block.rows] = merged
+        assert rounded is not None
+        if panel.rows == self._view.rows:
+            self._write(0, rounded)
+            return
+        for row, stretch in enumerate(rounded):
+            self._job.write((row * self._view.rows + panel.start) * rounded.itemsize, stretch.view(np.uint8).data)
 
-    def _write_columns(self, start: int, rounded: Tensor) -> None:
-        """A block of columns of a wide tensor: one stretch of each stored row."""
-        data = _bytes(rounded.T.contiguous())
-        item = rounded.element_size()
-        stretch = len(rounded) * item
-        for row in range(self._view.cols):
-            offset = (row * self._view.rows + start) * item
-            self._job.write(offset, data[row * stretch : (row + 1) * stretch])
+    def _write(self, offset: int, rounded: Raw) -> None:
+        data = rounded.reshape(-1).view(np.uint8).data
+        if self._running is not None:
+            self._running.update(data)
+        self._job.write(offset, data)
 
 
 def copy_widened(job: Job) -> tuple[str, str | None]:
     """Write FT's tensor in the wider output dtype; exact.
 
     Raises:
-        InputError: it holds NaN or infinity and the user did not allow it.
+        NonFiniteInputError: it holds NaN or infinity and the user did not allow it.
     """
-    where = find_nonfinite(job) if job.task.pairing.base else None
     digest = new_digest()
-    entry, out = job.task.ft.entry, TORCH_DTYPE[job.task.out.dtype]
-    source = TORCH_DTYPE[entry.dtype]
+    nonfinite: str | None = None
+    entry = job.task.ft.entry
+    stored = np.dtype(STORED_TYPE[entry.dtype])
     buffer = memoryview(bytearray(min(COPY_BYTES, entry.nbytes)))
     for offset, length in osfile.chunks(entry.nbytes, COPY_BYTES):
         job.around.check_stop()
         job.read(job.task.ft, offset, buffer[:length], of_base=False)
-        data = _bytes(torch.frombuffer(buffer[:length], dtype=source).to(out))
+        nonfinite = nonfinite or met_nonfinite(job, buffer[:length], offset, of_base=False)
+        wide = np.empty(length // stored.itemsize, np.float32)
+        widened(np.frombuffer(buffer[:length], stored), entry.dtype, wide)
+        data = wide.view(np.uint8).data
         digest.update(data)
-        job.write(offset // source.itemsize * out.itemsize, data)
-    return digest_text(digest), where
+        job.write(offset // stored.itemsize * 4, data)
+    return digest_text(digest), nonfinite
+
+
+def _arithmetic(device: str, scratch: Scratch) -> Arithmetic:
+    if device == "cpu":
+        return HostArithmetic(scratch)
+    from streamrepair.decompose.device import DeviceArithmetic  # torch is loaded for a GPU only
+
+    return DeviceArithmetic(device)
 
 
 def _view(job: Job) -> MatrixView:
@@ -211,12 +210,8 @@ def _view(job: Job) -> MatrixView:
         files=around.files,
         base=StoredMatrix(around.base.shards[base.shard], base.entry),
         ft=StoredMatrix(around.ft.shards[task.ft.shard], task.ft.entry),
+        scratch=job.scratch,
         panel_rows=task.panel_rows,
         check_stop=around.check_stop,
         advance=advance,
     )
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    raw: NDArray[np.uint8] = tensor.view(torch.uint8).flatten().numpy()
-    return raw.data if raw.size else memoryview(b"")

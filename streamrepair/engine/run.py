@@ -155,7 +155,7 @@ def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
     room = plan.ram_allowed_bytes - memory.run_bytes([], plan.workers, cuda=plan.device != "cpu")
     executor = LocalExecutor(workers=plan.workers, room_bytes=room, stop=run.stop)
     try:
-        for outcome in executor.run(tasks, lambda task: run_task(task, around)):
+        for outcome in executor.run(tasks, lambda task, scratch: run_task(task, around, scratch)):
             if outcome is not None:
                 _take(run, committer, outcome, spent)
             if committer.due:

@@ -19,6 +19,7 @@ from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.write import ShardFile, digest_text, new_digest
+from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.finite import first_nonfinite
 from streamrepair.engine.memory import COPY_BYTES
 from streamrepair.engine.plan import Task
@@ -93,6 +94,7 @@ class Job:
 
     task: Task
     around: Surroundings
+    scratch: Scratch
     spent: Spent = field(default_factory=Spent)
     told_bytes: int = 0
 
@@ -119,8 +121,8 @@ class Job:
             self.told_bytes = done
 
 
-def run_task(task: Task, around: Surroundings) -> Outcome:
-    """Do one task.
+def run_task(task: Task, around: Surroundings, scratch: Scratch) -> Outcome:
+    """Do one task, in the calling worker's scratch memory.
 
     Raises:
         InputError: an input is not finite, changed, or cannot be read.
@@ -129,7 +131,7 @@ def run_task(task: Task, around: Surroundings) -> Outcome:
         InterruptedRunError: abandoned on request.
     """
     began = time.perf_counter()
-    job = Job(task, around)
+    job = Job(task, around, scratch)
     nonfinite: str | None = None
     if task.shape is None:
         digest, nonfinite = copy(job)
@@ -183,7 +185,7 @@ def copy(job: Job) -> tuple[str, str | None]:
         job.around.check_stop()
         piece = buffer[:length]
         job.read(job.task.ft, offset, piece, of_base=False)
-        nonfinite = nonfinite or _met_nonfinite(job, piece, offset, of_base=False)
+        nonfinite = nonfinite or met_nonfinite(job, piece, offset, of_base=False)
         digest.update(piece)
         job.write(offset, piece)
         job.tell((offset + length) / entry.nbytes)
@@ -215,7 +217,7 @@ def _copy_while_equal(job: Job) -> str | None:
         job.read(ft, offset, ft_piece, of_base=False)
         if not _equal(base_piece, ft_piece):
             return None
-        if _met_nonfinite(job, ft_piece, offset, of_base=False):
+        if met_nonfinite(job, ft_piece, offset, of_base=False):
             return None
         digest.update(ft_piece)
         job.write(offset, ft_piece)
@@ -229,7 +231,7 @@ def _equal(a: memoryview, b: memoryview) -> bool:
     return bool(words) and a[whole:].tobytes() == b[whole:].tobytes()
 
 
-def _met_nonfinite(job: Job, piece: memoryview, offset: int, *, of_base: bool) -> str | None:
+def met_nonfinite(job: Job, piece: memoryview, offset: int, *, of_base: bool) -> str | None:
     """Where a piece is not finite, if the user allowed it.
 
     Raises:
@@ -263,7 +265,7 @@ def find_nonfinite(job: Job) -> str | None:
         assert side is not None
         for offset, length in osfile.chunks(side.entry.nbytes, COPY_BYTES):
             job.read(side, offset, buffer[:length], of_base=of_base)
-            found = _met_nonfinite(job, buffer[:length], offset, of_base=of_base)
+            found = met_nonfinite(job, buffer[:length], offset, of_base=of_base)
             if found:
                 return found
     return None

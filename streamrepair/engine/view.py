@@ -1,7 +1,7 @@
 """A pair of matrices on disk as a stream of tall panels: the seam between files and decompositions.
 
-A tall weight is read as consecutive rows; a wide one as blocks of columns, a stretch of each row, and handed over
-transposed without moving it. A thread reads the next panel while the present one is computed on, in a ring of three
+A tall weight is read as consecutive rows; a wide one whole where it is small, else as blocks of columns, a stretch of
+each row. A thread reads the next panel while the present one is computed on, in a ring of three
 reused buffers.
 """
 
@@ -13,15 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from streamrepair.checkpoint.headers import ITEM_BITS, ShardHeader, TensorEntry
 from streamrepair.checkpoint.read import InputFiles
+from streamrepair.decompose.convert import STORED_TYPE, Raw
 from streamrepair.decompose.operator import Panel
+from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.memory import RING_SLOTS
-
-TORCH_DTYPE = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(slots=True)
@@ -52,6 +51,8 @@ class MatrixView:
     files: InputFiles
     base: StoredMatrix
     ft: StoredMatrix
+    scratch: Scratch
+    """Where the ring's buffers live."""
     panel_rows: int
     """Rows (of the tall orientation) per panel, a multiple of the block."""
     check_stop: Callable[[], None] = lambda: None
@@ -78,7 +79,7 @@ class MatrixView:
     def panels(self) -> Iterator[Panel]:
         """All panels in order; one is valid until the next is asked for."""
         starts = list(range(0, self.rows, self.panel_rows))
-        ring = [self._buffers() for _ in range(min(RING_SLOTS, len(starts)))]
+        ring = [self._buffers(slot) for slot in range(min(RING_SLOTS, len(starts)))]
         if len(starts) == 1:
             yield from self._delivered(self._read(0, ring[0]))
             return
@@ -89,25 +90,27 @@ class MatrixView:
     def _delivered(self, panel: Panel) -> Iterator[Panel]:
         self.check_stop()
         yield panel
-        self.advance(len(panel.ft))
+        self.advance(panel.rows)
 
-    def _buffers(self) -> tuple[bytearray, bytearray]:
+    def _buffers(self, slot: int) -> tuple[memoryview, memoryview]:
         elements = min(self.panel_rows, self.rows) * self.cols
-        return bytearray(elements * self.base.item_bytes), bytearray(elements * self.ft.item_bytes)
+        base = self.scratch.array(f"base {slot}", (elements * self.base.item_bytes,), np.uint8)
+        ft = self.scratch.array(f"ft {slot}", (elements * self.ft.item_bytes,), np.uint8)
+        return base.data, ft.data
 
-    def _read(self, start: int, buffers: tuple[bytearray, bytearray]) -> Panel:
+    def _read(self, start: int, buffers: tuple[memoryview, memoryview]) -> Panel:
         began = time.perf_counter()
         count = min(self.panel_rows, self.rows - start)
         base = self._read_side(self.base, start, count, buffers[0])
         ft = self._read_side(self.ft, start, count, buffers[1])
         self.stats.seconds += time.perf_counter() - began
         self.stats.bytes += count * self.cols * (self.base.item_bytes + self.ft.item_bytes)
-        return Panel(start, base, ft)
+        return Panel(start, base, ft, self.base.entry.dtype, self.ft.entry.dtype, self.wide)
 
-    def _read_side(self, side: StoredMatrix, start: int, count: int, buffer: bytearray) -> Tensor:
+    def _read_side(self, side: StoredMatrix, start: int, count: int, buffer: memoryview) -> Raw:
         item, n = side.item_bytes, self.cols
-        view = memoryview(buffer)[: count * n * item]
-        if self.wide:
+        view = buffer[: count * n * item]
+        if self.wide and count < self.rows:
             stretch, stored_row = count * item, self.rows * item
             first = side.entry.start + start * item
             for row in range(n):
@@ -115,8 +118,8 @@ class MatrixView:
                 self.files.read_into(side.shard, first + row * stored_row, piece)
         else:
             self.files.read_into(side.shard, side.entry.start + start * n * item, view)
-        flat = torch.frombuffer(view, dtype=TORCH_DTYPE[side.entry.dtype], count=count * n)
-        return flat.view(n, count).T if self.wide else flat.view(count, n)
+        flat: Raw = np.frombuffer(view, STORED_TYPE[side.entry.dtype])
+        return flat.reshape((n, count) if self.wide else (count, n))
 
 
 class _Ahead:

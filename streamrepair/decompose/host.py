@@ -1,0 +1,144 @@
+"""Arithmetic on the CPU: NumPy for conversions, SciPy's BLAS and LAPACK in place for the rest.
+
+The eigenvalue problem is stopped half-way on purpose: reduce to tridiagonal form T, take all values of T, then the
+vectors of the few values that the threshold keeps. That is where the time of a full decomposition is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from streamrepair.decompose import lapack
+from streamrepair.decompose.arithmetic import Doubles, Gram, Precision, Spectrum
+from streamrepair.decompose.certify import sturm_count
+from streamrepair.decompose.convert import STORED_TYPE, Raw, Real, RealType, difference, narrow, widened
+from streamrepair.decompose.operator import Panel, PanelSource, blocks
+from streamrepair.decompose.scratch import Scratch
+
+_FLUSH_ROWS = 8192
+"""Rows summed in float32 before the sum is added to the float64 one: longer runs lose digits, shorter ones time."""
+
+
+class HostArithmetic:
+    """The CPU.
+
+    Args:
+        scratch: the calling worker's working memory; its own by default.
+    """
+
+    precisions: tuple[Precision, ...] = ("float32", "float64")
+
+    def __init__(self, scratch: Scratch | None = None) -> None:
+        self._scratch = scratch or Scratch()
+
+    def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
+        """G by ?syrk, block by block in a fixed order; float32 products are summed in float64."""
+        n = source.cols
+        real: RealType = np.float32 if precision == "float32" else np.float64
+        total: Doubles = self._scratch.zeros("gram", (n, n), np.float64)
+        partial: Real = self._scratch.zeros("partial", (n, n), real) if precision == "float32" else total
+        columns = np.ascontiguousarray(probes.T, real)
+        exact = np.zeros((n, len(probes)))
+        rows = 0
+        for block in blocks(source):
+            delta = self._delta(block, real)
+            lapack.add_gram(delta, partial, beta=0.0 if partial is not total and rows == 0 else 1.0)
+            exact += delta.T @ (delta @ columns)
+            rows += len(delta)
+            if partial is not total and rows >= _FLUSH_ROWS:
+                total += partial
+                rows = 0
+        if partial is not total and rows:
+            total += partial
+        images = lapack.times_symmetric(total, probes)
+        return Gram(images, np.ascontiguousarray(exact.T), float(np.trace(total)), lambda: TridiagonalSpectrum(total))
+
+    def triangular_factor(self, source: PanelSource) -> Doubles:
+        """R by sequential TSQR (Demmel, Grigori, Hoemmen & Langou 2012)."""
+        r: Doubles = np.zeros((0, source.cols))
+        for block in blocks(source):
+            stacked = np.concatenate([r, self._delta(block, np.float64)])
+            # LAPACK's QR of a matrix with NaN need not return.
+            if not np.isfinite(stacked).all():
+                return np.full((source.cols, source.cols), np.nan)
+            r = scipy.linalg.qr(stacked, mode="r", overwrite_a=True, check_finite=False)[0][: source.cols]
+        return r
+
+    def svd(self, matrix: Doubles, driver: str) -> tuple[Doubles, Doubles, Doubles]:
+        """LAPACK's gesdd ("default") or gesvd."""
+        name = "gesvd" if driver == "gesvd" else "gesdd"
+        u, s, vh = scipy.linalg.svd(matrix, False, True, False, False, name)
+        return u, s, vh
+
+    def merger(self, vh: NDArray[np.float32], out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
+        """Two ?gemm per block, the second onto W_base."""
+        real: RealType = np.float64 if out_dtype == "F64" else np.float32
+        basis: Real = vh.astype(real, copy=False)
+
+        def merge(block: Panel) -> tuple[Raw, float]:
+            delta = self._delta(block, real)
+            merged: Real = self._scratch.array("merged", block.base.shape, real)
+            widened(block.base, block.base_dtype, merged)
+            if len(basis):
+                coefficients = self._scratch.array("coefficients", (len(delta), len(basis)), real)
+                np.matmul(delta, basis.T, out=coefficients)
+                if block.wide:
+                    lapack.add_product(basis.T, coefficients.T, merged)
+                else:
+                    lapack.add_product(coefficients, basis, merged)
+            if STORED_TYPE[out_dtype] is real:
+                return merged, 0.0
+            out: Raw = self._scratch.array("out", merged.shape, STORED_TYPE[out_dtype])
+            return out, narrow(merged, out_dtype, out)
+
+        return merge
+
+    def _delta(self, block: Panel, real: RealType) -> Real:
+        """Δ of a block, (rows, n), in the scratch's one place for it; a transposed view for a wide one."""
+        stored: Real = self._scratch.array("delta", block.ft.shape, real)
+        difference(block.ft, block.ft_dtype, block.base, block.base_dtype, stored)
+        return stored.T if block.wide else stored
+
+
+class TridiagonalSpectrum(Spectrum):
+    """LAPACK's dsytrd, dsterf, then dstemr and dormtr for the vectors asked for.
+
+    Args:
+        gram: (n, n) float64, C upper triangle set; it is overwritten by the reflectors.
+    """
+
+    def __init__(self, gram: Doubles) -> None:
+        self._reflectors = gram
+        self._diagonal, self._off, self._scales = lapack.tridiagonalise(gram)
+        self._values = lapack.tridiagonal_values(self._diagonal, self._off)
+
+    @property
+    def values(self) -> Doubles:
+        """(n,) eigenvalues, ascending."""
+        return self._values
+
+    def product(self, probes: Doubles) -> Doubles:
+        """Q·T·Qᵀ·X."""
+        rotated = probes.copy()
+        lapack.rotate_back(self._reflectors, self._scales, rotated, transpose=True)
+        image = rotated * self._diagonal
+        image[:, :-1] += rotated[:, 1:] * self._off
+        image[:, 1:] += rotated[:, :-1] * self._off
+        lapack.rotate_back(self._reflectors, self._scales, image)
+        return image
+
+    def count_above(self, shift: float) -> int:
+        """By a Sturm sequence."""
+        return sturm_count(self._diagonal, self._off, shift)
+
+    def top(self, count: int) -> Doubles:
+        """By MRRR on T, rotated back."""
+        if count == 0:
+            return np.empty((0, len(self._values)))
+        vectors = lapack.tridiagonal_vectors(self._diagonal, self._off, count)
+        lapack.rotate_back(self._reflectors, self._scales, vectors)
+        return vectors
