@@ -14,6 +14,8 @@ from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import UsageError
 from streamrepair.report import Report, Settings
 from streamrepair.units import parse_bytes
+from streamrepair.verify import Verified
+from streamrepair.verify import verify as verify_folder
 
 Source = str | os.PathLike[str]
 Size = int | str
@@ -30,6 +32,9 @@ class Silent:
 
     def warn(self, message: str) -> None:
         """Say nothing; warnings stand in the report."""
+
+    def note(self, message: str) -> None:
+        """Say nothing."""
 
     def end(self) -> None:
         """Say nothing."""
@@ -121,6 +126,18 @@ def repair(
         overwrite=overwrite,
         report=None if report is None else Path(_text(report)),
     )
+
+
+def verify(out: Source, *, deep: bool = False, sample: int = 5) -> Verified:
+    """Check that a result is whole: structure, completeness, and the digest of every tensor.
+
+    Args:
+        deep: also recompute `sample` tensors in float64 from BASE and FT.
+
+    Raises:
+        DamageError: `out` holds no finished result. Damage to a finished one is returned, not raised.
+    """
+    return verify_folder(Path(_text(out)), deep=deep, sample=sample)
 
 
 def _text(path: Source) -> str:

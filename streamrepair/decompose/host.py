@@ -71,8 +71,8 @@ class HostArithmetic:
     def svd(self, matrix: Doubles, driver: str) -> tuple[Doubles, Doubles, Doubles]:
         """LAPACK's gesdd ("default") or gesvd."""
         name = "gesvd" if driver == "gesvd" else "gesdd"
-        u, s, vh = scipy.linalg.svd(matrix, False, True, False, False, name)
-        return u, s, vh
+        svd: Callable[..., tuple[Doubles, Doubles, Doubles]] = scipy.linalg.svd
+        return svd(matrix, full_matrices=False, lapack_driver=name, check_finite=False)
 
     def merger(self, vh: NDArray[np.float32], out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
         """Two ?gemm per block, the second onto W_base."""

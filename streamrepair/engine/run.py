@@ -51,6 +51,10 @@ class Watcher(Protocol):
         """Something the user should know."""
         ...
 
+    def note(self, message: str) -> None:
+        """Something the user may like to know."""
+        ...
+
     def end(self) -> None:
         """The work is over, one way or another."""
         ...
@@ -104,6 +108,10 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         run.warn(message)
     done = _sound(run, journalled)
     run.watcher.begin(plan, sum(t.out.nbytes for t in plan.tasks if t.name in done))
+    finished = _finished_report(run, done)
+    if finished is not None:
+        run.workspace.finish()
+        return finished
     unchanged = _unchanged_check(run)
     committer = Committer(run.workspace, done, before_seal=unchanged)
     spent = _work(run, committer, [task for task in plan.tasks if task.name not in done])
@@ -134,6 +142,23 @@ def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRe
             if name in journalled:
                 run.warn(f"{shown(str(shard.path))}: tensor {shown(name)} is damaged and is done again")
     return sound
+
+
+def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
+    """The report of an earlier run that this one has nothing to add to."""
+    plan, out = run.plan, run.workspace.out
+    names = [*sidecars(plan.ft), *([plan.ft.index_name] if plan.ft.index_name else [])]
+    whole = all(shard.sealed for shard in run.workspace.shards) and all((out / name).exists() for name in names)
+    if not whole or len(done) < len(plan.tasks):
+        return None
+    try:
+        report = msgspec.json.decode((out / REPORT_NAME).read_bytes(), type=Report)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    if any(report.tensors.get(name) != record for name, record in done.items()):
+        return None
+    run.watcher.note("nothing to do: the result is whole")
+    return report
 
 
 def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:

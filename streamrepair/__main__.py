@@ -1,0 +1,7 @@
+"""`python -m streamrepair`."""
+
+import sys
+
+from streamrepair.cli import main
+
+sys.exit(main())

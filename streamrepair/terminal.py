@@ -1,0 +1,166 @@
+"""What a person sees: the progress bar, the plan's table, the closing summary."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+from tqdm import tqdm
+
+from streamrepair.engine.plan import Plan
+from streamrepair.errors import shown
+from streamrepair.report import Action, Report, TensorRecord
+from streamrepair.units import format_bytes, format_seconds
+from streamrepair.verify import Verified
+from streamrepair.views import groups
+
+_SILENT_S = 30.0  # between lines of progress where there is no terminal to overwrite
+
+
+class Bar:
+    """A watcher with a progress bar in bytes of the result, on stderr."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: tqdm[NoReturn] | None = None
+
+    def begin(self, plan: Plan, done_bytes: int) -> None:
+        """Show the bar."""
+        if self._quiet:
+            return
+        if done_bytes:
+            self.note(f"continuing: {format_bytes(done_bytes)} of {format_bytes(plan.out_bytes)} were finished before")
+        total = sum(task.out.nbytes for task in plan.tasks)
+        interval = 0.2 if sys.stderr.isatty() else _SILENT_S
+        self._bar = tqdm(
+            total=total, initial=done_bytes, unit="B", unit_scale=True, desc="repair", file=sys.stderr,
+            mininterval=interval, maxinterval=max(10.0, interval), dynamic_ncols=True, leave=False,
+        )  # fmt: skip
+
+    def advance(self, done_bytes: int) -> None:
+        """Move the bar; from any thread."""
+        if self._bar is not None:
+            self._bar.update(done_bytes)
+
+    def warn(self, message: str) -> None:
+        """One line above the bar."""
+        self.note(f"warning: {message}")
+
+    def note(self, message: str) -> None:
+        """One line above the bar."""
+        if not self._quiet:
+            tqdm.write(" ".join(message.split()), file=sys.stderr)
+
+    def end(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def print_json(value: object) -> None:
+    """One JSON document on stdout."""
+    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
+    sys.stdout.flush()
+
+
+def print_plan(plan: Plan) -> None:
+    """The plan's table and totals."""
+    rows = [("tensors", "shape", "what", "result", "memory each")]
+    for group in groups(plan):
+        shape = " × ".join(map(str, group.shape))
+        rows.append(
+            (str(group.count), shape, group.treatment, format_bytes(group.out_bytes), format_bytes(group.ram_bytes))
+        )
+    if plan.dropped:
+        rows.append((str(len(plan.dropped)), "", "drop, not in FT", "", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        aligned = (
+            row[0].rjust(widths[0]),
+            *(cell.ljust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+        )
+        print("  ".join(aligned).rstrip())
+    print(
+        f"\n{format_bytes(plan.read_bytes)} to read, {format_bytes(plan.out_bytes)} to write in {len(plan.layouts)} "
+        f"shards, {sum(t.flops for t in plan.tasks) / 1e9:,.0f} GFLOP on {plan.device} with {plan.workers} workers"
+    )
+    line = f"memory: {format_bytes(plan.ram_projected_bytes)} projected, {format_bytes(plan.ram_allowed_bytes)} allowed"
+    if plan.vram_projected_bytes is not None and plan.vram_allowed_bytes is not None:
+        line += (
+            f"; per GPU {format_bytes(plan.vram_projected_bytes)} projected, "
+            f"{format_bytes(plan.vram_allowed_bytes)} allowed"
+        )
+    print(line, flush=True)
+
+
+def print_summary(report: Report, out: Path) -> None:
+    """What was done, in the lines a person reads before they go on."""
+    actions = Counter(record.action for record in report.tensors.values())
+    names = {
+        "repaired": "repaired",
+        "copied": "copied (delta is zero)",
+        "kept_ft": "kept as fine-tuned",
+        "dropped": "dropped",
+    }
+    counts = ", ".join(f"{actions[a]} {words}" for a, words in names.items() if actions[a])
+    print(f"{shown(str(out))}: {len(report.tensors)} tensors: {counts}")
+    repaired = {name: record for name, record in report.tensors.items() if record.action == "repaired"}
+    if repaired:
+        _print_spectrum(repaired)
+    _print_cost(report)
+
+
+def _print_spectrum(repaired: dict[str, TensorRecord]) -> None:
+    kept = sum(r.rank_kept or 0 for r in repaired.values())
+    total = sum(r.rank_total or 0 for r in repaired.values())
+    energy_in = sum((r.frob_delta_in or 0.0) ** 2 for r in repaired.values())
+    energy_out = sum((r.frob_delta_out or 0.0) ** 2 for r in repaired.values())
+    lost = sum(((r.rounding_loss or 0.0) * (r.frob_delta_out or 0.0)) ** 2 for r in repaired.values())
+    share = energy_out / energy_in if energy_in else 0.0
+    line = f"rank kept {kept} of {total} ({kept / total:.1%}), energy kept {share:.1%} of the delta's"
+    if energy_out:
+        line += f", of which rounding to the output's dtype loses {lost / energy_out:.2%}"
+    print(line)
+    ordered = sorted(repaired.items(), key=lambda item: (item[1].rank_kept or 0) / max(1, item[1].rank_total or 0))
+    for word, (name, record) in (("least", ordered[0]), ("most", ordered[-1])):
+        print(f"  {word:<5} {record.rank_kept} of {record.rank_total}  {shown(name)}")
+
+
+def _print_cost(report: Report) -> None:
+    timings, budget = report.timings, report.budget
+    rate = timings.bytes_read / timings.wall_s if timings.wall_s else 0.0
+    print(
+        f"{format_seconds(timings.wall_s)} on {report.device} with {report.workers} workers: read "
+        f"{format_bytes(timings.bytes_read)} ({format_bytes(rate)}/s), wrote {format_bytes(timings.bytes_written)}"
+    )
+    line = (
+        f"memory: measured peak {format_bytes(budget.ram_measured_bytes)}, projected "
+        f"{format_bytes(budget.ram_projected_bytes)}, allowed {format_bytes(budget.ram_allowed_bytes)}"
+    )
+    if budget.vram_measured_bytes is not None:
+        line += (
+            f"; GPU {format_bytes(budget.vram_measured_bytes)}, projected "
+            f"{format_bytes(budget.vram_projected_bytes or 0)}, allowed {format_bytes(budget.vram_allowed_bytes or 0)}"
+        )
+    print(line, flush=True)
+
+
+def print_verified(result: Verified, out: Path) -> None:
+    """What was checked and what was found."""
+    for damage in result.damage:
+        print(f"{shown(damage.where)}: {damage.what}")
+    for check in result.deep:
+        print(
+            f"{shown(check.name)}: rank {check.rank_kept}, float64 SVD {check.rank_exact}; "
+            f"{check.correctly_rounded:.4%} of values correctly rounded, the rest at most {check.largest_ulp:.2f} units off"
+        )
+    state = f"{len(result.damage)} faults" if result.damage else "whole"
+    rate = result.bytes / result.seconds if result.seconds else 0.0
+    print(
+        f"{shown(str(out))}: {state}; {result.tensors} tensors, {format_bytes(result.bytes)} checked in "
+        f"{format_seconds(result.seconds)} ({format_bytes(rate)}/s)",
+        flush=True,
+    )

@@ -1,0 +1,96 @@
+"""A plan as data for `plan --json` and as rows for its table; pure."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from streamrepair.engine.plan import Plan, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tasks that are alike: same treatment, shape and backend."""
+
+    treatment: str
+    """The backend, or why tensors are passed through."""
+    shape: tuple[int, ...]
+    count: int
+    out_bytes: int
+    """Of all of them together."""
+    ram_bytes: int
+    """Projected for one."""
+    vram_bytes: int
+    """Projected for one."""
+    flops: float
+    """Of all of them together."""
+
+
+def groups(plan: Plan) -> list[Group]:
+    """The plan's tasks in groups, dearest first."""
+    gathered: dict[tuple[str, tuple[int, ...]], list[Task]] = defaultdict(list)
+    for task in plan.tasks:
+        treatment = f"repair, {task.backend}" if task.shape else _kind(task.pairing.reason)
+        shape = task.out.shape if task.shape else ()
+        gathered[treatment, shape].append(task)
+    found = [
+        Group(
+            treatment=treatment,
+            shape=shape,
+            count=len(tasks),
+            out_bytes=sum(t.out.nbytes for t in tasks),
+            ram_bytes=max(t.ram_bytes for t in tasks),
+            vram_bytes=max(t.vram_bytes for t in tasks),
+            flops=sum(t.flops for t in tasks),
+        )
+        for (treatment, shape), tasks in gathered.items()
+    ]
+    return sorted(found, key=lambda group: (-group.flops, -group.out_bytes))
+
+
+def plan_view(plan: Plan) -> dict[str, object]:
+    """The plan as JSON-ready data."""
+    return {
+        "format": "streamrepair.plan/1",
+        "device": plan.device,
+        "workers": plan.workers,
+        "budget": {
+            "ram_allowed_bytes": plan.ram_allowed_bytes,
+            "ram_projected_bytes": plan.ram_projected_bytes,
+            "vram_allowed_bytes": plan.vram_allowed_bytes,
+            "vram_projected_bytes": plan.vram_projected_bytes,
+        },
+        "totals": {
+            "tensors": len(plan.tasks) + len(plan.dropped),
+            "intents": dict(Counter("repair" if t.shape else "keep" for t in plan.tasks)),
+            "dropped": len(plan.dropped),
+            "shards": len(plan.layouts),
+            "out_bytes": plan.out_bytes,
+            "read_bytes": plan.read_bytes,
+            "flops": sum(t.flops for t in plan.tasks),
+        },
+        "tensors": {t.name: _task_view(t) for t in plan.tasks}
+        | {p.name: {"intent": "drop", "reason": p.reason} for p in plan.dropped},
+    }
+
+
+def _task_view(task: Task) -> dict[str, object]:
+    view: dict[str, object] = {
+        "intent": "repair" if task.shape else "keep",
+        "reason": task.pairing.reason,
+        "shape": task.out.shape,
+        "dtype": task.out.dtype,
+        "ram_bytes": task.ram_bytes,
+    }
+    if task.shape:
+        view |= {
+            "backend": task.backend,
+            "panel_rows": task.panel_rows,
+            "vram_bytes": task.vram_bytes,
+            "flops": task.flops,
+        }
+    return view
+
+
+def _kind(reason: str) -> str:
+    return f"keep, {reason.partition(':')[0]}"
