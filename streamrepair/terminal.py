@@ -99,7 +99,7 @@ def print_plan(plan: Plan) -> None:
 def print_summary(report: Report, out: Path) -> None:
     """What was done, in the lines a person reads before they go on."""
     actions = Counter(record.action for record in report.tensors.values())
-    names = {
+    names: dict[Action, str] = {
         "repaired": "repaired",
         "copied": "copied (delta is zero)",
         "kept_ft": "kept as fine-tuned",
@@ -155,7 +155,8 @@ def print_verified(result: Verified, out: Path) -> None:
     for check in result.deep:
         print(
             f"{shown(check.name)}: rank {check.rank_kept}, float64 SVD {check.rank_exact}; "
-            f"{check.correctly_rounded:.4%} of values correctly rounded, the rest at most {check.largest_ulp:.2f} units off"
+            f"{check.correctly_rounded:.4%} of values correctly rounded, the rest at most "
+            f"{check.largest_ulp:.2f} units in the last place off"
         )
     state = f"{len(result.damage)} faults" if result.damage else "whole"
     rate = result.bytes / result.seconds if result.seconds else 0.0
