@@ -12,15 +12,17 @@ import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
-from streamrepair.decompose import lapack
+from streamrepair.decompose import certify, lapack, twisted
 from streamrepair.decompose.arithmetic import Doubles, Gram, Precision, Spectrum
-from streamrepair.decompose.certify import sturm_count
 from streamrepair.decompose.convert import STORED_TYPE, Raw, Real, RealType, difference, narrow, widened
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.decompose.scratch import Scratch
 
 _FLUSH_ROWS = 8192
 """Rows summed in float32 before the sum is added to the float64 one: longer runs lose digits, shorter ones time."""
+
+_MANY_VECTORS = 48
+"""From here on making vectors all at once is quicker than one after another."""
 
 
 class HostArithmetic:
@@ -133,12 +135,18 @@ class TridiagonalSpectrum(Spectrum):
 
     def count_above(self, shift: float) -> int:
         """By a Sturm sequence."""
-        return sturm_count(self._diagonal, self._off, shift)
+        return certify.sturm_count(self._diagonal, self._off, shift)
 
     def top(self, count: int) -> Doubles:
-        """By MRRR on T, rotated back."""
+        """By twisted factorisations of T where there are many, else, or where clusters spoil those, by MRRR."""
         if count == 0:
             return np.empty((0, len(self._values)))
-        vectors = lapack.tridiagonal_vectors(self._diagonal, self._off, count)
+        vectors: Doubles | None = None
+        if count >= _MANY_VECTORS:
+            vectors = twisted.vectors(self._diagonal, self._off, self._values[-count:])
+            if not certify.orthonormality(vectors) <= certify.ORTHONORMALITY:
+                vectors = None
+        if vectors is None:
+            vectors = lapack.tridiagonal_vectors(self._diagonal, self._off, count)
         lapack.rotate_back(self._reflectors, self._scales, vectors)
         return vectors
