@@ -36,7 +36,7 @@ class DeepCheck(msgspec.Struct, frozen=True, kw_only=True):
     correctly_rounded: float
     """Share of output values that are the float64 result rounded to nearest."""
     largest_ulp: float
-    """Largest distance from the float64 result, in units in the last place of the output."""
+    """Largest distance from the float64 result, in units in the last place of the larger of value and correction."""
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True):

@@ -73,9 +73,9 @@ class Arithmetic(Protocol):
         """U, s (descending) and Vᵀ of a square matrix by the named driver ("default" or "gesvd")."""
         ...
 
-    def merger(self, vh: NDArray[np.float32], out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
+    def merger(self, vh: Doubles, out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
         """A function from a block to its rounded W_base + (Δ·Vᵀ)·V, oriented as stored, and its squared rounding error.
 
-        Formed in float32, which holds every 16-bit float, or in float64 where the output can tell; rounded once.
+        Formed in float32 for 16-bit outputs, in float64 for wider ones; rounded once.
         """
         ...

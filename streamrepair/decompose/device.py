@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from streamrepair.decompose.arithmetic import Doubles, Gram, Precision, Spectrum
@@ -76,10 +75,10 @@ class DeviceArithmetic:
             raise NumericalError(str(error).partition("\n")[0]) from error
         return result.U.cpu().numpy(), result.S.cpu().numpy(), result.Vh.cpu().numpy()
 
-    def merger(self, vh: NDArray[np.float32], out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
+    def merger(self, vh: Doubles, out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
         """Two products per block; the block comes back as stored."""
         target = _TORCH_TYPE[out_dtype]
-        dtype = torch.float64 if target == torch.float64 else torch.float32
+        dtype = torch.float32 if out_dtype in ("BF16", "F16") else torch.float64
         basis = torch.from_numpy(vh).to(self._device, dtype)
 
         def merge(block: Panel) -> tuple[Raw, float]:

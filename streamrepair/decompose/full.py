@@ -47,7 +47,7 @@ def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic
     return Truncation(
         values=ascending,
         threshold=threshold,
-        vh=kept[::-1].astype(np.float32),
+        vh=np.ascontiguousarray(kept[::-1]),
         frob_delta_in=norm,
         backend="full",
         certificate=certify.Certificate(rounding, certify.orthonormality(kept), _RESIDUAL),

@@ -54,7 +54,7 @@ def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic
     return Truncation(
         values=np.sqrt(np.maximum(values, 0.0)),
         threshold=threshold,
-        vh=vectors.astype(np.float32),
+        vh=vectors,
         frob_delta_in=gram.trace**0.5,
         backend=f"gram-{precision}",
         certificate=certify.Certificate(bound, orthonormality, residual),

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import numpy as np
 import scipy.linalg
-from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, lapack, twisted
 from streamrepair.decompose.arithmetic import Doubles, Gram, Precision, Spectrum
@@ -56,6 +55,9 @@ class HostArithmetic:
                 rows = 0
         if partial is not total and rows:
             total += partial
+        del partial
+        self._scratch.release("partial")
+        self._scratch.release("gram")  # from here on it belongs to the result
         images = lapack.times_symmetric(total, probes)
         return Gram(images, np.ascontiguousarray(exact.T), float(np.trace(total)), lambda: TridiagonalSpectrum(total))
 
@@ -76,9 +78,9 @@ class HostArithmetic:
         svd: Callable[..., tuple[Doubles, Doubles, Doubles]] = scipy.linalg.svd
         return svd(matrix, full_matrices=False, lapack_driver=name, check_finite=False)
 
-    def merger(self, vh: NDArray[np.float32], out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
+    def merger(self, vh: Doubles, out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
         """Two ?gemm per block, the second onto W_base."""
-        real: RealType = np.float64 if out_dtype == "F64" else np.float32
+        real: RealType = np.float32 if out_dtype in ("BF16", "F16") else np.float64
         basis: Real = vh.astype(real, copy=False)
 
         def merge(block: Panel) -> tuple[Raw, float]:

@@ -31,11 +31,18 @@ _SQUARISH = 2
 
 
 def decompose(
-    source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic, backend: Backend, full_fits: bool = True
+    source: PanelSource,
+    rule: HardThreshold,
+    *,
+    arithmetic: Arithmetic,
+    backend: Backend,
+    sharp: bool = False,
+    full_fits: bool = True,
 ) -> Truncation:
     """The truncated delta of one matrix, by the first backend that can prove its answer.
 
     Args:
+        sharp: whether the output's dtype could tell float32 products from float64 ones.
         full_fits: whether the memory budget has room for the reference route.
 
     Raises:
@@ -43,7 +50,7 @@ def decompose(
         NumericalError: every backend failed; the message has each one's reason.
     """
     failures: list[str] = []
-    for name, attempt in _rungs(source, rule, arithmetic, backend, full_fits=full_fits):
+    for name, attempt in _rungs(source, rule, arithmetic, backend, sharp=sharp, full_fits=full_fits):
         try:
             return replace(attempt(), climbed=tuple(failures))
         except NonFiniteDeltaError as error:
@@ -56,12 +63,12 @@ def decompose(
 
 
 def _rungs(
-    source: PanelSource, rule: HardThreshold, arithmetic: Arithmetic, backend: Backend, *, full_fits: bool
+    source: PanelSource, rule: HardThreshold, arithmetic: Arithmetic, backend: Backend, *, sharp: bool, full_fits: bool
 ) -> list[Rung]:
     rungs: list[Rung] = []
     if backend != "full":
         for precision in arithmetic.precisions:
-            if precision == "float64" or source.rows >= _SQUARISH * source.cols:
+            if precision == "float64" or (source.rows >= _SQUARISH * source.cols and not sharp):
                 attempt = partial(gram.truncate, source, rule, arithmetic=arithmetic, precision=precision)
                 rungs.append((f"gram-{precision}", attempt))
         rungs.append(("rows", partial(_mostly_empty, source, rule)))
@@ -96,7 +103,7 @@ def _mostly_empty(source: PanelSource, rule: HardThreshold) -> Truncation:
     return Truncation(
         values=np.zeros(n),
         threshold=rule.estimate(np.zeros(n), source.rows, n),
-        vh=np.zeros((0, n), np.float32),
+        vh=np.zeros((0, n)),
         frob_delta_in=square**0.5,
         backend="rows",
         certificate=certify.Certificate(0.0, 0.0, 0.0),

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+LARGE_ARRAY_BYTES = 16_000_000
+"""Arrays above this are let go as soon as a step is done with them, smaller ones are kept for the next matrix."""
 RETAINED_BYTES = 96_000_000
 """What a worker may keep between tasks; larger tasks compute long enough to pay for fresh memory."""
 
@@ -37,6 +39,11 @@ class Scratch:
         array = self.array(name, shape, dtype)
         array.fill(0)
         return array
+
+    def release(self, name: str) -> None:
+        """Let an array go if it is large; whoever still refers to it keeps it alive."""
+        if name in self._held and len(self._held[name]) > LARGE_ARRAY_BYTES:
+            del self._held[name]
 
     def settle(self) -> None:
         """Between tasks: let everything go if it is more than a worker may keep."""

@@ -34,7 +34,7 @@ class Truncation:
     """(n,) all singular values, ascending."""
     threshold: Threshold
     """σ̂, τ and the kept rank."""
-    vh: NDArray[np.float32]
+    vh: NDArray[np.float64]
     """(rank_kept, n) right singular vectors (of the tall orientation) as rows."""
     frob_delta_in: float
     """‖Δ‖_F."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from streamrepair.decompose.blocks import block_rows
+from streamrepair.decompose.scratch import LARGE_ARRAY_BYTES
 
 PROCESS_BYTES = 120_000_000
 """The interpreter with NumPy, SciPy and their BLAS loaded, before any task."""
@@ -55,16 +56,21 @@ def panel_bytes(shape: MatrixShape, panel_rows: int) -> int:
 def gram_bytes(shape: MatrixShape) -> int:
     """Peak of the Gram route in working memory: accumulating, factoring, or merging, whichever is largest.
 
-    n² terms: G (8) with its float32 partial sum (4); then reflectors (8), kept vectors in float64 (8·share), the same
-    checked (8·share²) and in float32 (4·share). Block terms: Δ, W_base, their float64 versions, the result.
+    n² terms: G in float64 (8), its float32 partial sum (4); then reflectors (8), kept vectors (8·share) and their
+    products in the check (8·share²); then vectors (8·share), their cast (4·share). The batch of vectors being made is
+    three arrays of n × 256 doubles and two masks. Block terms stay held: Δ in float64 if the first precision fails (8),
+    W_base (4, or 8 for wide outputs), Δ·Vᵀ (as W_base, times share), the result.
     """
-    n, block = shape.cols, shape.block * shape.cols
-    share = shape.kept_share
-    accumulate = 12 * n * n + 8 * block
-    accumulate_float64 = 8 * n * n + 16 * block
-    factor = int((8 + 12 * share + 8 * share * share) * n * n) + 80 * 8 * n
-    merge = int(4 * share * n * n) + (20 + shape.out_item_bytes) * block
-    return max(accumulate, accumulate_float64, factor, merge)
+    n, block, share = shape.cols, shape.block * shape.cols, shape.kept_share
+    item = 4 if shape.out_item_bytes == 2 else 8
+    batch = 26 * n * min(256, max(1, int(share * n)))
+    accumulate = 12 * n * n
+    factor = int((8 + 8 * share + 8 * share * share) * n * n) + batch + 80 * 8 * n
+    merge = int((8 + item) * share * n * n)
+    held = int((8 + item + item * share + shape.out_item_bytes) * block)
+    if 8 * n * n <= LARGE_ARRAY_BYTES:  # small enough to stay held too
+        held += 12 * n * n
+    return max(accumulate, factor, merge) + held
 
 
 def full_bytes(shape: MatrixShape) -> int:

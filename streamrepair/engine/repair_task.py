@@ -41,9 +41,12 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     rule = HardThreshold(scale=settings.scale, sigma=settings.sigma)
     arithmetic = _arithmetic(job.around.device, job.scratch)
     fits = job.around.full_fits(job.task)
+    sharp = job.task.out.dtype not in ("BF16", "F16")
     began = time.perf_counter()
     try:
-        truncation = ladder.decompose(view, rule, arithmetic=arithmetic, backend=settings.backend, full_fits=fits)
+        truncation = ladder.decompose(
+            view, rule, arithmetic=arithmetic, backend=settings.backend, sharp=sharp, full_fits=fits
+        )
     except NonFiniteDeltaError as error:
         where = find_nonfinite(job)
         if where is None:
