@@ -1,0 +1,171 @@
+"""Fills the tables of README.md and docs/performance.md from bench/results/*.json; no number in them is typed by hand.
+
+    python bench/tables.py [--check]
+
+A table goes between the lines `<!-- bench:NAME -->` and `<!-- /bench -->`, NAME one of
+- end_to_end: whole repairs, against the plain in-memory way where that was run too;
+- copy: pairs with Δ = 0, against cp;
+- memory: allowed, projected and measured memory of every run;
+- exact: what `end_to_end.py --check` found.
+Results are what `end_to_end.py` writes; files without a "streamrepair" record are left alone. `--check` writes nothing
+and ends with 1 if a table is not what the results say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from streamrepair.units import format_bytes, format_seconds
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "bench" / "results"
+FILLED = (REPOSITORY / "README.md", REPOSITORY / "docs" / "performance.md")
+MARKED = re.compile(r"(?<=<!-- bench:)(?P<name>\w+) -->\n(?P<old>.*?)(?=<!-- /bench -->)", re.DOTALL)
+
+Record = dict[str, Any]
+Row = list[str]
+
+
+def load(folder: Path) -> list[Record]:
+    """The results in `folder`, smallest pair first."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    runs = [record for record in found if isinstance(record, dict) and "streamrepair" in record]
+    return sorted(runs, key=lambda record: (record["bytes"], record["name"]))
+
+
+def end_to_end(records: list[Record]) -> list[Row]:
+    """Time and peak memory of both ways, and their ratios."""
+    head = ["pair", "size", "in memory", "peak", "streamrepair", "peak", "time", "memory"]
+    rows = []
+    for record in records:
+        if "cp" in record:
+            continue
+        other = _cost(record.get("in_memory"))
+        ratios = [f"{record[key]:.1f}×" if key in record else "–" for key in ("time_ratio", "peak_ratio")]
+        ours = _cost(record["streamrepair"])
+        rows.append([_label(record), format_bytes(record["bytes"]), *other, *ours, *ratios])
+    return [head, *rows] if rows else []
+
+
+def copy(records: list[Record]) -> list[Row]:
+    """A repair that finds nothing to do, beside cp; seconds with what was left to sync."""
+    head = ["pair", "size of FT", "`cp -r`", "then sync", "streamrepair", "then sync", "peak"]
+    rows = []
+    for record in records:
+        if "cp" not in record:
+            continue
+        times = [format_seconds(record[who][key]) for who in ("cp", "streamrepair") for key in ("wall_s", "sync_s")]
+        rows.append([_label(record), format_bytes(record["bytes"]), *times, _cost(record["streamrepair"])[1]])
+    return [head, *rows] if rows else []
+
+
+def memory(records: list[Record]) -> list[Row]:
+    """The report's own account of its memory, beside the peak that was sampled from outside."""
+    head = ["pair", "allowed", "projected", "measured", "sampled from outside"]
+    rows = []
+    for record in records:
+        budget = record.get("own_account", {}).get("budget")
+        if budget is None:
+            continue
+        own = [format_bytes(budget[f"ram_{word}_bytes"]) for word in ("allowed", "projected", "measured")]
+        rows.append([_label(record), *own, _cost(record["streamrepair"])[1]])
+    return [head, *rows] if rows else []
+
+
+def exact(records: list[Record]) -> list[Row]:
+    """The output held against a float64 repair."""
+    head = ["pair", "matrices", "ranks equal", "values equal", "τ off by", "Δ* off by", "rounding alone", "promise"]
+    rows = []
+    for record in records:
+        found = record.get("exact")
+        if found is None:
+            continue
+        errors = [f"{found[key]:.1e}" for key in ("max_tau_difference", "max_delta_error", "max_rounding_floor")]
+        kept = "kept" if found["passed"] else "BROKEN"
+        equal = f"{found['values_equal_share']:.4%}"
+        rows.append([_label(record), str(found["matrices"]), str(found["ranks_equal"]), equal, *errors, kept])
+    return [head, *rows] if rows else []
+
+
+TABLES: dict[str, Callable[[list[Record]], list[Row]]] = {
+    "end_to_end": end_to_end,
+    "copy": copy,
+    "memory": memory,
+    "exact": exact,
+}
+
+
+def _label(record: Record) -> str:
+    name: str = record["name"]
+    return name.removeprefix("end-to-end-").removeprefix("copy-")
+
+
+def _cost(run: Record | None) -> tuple[str, str]:
+    """Wall time and sampled peak of one contender."""
+    if run is None:
+        return "–", "–"
+    return format_seconds(run["wall_s"]), format_bytes(run["peak_tree_bytes"])
+
+
+def _machines(records: Iterable[Record]) -> list[str]:
+    """One line for each machine and state of the code that the results come from."""
+    lines = []
+    for record in records:
+        m = record["machine"]
+        line = (
+            f"{m['cpu']}, {m['cores']} cores, {format_bytes(m['ram_bytes'])}; Python {m['python']}, "
+            f"NumPy {m['numpy']}, SciPy {m['scipy']}, torch {m['torch']}; commit {m['streamrepair_commit']}"
+        )
+        if line not in lines:
+            lines.append(line)
+    return lines
+
+
+def section(name: str, records: list[Record]) -> str:
+    """The text between the markers of table `name`, its last newline included."""
+    rows = TABLES[name](records)
+    if not rows:
+        return "No result yet: `make bench` measures.\n"
+    head, *body = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    shown = {row[0] for row in body}
+    return f"{table}\n\n" + "".join(f"{line}.\n" for line in _machines(r for r in records if _label(r) in shown))
+
+
+def filled(text: str, records: list[Record]) -> str:
+    """`text` with every marked section made anew.
+
+    Raises:
+        KeyError: a marker names no table.
+    """
+    return MARKED.sub(lambda found: f"{found['name']} -->\n{section(found['name'], records)}", text)
+
+
+def main() -> int:
+    """Writes, or with --check compares, every file that has markers."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a table is out of date")
+    arguments = parser.parse_args()
+    records = load(RESULTS)
+    stale = 0
+    for path in FILLED:
+        text = path.read_text(encoding="utf-8")
+        new = filled(text, records)
+        if new == text:
+            continue
+        stale += 1
+        print(f"{path.relative_to(REPOSITORY)}: {'out of date' if arguments.check else 'filled'}")
+        if not arguments.check:
+            path.write_text(new, encoding="utf-8")
+    return 1 if arguments.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
