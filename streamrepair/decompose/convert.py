@@ -42,26 +42,31 @@ def widen(raw: Raw, dtype: str, out: Real) -> None:
 
 
 def widened(raw: Raw, dtype: str, out: Real) -> None:
-    """out ← the numbers stored in `raw`, piece by piece."""
-    for piece in _pieces(out):
-        widen(raw[piece], dtype, out[piece])
+    """out ← the numbers stored in `raw`, piece by piece; what is not finite passes without a warning."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        for piece in _pieces(out):
+            widen(raw[piece], dtype, out[piece])
 
 
 def difference(ft: Raw, ft_dtype: str, base: Raw, base_dtype: str, out: Real) -> None:
-    """out ← ft − base, subtracted in the precision of `out`.
+    """out ← ft − base, subtracted in the precision of `out`, or in float64 if either is stored so.
 
     float32 holds every bfloat16, float16 and float32 value, so only the subtraction rounds; between values within a
-    factor of two it does not (Sterbenz).
+    factor of two it does not (Sterbenz). A float64 weight rounded to float32 first would bury a small delta.
+    What is not finite passes without a warning: that is for the reader of the delta to meet.
     """
-    subtrahend: Real | None = None
-    for piece in _pieces(out):
-        target = out[piece]
-        widen(ft[piece], ft_dtype, target)
-        if subtrahend is None:
-            subtrahend = np.empty_like(target)
-        part = subtrahend[: len(target)]
-        widen(base[piece], base_dtype, part)
-        np.subtract(target, part, out=target)
+    work = np.float64 if "F64" in (ft_dtype, base_dtype) else out.dtype
+    minuend: Real | None = None
+    with np.errstate(over="ignore", invalid="ignore"):
+        for piece in _pieces(out):
+            target = out[piece]
+            if minuend is None:
+                minuend, subtrahend = np.empty(target.shape, work), np.empty(target.shape, work)
+            left = target if target.dtype == work else minuend[: len(target)]
+            right = subtrahend[: len(target)]
+            widen(ft[piece], ft_dtype, left)
+            widen(base[piece], base_dtype, right)
+            np.subtract(left, right, out=target, casting="same_kind")
 
 
 def narrow(values: Real, dtype: str, out: Raw) -> float:

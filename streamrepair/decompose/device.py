@@ -86,20 +86,27 @@ class DeviceArithmetic:
             merged = merged.T if block.wide else merged
             exact = merged.addmm(self._delta(block, dtype) @ basis.T, basis)
             rounded = exact.to(target)
-            lost = float(torch.linalg.vector_norm(exact - rounded)) ** 2 if target != dtype else 0.0
+            lost = float(torch.linalg.vector_norm(exact - rounded)) ** 2 if target != dtype else _infinite(exact)
             stored = (rounded.T if block.wide else rounded).contiguous()
             return stored.view(torch.uint16 if out_dtype == "BF16" else target).cpu().numpy(), lost
 
         return merge
 
     def _delta(self, block: Panel, dtype: torch.dtype) -> Tensor:
-        """Δ of a block, (rows, n) on the device, subtracted in `dtype`."""
-        delta = self._loaded(block.ft, block.ft_dtype, dtype) - self._loaded(block.base, block.base_dtype, dtype)
+        """Δ of a block, (rows, n) on the device, subtracted in `dtype`, or in float64 if either is stored so."""
+        work = torch.float64 if "F64" in (block.ft_dtype, block.base_dtype) else dtype
+        delta = (self._loaded(block.ft, block.ft_dtype, work) - self._loaded(block.base, block.base_dtype, work)).to(
+            dtype
+        )
         return delta.T if block.wide else delta
 
     def _loaded(self, raw: Raw, dtype: str, work: torch.dtype) -> Tensor:
         contiguous = torch.from_numpy(np.ascontiguousarray(raw))
         return contiguous.to(self._device).view(_TORCH_TYPE[dtype]).to(work)
+
+
+def _infinite(values: Tensor) -> float:
+    return 0.0 if bool(torch.isfinite(values).all()) else np.inf
 
 
 class EighSpectrum(Spectrum):

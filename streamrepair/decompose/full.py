@@ -13,13 +13,15 @@ import numpy as np
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Arithmetic, Doubles
 from streamrepair.decompose.operator import PanelSource
-from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, decide
+from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 
 _EPSILON = float(np.finfo(np.float64).eps)
 _ZERO_MEDIAN = 8.0
 """A median below this many rounding errors of the largest value is a zero: the usual rank tolerance, widened."""
+_BACKWARD_ERROR = 4.0
+"""What a backward stable SVD may be off by in any value, in units of √n·ε·s_max."""
 _RESIDUAL = 1e-11
 
 
@@ -31,18 +33,18 @@ def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic
         NumericalError: no driver gave a factorisation that passes the checks.
     """
     r = arithmetic.triangular_factor(source)
-    norm = _scaled_norm(r)
+    norm = scaled_norm(r)
     if not np.isfinite(norm):
         raise NonFiniteDeltaError(f"the norm of the delta is {norm}")
     s, vh = _checked_svd(r, arithmetic)
     ascending = np.ascontiguousarray(s[::-1])
-    rounding = _EPSILON * source.rows * float(s[0])
     threshold = rule.estimate(ascending, source.rows, source.cols)
-    noise_free = threshold.s_median <= _ZERO_MEDIAN * rounding
+    noise_free = threshold.s_median <= _ZERO_MEDIAN * _EPSILON * source.rows * float(s[0])
+    error = _BACKWARD_ERROR * _EPSILON * source.cols**0.5 * float(s[0])
     close = 0
-    if not noise_free:
-        bound = 2.0 * _EPSILON * float(s[0]) * max(threshold.tau, threshold.s_median)
-        _, close = decide(np.square(ascending), bound, rule, source.rows, source.cols)
+    if not noise_free:  # in s, not s²: nothing is left to climb to, so a median hard to resolve is no refusal here
+        margin = error * (1.0 + threshold.tau / threshold.s_median)
+        close = int(np.count_nonzero(np.abs(ascending - threshold.tau) <= margin))
     kept = vh[: threshold.rank_kept]
     return Truncation(
         values=ascending,
@@ -50,7 +52,7 @@ def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic
         vh=np.ascontiguousarray(kept[::-1]),
         frob_delta_in=norm,
         backend="full",
-        certificate=certify.Certificate(rounding, certify.orthonormality(kept), _RESIDUAL),
+        certificate=certify.Certificate(2.0 * error * float(s[0]), certify.orthonormality(kept), _RESIDUAL),
         noise_free=noise_free,
         undecidable=close,
     )
@@ -71,14 +73,14 @@ def _checked_svd(r: Doubles, arithmetic: Arithmetic) -> tuple[Doubles, Doubles]:
 
 
 def _check(r: Doubles, u: Doubles, s: Doubles, vh: Doubles) -> None:
-    scale = _scaled_norm(r) or 1.0
-    residual = _scaled_norm(r @ vh.T - u * s) / scale
+    scale = scaled_norm(r) or 1.0
+    residual = scaled_norm(r @ vh.T - u * s) / scale
     worst = max(residual, certify.orthonormality(vh), certify.orthonormality(u.T))
     if not worst <= _RESIDUAL * max(1.0, len(r) / 256):
         raise NumericalError(f"the SVD misses its matrix or its vectors are not orthonormal ({worst:.1e})")
 
 
-def _scaled_norm(matrix: Doubles) -> float:
+def scaled_norm(matrix: Doubles) -> float:
     """‖·‖_F without overflow or underflow of the squares."""
     largest = float(np.abs(matrix).max(initial=0.0))
     if largest == 0.0 or not np.isfinite(largest):

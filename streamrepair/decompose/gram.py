@@ -14,12 +14,14 @@ import numpy as np
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Arithmetic, Precision
 from streamrepair.decompose.operator import PanelSource
-from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError, decide
+from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError, decide, mixing
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 
 _LEAST_FLOAT32_VALUE = 1e-28
 """Squares below this could have met float32's underflow."""
+_MOST_MIXING = 3e-5
+"""‖Δ*′ − Δ*‖/‖Δ*‖ to expect of float32 at most; 1e-4 is the promise, and what is expected may be met by three times."""
 
 
 def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic, precision: Precision) -> Truncation:
@@ -44,9 +46,12 @@ def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic
     difference = spectrum.product(probes) - gram.images
     certify.check_factor(difference, largest)
     bound = certify.spectral_bound(gram.images - gram.exact_images) + certify.spectral_bound(difference)
+    bound += certify.solver_bound(largest, source.cols)
     threshold, close = decide(values, bound, rule, source.rows, source.cols)
     if precision == "float32" and (close or threshold.s_median**2 < _LEAST_FLOAT32_VALUE):
         raise UnresolvedError(f"{close} values within {bound:.1e} of the squared threshold")
+    if precision == "float32" and (turned := mixing(values, threshold.rank_kept, bound)) > _MOST_MIXING:
+        raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
     certify.check_count(spectrum.count_above(threshold.tau**2), threshold.rank_kept, close)
     vectors = spectrum.top(threshold.rank_kept)
     kept = values[len(values) - threshold.rank_kept :]

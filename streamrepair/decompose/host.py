@@ -95,7 +95,7 @@ class HostArithmetic:
                 else:
                     lapack.add_product(coefficients, basis, merged)
             if STORED_TYPE[out_dtype] is real:
-                return merged, 0.0
+                return merged, 0.0 if np.isfinite(merged).all() else np.inf
             out: Raw = self._scratch.array("out", merged.shape, STORED_TYPE[out_dtype])
             return out, narrow(merged, out_dtype, out)
 

@@ -7,6 +7,7 @@ repaired.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -89,22 +90,24 @@ def _mostly_empty(source: PanelSource, rule: HardThreshold) -> Truncation:
         NonFiniteDeltaError: the delta is not finite.
         NumericalError: too many rows are not zero to tell.
     """
-    n, occupied, square = source.cols, 0, 0.0
+    n, occupied, norm = source.cols, 0, 0.0
     for block in blocks(source):
         delta = np.empty(block.ft.shape)
         difference(block.ft, block.ft_dtype, block.base, block.base_dtype, delta)
-        norms = np.square(delta, out=delta).sum(axis=0 if block.wide else 1)
-        if not np.isfinite(norms).all():
+        # No squares before they are scaled: they could overflow or vanish where the delta does neither.
+        axis = 0 if block.wide else 1
+        largest = np.maximum(delta.max(axis=axis), -delta.min(axis=axis))
+        if not np.isfinite(largest).all():
             raise NonFiniteDeltaError("a row of the delta is not finite")
-        occupied += int(np.count_nonzero(norms))
-        square += float(norms.sum())
+        occupied += int(np.count_nonzero(largest))
+        norm = math.hypot(norm, full.scaled_norm(delta))
         if occupied > (n - 1) // 2:
             raise NumericalError("too many rows are not zero to prove that the median is")
     return Truncation(
         values=np.zeros(n),
         threshold=rule.estimate(np.zeros(n), source.rows, n),
         vh=np.zeros((0, n)),
-        frob_delta_in=square**0.5,
+        frob_delta_in=norm,
         backend="rows",
         certificate=certify.Certificate(0.0, 0.0, 0.0),
         noise_free=True,

@@ -22,6 +22,7 @@ class Scratch:
 
     def __init__(self) -> None:
         self._held: dict[str, NDArray[np.uint8]] = {}
+        self._purpose: object = None
 
     def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """An uninitialised C-contiguous array; it overwrites whatever bore this name before."""
@@ -39,6 +40,12 @@ class Scratch:
         array = self.array(name, shape, dtype)
         array.fill(0)
         return array
+
+    def begin(self, purpose: object) -> None:
+        """A new matrix: what is held stays only if the last one was alike, so that no more is held than it needs."""
+        if purpose != self._purpose:
+            self._held.clear()
+            self._purpose = purpose
 
     def release(self, name: str) -> None:
         """Let an array go if it is large; whoever still refers to it keeps it alive."""

@@ -14,8 +14,11 @@ from streamrepair.decompose.certify import Certificate
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
 
-MEDIAN_RESOLUTION = 1e-4
-"""Largest bound/λ_median at which the median, and so τ, counts as resolved; the bound is met with a wide margin."""
+TAU_RESOLUTION = 1e-4
+"""Widest interval for τ, in units of τ, that counts as resolved; the bound behind it is met with a wide margin."""
+
+_NEIGHBOURS = 128
+"""Values on either side of τ whose vectors are looked at for mixing; the effect falls with the square of the gap."""
 
 
 class UnresolvedError(NumericalError):
@@ -53,7 +56,8 @@ class Truncation:
     def frob_delta_out(self) -> float:
         """‖Δ*‖_F."""
         kept = self.values[len(self.values) - self.threshold.rank_kept :]
-        return float(np.sqrt(np.sum(np.square(kept))))
+        largest = float(kept[-1]) if len(kept) else 0.0
+        return largest * float(np.linalg.norm(kept / largest)) if largest > 0.0 else 0.0
 
 
 def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: int, n: int) -> tuple[Threshold, int]:
@@ -63,13 +67,35 @@ def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: in
         The threshold, and how many eigenvalues lie closer to τ² than the bound on both.
 
     Raises:
-        UnresolvedError: the median is not resolved.
+        UnresolvedError: τ is not resolved.
     """
-    s = np.sqrt(np.maximum(values, 0.0))
-    threshold = rule.estimate(s, m, n)
-    median = threshold.s_median**2
-    if not bound <= MEDIAN_RESOLUTION * median:
-        raise UnresolvedError(f"bound {bound:.1e} against a median eigenvalue of {median:.1e}")
+    # Every estimator of σ rises with each value, so that shifting all of them encloses τ.
+    low, threshold, high = (rule.estimate(_roots(values + shift), m, n) for shift in (-bound, 0.0, bound))
+    if not high.tau - low.tau <= TAU_RESOLUTION * threshold.tau:
+        raise UnresolvedError(f"bound {bound:.1e} against a median eigenvalue of {threshold.s_median**2:.1e}")
     cut = threshold.tau**2
-    margin = bound * (1.0 + cut / median)
+    margin = bound + max(high.tau**2 - cut, cut - low.tau**2)
     return threshold, int(np.count_nonzero(np.abs(values - cut) <= margin))
+
+
+def mixing(values: NDArray[np.float64], rank: int, bound: float) -> float:
+    """‖Δ*′ − Δ*‖/‖Δ*‖ to expect from an error of spectral norm `bound` in G that turns kept vectors into dropped ones.
+
+    To first order an error E moves Δ·P by Σ E_ij·√(λᵢ + λⱼ)/(λᵢ − λⱼ) over kept i and dropped j (Davis & Kahan 1970);
+    ‖E‖₂ spread evenly makes |E_ij| about ‖E‖₂/(2√n).
+
+    Args:
+        values: (n,) eigenvalues, ascending. rank: how many of the largest are kept.
+    """
+    n = len(values)
+    kept, dropped = values[n - rank :], values[: n - rank]
+    if len(kept) == 0 or len(dropped) == 0:
+        return 0.0
+    i, j = kept[:_NEIGHBOURS, None], dropped[None, -_NEIGHBOURS:]
+    with np.errstate(divide="ignore"):
+        sensitivity = np.sum((i + np.abs(j)) / np.square(i - j))
+    return float(bound / (2.0 * np.sqrt(n)) * np.sqrt(sensitivity / kept.sum()))
+
+
+def _roots(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.sqrt(np.maximum(values, 0.0))

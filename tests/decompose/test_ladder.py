@@ -1,0 +1,333 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from streamrepair.decompose import full, ladder, lapack
+from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.device import DeviceArithmetic
+from streamrepair.decompose.host import HostArithmetic
+from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
+from streamrepair.errors import NumericalError
+from streamrepair.spectral.threshold import HardThreshold
+from tests.decompose.sources import ArraySource, from_delta, low_rank_plus_noise
+
+RULE = HardThreshold()
+Function = Callable[..., Any]
+
+
+@pytest.fixture
+def source() -> ArraySource:
+    """Tall enough for float32 to be tried, and easy enough for it to succeed."""
+    delta = np.random.default_rng(0).standard_normal((300, 90))
+    delta[:, :5] *= 3.0
+    return from_delta(delta, "F32")
+
+
+def _decompose(source: ArraySource, arithmetic: Arithmetic | None = None, **knobs: Any) -> Truncation:
+    return ladder.decompose(source, RULE, arithmetic=arithmetic or HostArithmetic(), backend="auto", **knobs)
+
+
+def _is_right(truncation: Truncation, source: ArraySource) -> bool:
+    delta = source.delta()
+    u, s, vh = np.linalg.svd(delta, full_matrices=False)
+    k = RULE.estimate(s, *delta.shape).rank_kept
+    star = (u[:, :k] * s[:k]) @ vh[:k]
+    mine = delta @ truncation.vh.T @ truncation.vh
+    return truncation.threshold.rank_kept == k and bool(np.linalg.norm(mine - star) <= 1e-4 * np.linalg.norm(star))
+
+
+def _failing(original: Function, times: int, fault: Function) -> Function:
+    """`original`, but its first `times` calls go through `fault`."""
+    calls = 0
+
+    def faulty(*arguments: Any, **knobs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return fault(original, *arguments, **knobs) if calls <= times else original(*arguments, **knobs)
+
+    return faulty
+
+
+def _raises(original: Function, *arguments: Any, **knobs: Any) -> Any:
+    raise NumericalError("injected")
+
+
+def _not_finite(original: Function, *arguments: Any, **knobs: Any) -> Any:
+    result = original(*arguments, **knobs)
+    parts = result if isinstance(result, tuple) else (result,)
+    parts[-1].flat[:3] = np.nan
+    return result
+
+
+def _rotated(original: Function, *arguments: Any, **knobs: Any) -> Any:
+    """Orthonormal vectors of something else."""
+    vectors = original(*arguments, **knobs)
+    vectors[...] = np.roll(vectors, 1, axis=1)
+    return vectors
+
+
+def _repeated(original: Function, *arguments: Any, **knobs: Any) -> Any:
+    vectors = original(*arguments, **knobs)
+    vectors[1:] = vectors[0]
+    return vectors
+
+
+def _shifted(original: Function, *arguments: Any, **knobs: Any) -> Any:
+    values = original(*arguments, **knobs)
+    values *= 1.0 + 1e-6
+    return values
+
+
+def _one_past_the_threshold(original: Function, *arguments: Any, **knobs: Any) -> Any:
+    """A value of the bulk taken for a kept one: nothing but an independent count can tell before vectors are made."""
+    values = original(*arguments, **knobs)
+    values[-6] = 0.99 * values[-5]
+    return values
+
+
+def _scaled_diagonal(original: Function, *arguments: Any, **knobs: Any) -> Any:
+    diagonal, off, scales = original(*arguments, **knobs)
+    return diagonal * (1.0 + 1e-7), off, scales
+
+
+def _no_rotation(original: Function, *arguments: Any, transpose: bool = False) -> None:
+    """The vectors stay in T's basis."""
+    if transpose:
+        original(*arguments, transpose=True)
+
+
+FAULTS: list[tuple[str, Function]] = [
+    ("tridiagonalise", _raises),
+    ("tridiagonalise", _not_finite),
+    ("tridiagonalise", _scaled_diagonal),
+    ("tridiagonal_values", _raises),
+    ("tridiagonal_values", _not_finite),
+    ("tridiagonal_values", _shifted),
+    ("tridiagonal_values", _one_past_the_threshold),
+    ("tridiagonal_vectors", _raises),
+    ("tridiagonal_vectors", _not_finite),
+    ("tridiagonal_vectors", _rotated),
+    ("tridiagonal_vectors", _repeated),
+]
+
+
+def test_a_sound_matrix_needs_no_climbing(source: ArraySource) -> None:
+    truncation = _decompose(source)
+    assert (truncation.backend, truncation.climbed) == ("gram-float32", ())
+    assert truncation.threshold.rank_kept == 5
+    assert _is_right(truncation, source)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("routine", "fault"), FAULTS)
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_fault_in_lapack_is_caught_and_the_next_rung_answers(
+    monkeypatch: pytest.MonkeyPatch, source: ArraySource, routine: str, fault: Function, times: int
+) -> None:
+    monkeypatch.setattr(lapack, routine, _failing(getattr(lapack, routine), times, fault))
+    truncation = _decompose(source)
+    assert truncation.backend == ("gram-float64" if times == 1 else "full")
+    assert truncation.climbed[0].startswith("gram-float32: ")
+    assert len(truncation.climbed) == (1 if times == 1 else 3)
+    assert _is_right(truncation, source)
+
+
+def test_vectors_left_in_the_wrong_basis_are_caught(monkeypatch: pytest.MonkeyPatch, source: ArraySource) -> None:
+    monkeypatch.setattr(lapack, "rotate_back", _failing(lapack.rotate_back, 99, _no_rotation))
+    truncation = _decompose(source)
+    assert truncation.backend == "full"
+    assert _is_right(truncation, source)
+
+
+def test_a_wrong_gram_matrix_is_caught(monkeypatch: pytest.MonkeyPatch, source: ArraySource) -> None:
+    """The probes' images formed without it tell."""
+
+    def spoiled(original: Function, panel: lapack.Real, gram: lapack.Real, *, beta: float) -> None:
+        original(panel, gram, beta=beta)
+        gram[0, 1] *= 1.5
+
+    monkeypatch.setattr(lapack, "add_gram", _failing(lapack.add_gram, 99, spoiled))
+    truncation = _decompose(source)
+    assert truncation.backend == "full"
+    assert _is_right(truncation, source)
+
+
+def _svd_fault(kind: str, original: Function, matrix: Any, **knobs: Any) -> Any:
+    if kind == "raises":
+        raise np.linalg.LinAlgError("SVD did not converge")
+    u, s, vh = original(matrix, **knobs)
+    if kind == "zeros":
+        return u * 0, s * 0, vh * 0
+    if kind == "nan":
+        return u * np.nan, s, vh
+    if kind == "values":
+        return u, s * (1 + 1e-8), vh
+    return u[:, ::-1], s, vh
+
+
+@pytest.mark.parametrize("kind", ["raises", "zeros", "nan", "values", "vectors"])
+def test_a_wrong_gesdd_is_caught_and_gesvd_answers(
+    monkeypatch: pytest.MonkeyPatch, source: ArraySource, kind: str
+) -> None:
+    original = scipy.linalg.svd
+    drivers = []
+
+    def faulty(matrix: Any, **knobs: Any) -> Any:
+        drivers.append(knobs["lapack_driver"])
+        if drivers[-1] == "gesdd":
+            return _svd_fault(kind, original, matrix, **knobs)
+        return original(matrix, **knobs)
+
+    monkeypatch.setattr(scipy.linalg, "svd", faulty)
+    truncation = full.truncate(source, RULE, arithmetic=HostArithmetic())
+    assert drivers == ["gesdd", "gesvd"]
+    assert _is_right(truncation, source)
+
+
+@pytest.mark.parametrize("kind", ["raises", "zeros", "nan", "values", "vectors"])
+def test_when_everything_fails_the_error_names_every_reason(
+    monkeypatch: pytest.MonkeyPatch, source: ArraySource, kind: str
+) -> None:
+    original = scipy.linalg.svd
+    monkeypatch.setattr(lapack, "tridiagonalise", _raises)
+    monkeypatch.setattr(
+        scipy.linalg, "svd", lambda matrix, **knobs: _svd_fault(kind, original, matrix, **knobs), raising=True
+    )
+    with pytest.raises(NumericalError) as caught:
+        _decompose(source)
+    message = str(caught.value)
+    for part in ("gram-float32: ", "gram-float64: ", "rows: ", "full: ", "default: ", "gesvd: "):
+        assert part in message
+    assert "\n" not in message
+
+
+def test_the_reference_route_is_not_run_where_it_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, source: ArraySource
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Truncation:
+        raise AssertionError("full was run")
+
+    monkeypatch.setattr(full, "truncate", refuse)
+    monkeypatch.setattr(lapack, "tridiagonalise", _raises)
+    with pytest.raises(NumericalError, match="raise --ram"):
+        _decompose(source, full_fits=False)
+    with pytest.raises(NumericalError, match="raise --ram"):
+        ladder.decompose(source, RULE, arithmetic=HostArithmetic(), backend="full", full_fits=False)
+
+
+def test_backend_full_goes_straight_there(source: ArraySource) -> None:
+    truncation = ladder.decompose(source, RULE, arithmetic=HostArithmetic(), backend="full")
+    assert (truncation.backend, truncation.climbed) == ("full", ())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+@pytest.mark.parametrize("side", ["ft", "base", "both"])
+@pytest.mark.parametrize("arithmetic", [HostArithmetic(), DeviceArithmetic("cpu")], ids=["host", "device"])
+def test_inputs_that_are_not_finite_are_named_as_such(
+    arithmetic: Arithmetic, side: str, dtype: str, bad: float
+) -> None:
+    delta = np.random.default_rng(0).standard_normal((60, 20))
+    sound = from_delta(delta, dtype)
+    delta[59, 19] = bad
+    spoiled = from_delta(delta, dtype)
+    assert not np.isfinite(spoiled.delta()).all()
+    base, ft = {
+        "ft": (sound.base, spoiled.ft),
+        "base": (spoiled.ft, sound.ft),
+        "both": (spoiled.ft, spoiled.ft),
+    }[side]
+    for backend in ladder.Backend.__args__:  # type: ignore[attr-defined]
+        with pytest.raises(NonFiniteDeltaError):
+            ladder.decompose(ArraySource(base, ft, dtype), RULE, arithmetic=arithmetic, backend=backend)
+
+
+def _eigh_fault(kind: str, original: Function, matrix: torch.Tensor) -> Any:
+    if kind == "raises":
+        raise torch.linalg.LinAlgError("failed to converge")  # type: ignore[attr-defined]
+    if kind == "memory":
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
+    values, vectors = original(matrix)
+    if kind == "nan":
+        vectors[0, 0] = float("nan")
+    elif kind == "nan values":
+        values[3] = float("nan")
+    elif kind == "swapped":
+        vectors = vectors.flip(1)
+    elif kind == "not orthonormal":
+        vectors[:, -1] = vectors[:, -2]
+    elif kind == "values":
+        values = values * (1.0 + 1e-6)
+    else:
+        values, vectors = torch.zeros_like(values), torch.zeros_like(vectors)
+    return values, vectors
+
+
+EIGH_FAULTS = ["raises", "memory", "nan", "nan values", "swapped", "not orthonormal", "values", "zeros"]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("kind", EIGH_FAULTS)
+def test_a_fault_in_eigh_is_caught_and_the_next_rung_answers(
+    monkeypatch: pytest.MonkeyPatch, source: ArraySource, kind: str
+) -> None:
+    original = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: _eigh_fault(kind, original, matrix))
+    truncation = _decompose(source, DeviceArithmetic("cpu"))
+    assert truncation.backend == "full"
+    assert truncation.climbed[0].startswith("gram-float64: ")
+    assert _is_right(truncation, source)
+
+
+def test_a_device_that_fails_at_everything_leaves_the_work_to_the_host(
+    monkeypatch: pytest.MonkeyPatch, source: ArraySource
+) -> None:
+    def no_memory(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    for name in ("eigh", "svd", "qr"):
+        monkeypatch.setattr(torch.linalg, name, no_memory)
+    truncation = _decompose(source, DeviceArithmetic("cpu"))
+    assert [reason.partition(":")[0] for reason in truncation.climbed] == ["gram-float64", "rows", "full"]
+    assert not any("\n" in reason for reason in truncation.climbed)
+    assert _is_right(truncation, source)
+
+
+def test_mostly_empty_deltas_are_settled_by_counting_rows() -> None:
+    delta = np.zeros((400, 60))
+    delta[[3, 250, 399]] = np.random.default_rng(1).standard_normal((3, 60))
+    for source in (from_delta(delta, "F32"), from_delta(delta.T, "F32")):
+        truncation = _decompose(source, full_fits=False)
+        assert (truncation.backend, truncation.noise_free) == ("rows", True)
+        assert truncation.frob_delta_in == pytest.approx(float(np.linalg.norm(source.delta())), rel=1e-12)
+
+
+def test_half_the_rows_filled_are_too_many_to_settle_it_so() -> None:
+    """With n = 60 the lower median is the 30th value: 30 rows may leave it zero, 31 may not."""
+    delta = np.zeros((400, 60))
+    delta[:30] = np.random.default_rng(1).standard_normal((30, 60))
+    assert _decompose(from_delta(delta, "F64")).noise_free
+    delta[30] = 1.0
+    truncation = _decompose(from_delta(delta, "F64"))
+    assert truncation.backend != "rows"
+    assert not truncation.noise_free
+
+
+@pytest.mark.parametrize("size", [1e200, 1e-200])
+def test_squares_past_the_range_of_float64_are_no_fault_of_the_input(size: float) -> None:
+    delta = low_rank_plus_noise(120, 40, 4)
+    truncation = _decompose(from_delta(size * delta))
+    assert truncation.backend == "full"
+    assert truncation.threshold.rank_kept == 4
+    assert truncation.frob_delta_in == pytest.approx(size * float(np.linalg.norm(delta)), rel=1e-12)
+    assert 0.9 * truncation.frob_delta_in < truncation.frob_delta_out < truncation.frob_delta_in
+    mostly_empty = np.where(np.arange(120)[:, None] < 5, size * delta, 0.0)
+    sparse = _decompose(from_delta(mostly_empty))
+    assert sparse.noise_free
+    assert sparse.frob_delta_in == pytest.approx(size * float(np.linalg.norm(delta[:5])), rel=1e-12)

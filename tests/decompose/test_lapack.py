@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from streamrepair.decompose import lapack
+from streamrepair.errors import NumericalError
+
+REALS = [np.float32, np.float64]
+TOLERANCE = {np.float32: 2e-5, np.float64: 1e-13}
+SIZES = [1, 2, 3, 64, 201]
+
+RealType = type[np.float32] | type[np.float64]
+Doubles = NDArray[np.float64]
+
+
+def _random(shape: tuple[int, int], real: RealType, order: str, seed: int = 0) -> lapack.Real:
+    values = np.random.default_rng(seed).standard_normal(shape)
+    if real is np.float32:
+        return np.array(values, np.float32, order="F" if order == "F" else "C")
+    return np.array(values, np.float64, order="F" if order == "F" else "C")
+
+
+def _symmetric(n: int, seed: int = 0) -> Doubles:
+    a = np.random.default_rng(seed).standard_normal((n + 5, n))
+    return a.T @ a
+
+
+@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize(("rows", "n"), [(1, 1), (1, 4), (7, 1), (40, 13), (13, 40)])
+def test_gram_matrices_accumulate_in_the_upper_triangle(real: RealType, order: str, rows: int, n: int) -> None:
+    first, second = _random((rows, n), real, order, 1), _random((rows, n), real, order, 2)
+    gram = _random((n, n), real, "C")
+    gram.fill(7)
+    lapack.add_gram(first, gram, beta=0.0)
+    lapack.add_gram(second, gram, beta=1.0)
+    expected = first.T.astype(np.float64) @ first + second.T.astype(np.float64) @ second
+    upper = np.triu_indices(n)
+    np.testing.assert_allclose(gram[upper], expected[upper], rtol=0, atol=TOLERANCE[real] * rows)
+    assert np.all(gram[np.tril_indices(n, -1)] == 7)
+
+
+@pytest.mark.parametrize("real", REALS)
+@pytest.mark.parametrize("left_order", ["C", "F"])
+@pytest.mark.parametrize("right_order", ["C", "F"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 1, 4), (1, 3, 1), (31, 17, 23)])
+def test_products_are_added_whatever_the_layout(
+    real: RealType, left_order: str, right_order: str, shape: tuple[int, int, int]
+) -> None:
+    rows, k, cols = shape
+    left, right = _random((rows, k), real, left_order, 1), _random((k, cols), real, right_order, 2)
+    out = _random((rows, cols), real, "C", 3)
+    expected = out + left.astype(np.float64) @ right
+    lapack.add_product(left, right, out)
+    np.testing.assert_allclose(out, expected, rtol=0, atol=TOLERANCE[real] * (k + 1))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_eigenvalues_are_those_of_eigh(n: int) -> None:
+    matrix = _symmetric(n)
+    diagonal, off, _ = lapack.tridiagonalise(matrix.copy())
+    assert (diagonal.shape, off.shape) == ((n,), (n - 1,))
+    values = lapack.tridiagonal_values(diagonal, off)
+    expected = np.linalg.eigvalsh(matrix)
+    np.testing.assert_allclose(values, expected, rtol=0, atol=1e-13 * expected[-1])
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_only_the_upper_triangle_is_read(n: int) -> None:
+    matrix = _symmetric(n)
+    spoiled = np.triu(matrix) + np.tril(np.full((n, n), np.nan), -1)
+    diagonal, off, scales = lapack.tridiagonalise(spoiled)
+    expected = lapack.tridiagonalise(matrix)
+    for mine, other in zip((diagonal, off, scales[: n - 1]), expected, strict=True):
+        np.testing.assert_array_equal(mine, other[: len(mine)])
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_top_vectors_belong_to_the_top_values(n: int, share: float) -> None:
+    matrix, count = _symmetric(n), max(1, int(share * n))
+    reflectors = matrix.copy()
+    diagonal, off, scales = lapack.tridiagonalise(reflectors)
+    vectors = lapack.tridiagonal_vectors(diagonal, off, count)
+    lapack.rotate_back(reflectors, scales, vectors)
+    values = np.linalg.eigvalsh(matrix)[n - count :]
+    assert vectors.shape == (count, n)
+    np.testing.assert_allclose(vectors @ vectors.T, np.eye(count), atol=1e-12)
+    np.testing.assert_allclose(vectors @ matrix, values[:, None] * vectors, atol=1e-12 * values[-1])
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_rotating_forth_and_back_is_the_identity(n: int) -> None:
+    reflectors = _symmetric(n)
+    matrix = reflectors.copy()
+    diagonal, off, scales = lapack.tridiagonalise(reflectors)
+    vectors = np.random.default_rng(1).standard_normal((3, n))
+    turned = vectors.copy()
+    lapack.rotate_back(reflectors, scales, turned, transpose=True)
+    tridiagonal = np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1)
+    image = np.ascontiguousarray(turned @ tridiagonal)
+    lapack.rotate_back(reflectors, scales, image)
+    np.testing.assert_allclose(image, vectors @ matrix, atol=1e-12 * np.abs(matrix).max() * n)
+    lapack.rotate_back(reflectors, scales, turned)
+    np.testing.assert_allclose(turned, vectors, atol=1e-13 * n)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_symmetric_products_read_the_upper_triangle_only(n: int) -> None:
+    matrix = _symmetric(n)
+    vectors = np.random.default_rng(1).standard_normal((4, n))
+    spoiled = np.triu(matrix) + np.tril(np.full((n, n), np.nan), -1)
+    np.testing.assert_allclose(lapack.times_symmetric(spoiled, vectors), vectors @ matrix, rtol=0, atol=1e-12 * n * n)
+
+
+def test_a_diagonal_and_a_zero_matrix() -> None:
+    """No reflector has anything to do; T may split at every place."""
+    for matrix in (np.diag([3.0, 1.0, 2.0]), np.zeros((3, 3))):
+        diagonal, off, _ = lapack.tridiagonalise(matrix.copy())
+        np.testing.assert_array_equal(lapack.tridiagonal_values(diagonal, off), np.sort(np.diag(matrix)))
+        vectors = lapack.tridiagonal_vectors(diagonal, off, 3)
+        np.testing.assert_allclose(vectors @ vectors.T, np.eye(3), atol=1e-15)
+
+
+def test_more_vectors_than_there_are_is_lapacks_error() -> None:
+    with pytest.raises(NumericalError, match="stemr"):
+        lapack.tridiagonal_vectors(np.ones(3), np.ones(2), 4)
+
+
+def test_inputs_of_the_tridiagonal_routines_are_left_alone() -> None:
+    diagonal, off = np.array([4.0, 2.0, 3.0]), np.array([1.0, 0.5])
+    lapack.tridiagonal_values(diagonal, off)
+    lapack.tridiagonal_vectors(diagonal, off, 2)
+    np.testing.assert_array_equal(diagonal, [4.0, 2.0, 3.0])
+    np.testing.assert_array_equal(off, [1.0, 0.5])
