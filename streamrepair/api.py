@@ -136,7 +136,10 @@ def verify(out: Source, *, deep: bool = False, sample: int = 5) -> Verified:
 
     Raises:
         DamageError: `out` holds no finished result. Damage to a finished one is returned, not raised.
+        UsageError: `sample` is no positive number.
     """
+    if sample < 1:
+        raise UsageError(f"--sample is {sample}, expected at least 1")
     return verify_folder(Path(_text(out)), deep=deep, sample=sample)
 
 

@@ -20,7 +20,7 @@ from cyclopts import App, Group, Parameter
 from cyclopts.exceptions import CycloptsError
 
 from streamrepair.engine.stop import StopRequest
-from streamrepair.errors import DamageError, InterruptedRunError, StreamRepairError, UsageError, shown
+from streamrepair.errors import DamageError, InterruptedRunError, NumericalError, StreamRepairError, UsageError, shown
 from streamrepair.report import Settings
 from streamrepair.version import __version__
 
@@ -94,11 +94,11 @@ def repair(
     json: Json = False,
 ) -> int:
     """Repair FT against BASE and write OUT; an interrupted run is continued by the same command."""
-    from streamrepair import api
-    from streamrepair.terminal import Bar, print_json, print_summary
-
     stop = StopRequest()
     with _signals(stop):
+        from streamrepair import api
+        from streamrepair.terminal import Bar, print_json, print_summary
+
         result = api.repair(
             base,
             ft,
@@ -119,10 +119,11 @@ def repair(
             watcher=Bar(quiet=quiet),
             stop=stop,
         )
-    if json:
-        print_json(result)
-    elif not quiet:
-        print_summary(result, Path(out))
+    with _reader_may_leave():
+        if json:
+            print_json(result)
+        elif not quiet:
+            print_summary(result, Path(out))
     return 0
 
 
@@ -153,10 +154,11 @@ def plan(
         sigma=sigma, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype, backend=backend
     )
     planned = api.plan(base, ft, ram=ram, vram=vram, device=device, workers=workers, settings=settings)
-    if json:
-        print_json(plan_view(planned))
-    else:
-        print_plan(planned)
+    with _reader_may_leave():
+        if json:
+            print_json(plan_view(planned))
+        else:
+            print_plan(planned)
     return 0
 
 
@@ -177,14 +179,80 @@ def verify(
     from streamrepair.terminal import print_json, print_verified
 
     result = api.verify(out, deep=deep, sample=sample)
-    if json:
-        print_json(result)
-    elif not quiet:
-        print_verified(result, Path(out))
+    with _reader_may_leave():
+        if json:
+            print_json(result)
+        elif not quiet:
+            print_verified(result, Path(out))
     if result.damage:
         first = result.damage[0]
         more = f" and {len(result.damage) - 1} more" if len(result.damage) > 1 else ""
         raise DamageError(f"{shown(out)}: {shown(first.where)}: {first.what}{more}: run the repair again")
+    return 0
+
+
+@app.command
+def bench(
+    base: Annotated[
+        str | None,
+        Parameter(help="Take the shapes of this checkpoint's matrices; with FT, of those a repair computes."),
+    ] = None,
+    ft: Annotated[str | None, Parameter(help="Fine-tuned checkpoint.")] = None,
+    /,
+    *,
+    shape: Annotated[
+        list[str] | None,
+        Parameter(group=_NUMBERS, negative=(), help="ROWSxCOLUMNS, repeatable. Default: 1024x1024 and 4096x1024."),
+    ] = None,
+    spectrum: Annotated[
+        list[str] | None,
+        Parameter(
+            group=_NUMBERS,
+            negative=(),
+            help="gapped: low rank and noise; heavy: runs through τ, as in real fine-tunes. Default: both.",
+        ),
+    ] = None,
+    dtype: Annotated[str, Parameter(group=_NUMBERS, help="Of inputs and output: bf16, f16 or f32.")] = "bf16",
+    check: Annotated[
+        bool,
+        Parameter(group=_NUMBERS, negative="--no-check", help="Hold results against a float64 SVD; slow where large."),
+    ] = True,
+    backend: Annotated[
+        list[str] | None,
+        Parameter(group=_MEANS, negative=(), help="Backends, repeatable or with commas. Default: all."),
+    ] = None,
+    device: Device = "auto",
+    threads: Annotated[
+        int | None, Parameter(group=_MEANS, help="Most threads of the reference. Default: one per processor.")
+    ] = None,
+    repeats: Annotated[int, Parameter(group=_MEANS, help="Timed runs of each; the median counts.")] = 3,
+    plot: Annotated[Path | None, Parameter(group=_OUTPUT, help="Bar chart: FILE.svg or FILE.html.")] = None,
+    json: Json = False,
+) -> int:
+    """Time the backends on this device, on synthetic deltas, against torch.linalg.svd in memory and float64."""
+    from streamrepair.benchmark import plot as chart
+    from streamrepair.benchmark.cases import make_cases
+    from streamrepair.benchmark.conditions import make_conditions
+    from streamrepair.benchmark.measure import measure
+    from streamrepair.benchmark.table import render
+    from streamrepair.terminal import Bar, print_json
+
+    if plot is not None:
+        chart.check_target(plot)
+    cases = make_cases(shapes=shape or (), spectra=spectrum or (), base=base, ft=ft)
+    conditions = make_conditions(
+        backends=backend or (), dtype=dtype, device=device, threads=threads, repeats=repeats, check=check
+    )
+    result = measure(cases, conditions, tell=Bar(quiet=False).note)
+    with _reader_may_leave():
+        if json:
+            print_json(result)
+        else:
+            print(render(result), end="", flush=True)
+    if plot is not None:
+        chart.save(result, plot)
+    if result.faults:
+        raise NumericalError(f"{'; '.join(result.faults)}: report it with the output of --json")
     return 0
 
 
@@ -193,19 +261,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
+    _fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal cannot show must not end the run.
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        return _run(tokens or ["--help"])
-    except BrokenPipeError:
-        # Whoever read our output has left; the work itself is done.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with _reader_may_leave():
+            return _run(tokens or ["--help"])
         return 0
     except InterruptedRunError as error:
         _say(f"{error}; finished work is kept: the same command continues it")
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         # Workers may be deep in LAPACK; what they do is not needed and what is on disk is consistent.
         os._exit(error.exit_status)
     except StreamRepairError as error:
@@ -214,6 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(str(error))
         return error.exit_status
     except KeyboardInterrupt:
+        _say("interrupted by SIGINT")
         return InterruptedRunError.exit_status
     except Exception as error:
         if debug:
@@ -222,12 +291,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _fill_standard_descriptors() -> None:
+    """Open what the caller closed of 0, 1 and 2: else a weights file gets the number, and messages go into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+@contextlib.contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """Nobody reading our output any more is no failure: the work itself is done."""
+    try:
+        yield
+    except BrokenPipeError:
+        # What is still buffered would fail once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _run(tokens: list[str]) -> int:
     _hint_near_miss(tokens)
     try:
         result = app(tokens, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         raise UsageError(f"{' '.join(str(error).split())} (streamrepair --help lists the options)") from error
+    except SystemExit:
+        return 0  # rich, which prints the help, ends the process so when its reader leaves
     return result if isinstance(result, int) else 0
 
 
@@ -238,7 +332,7 @@ def _hint_near_miss(tokens: list[str]) -> None:
         UsageError: the first word is nearly a command and names nothing on disk.
     """
     word = tokens[0]
-    commands = ["repair", "plan", "verify"]
+    commands = ["repair", "plan", "verify", "bench"]
     close = difflib.get_close_matches(word, commands, n=1, cutoff=0.6)
     if word not in commands and close and not os.path.lexists(word):
         raise UsageError(f"no command and no checkpoint is called {shown(word)}: did you mean {close[0]}?")
@@ -255,6 +349,9 @@ def _signals(stop: StopRequest) -> Iterator[None]:
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if stop.requested:
+            os.write(
+                2, b"error: interrupted again: ended at once; finished work is kept: the same command continues it\n"
+            )
             os._exit(InterruptedRunError.exit_status)
         stop.request(f"interrupted by {signal.Signals(number).name}")
 

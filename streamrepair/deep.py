@@ -61,10 +61,11 @@ def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: Input
             widened(stored.ft, stored.ft_dtype, value)
             correction = vh.T @ (vh @ delta) if block.wide else (delta @ vh.T) @ vh
             exact += correction
+            error = np.abs(value - exact)
+            right += int(np.count_nonzero(error <= (0.5 + 1e-6) * _unit(exact, stored.ft_dtype)))
             # Where W_base and Δ* cancel, the sum is as exact as they are: measured in units of the larger.
-            off = _units_off(value, exact, np.maximum(np.abs(exact), np.abs(correction)), stored.ft_dtype)
-            right += int(np.count_nonzero(off <= 0.5 + 1e-6))
-            worst = max(worst, float(off.max(initial=0.0)))
+            unit = _unit(np.maximum(np.abs(exact), np.abs(correction)), stored.ft_dtype)
+            worst = max(worst, float((error / unit).max(initial=0.0)))
     return DeepCheck(
         name=name,
         rank_kept=report.tensors[name].rank_kept or 0,
@@ -74,14 +75,11 @@ def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: Input
     )
 
 
-def _units_off(
-    value: NDArray[np.float64], exact: NDArray[np.float64], size: NDArray[np.float64], dtype: str
-) -> NDArray[np.float64]:
-    """|value − exact| in units in the last place of `dtype` at `size`; at most 1/2 where correctly rounded."""
-    exponent = np.maximum(np.frexp(size)[1] - 1, _LEAST_EXPONENT[dtype])
-    unit = np.ldexp(1.0, exponent - _SIGNIFICAND_BITS[dtype] + 1)
-    off: NDArray[np.float64] = np.abs(value - exact) / unit
-    return off
+def _unit(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
+    """The unit in the last place of `dtype` at each value."""
+    exponent = np.maximum(np.frexp(values)[1] - 1, _LEAST_EXPONENT[dtype])
+    unit: NDArray[np.float64] = np.ldexp(1.0, exponent - _SIGNIFICAND_BITS[dtype] + 1)
+    return unit
 
 
 def _stored(checkpoint: Checkpoint, name: str, side: str) -> StoredMatrix:

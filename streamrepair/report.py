@@ -134,6 +134,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     budget: Budget
     timings: Timings
     sidecars: tuple[str, ...]
+    """Files copied from FT beside the weights."""
+    headers: dict[str, str]
+    """Shard → digest of its header."""
     warnings: tuple[str, ...]
     tensors: dict[str, TensorRecord]
 

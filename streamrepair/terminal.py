@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import NoReturn
@@ -21,11 +23,13 @@ _SILENT_S = 30.0  # between lines of progress where there is no terminal to over
 
 
 class Bar:
-    """A watcher with a progress bar in bytes of the result, on stderr."""
+    """A watcher with a progress bar in bytes of the result, on stderr; in a file or a pipe, a line now and then."""
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
         self._bar: tqdm[NoReturn] | None = None
+        self._total_bytes = self._done_bytes = 0
+        self._said = time.monotonic()
 
     def begin(self, plan: Plan, done_bytes: int) -> None:
         """Show the bar."""
@@ -33,17 +37,23 @@ class Bar:
             return
         if done_bytes:
             self.note(f"continuing: {format_bytes(done_bytes)} of {format_bytes(plan.out_bytes)} were finished before")
-        total = sum(task.out.nbytes for task in plan.tasks)
-        interval = 0.2 if sys.stderr.isatty() else _SILENT_S
-        self._bar = tqdm(
-            total=total, initial=done_bytes, unit="B", unit_scale=True, desc="repair", file=sys.stderr,
-            mininterval=interval, maxinterval=max(10.0, interval), dynamic_ncols=True, leave=False,
-        )  # fmt: skip
+        self._total_bytes, self._done_bytes = sum(task.out.nbytes for task in plan.tasks), done_bytes
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc="repair",
+                file=sys.stderr, mininterval=0.2, dynamic_ncols=True, leave=False,
+            )  # fmt: skip
 
     def advance(self, done_bytes: int) -> None:
         """Move the bar; from any thread."""
         if self._bar is not None:
-            self._bar.update(done_bytes)
+            with contextlib.suppress(OSError):  # a terminal that hung up is no reason to stop
+                self._bar.update(done_bytes)
+            return
+        self._done_bytes += done_bytes  # threads may lose an addition to each other: it is for the eye
+        if time.monotonic() - self._said > _SILENT_S:
+            self._said = time.monotonic()
+            self.note(f"{format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)} done")
 
     def warn(self, message: str) -> None:
         """One line above the bar."""
@@ -52,7 +62,8 @@ class Bar:
     def note(self, message: str) -> None:
         """One line above the bar."""
         if not self._quiet:
-            tqdm.write(" ".join(message.split()), file=sys.stderr)
+            with contextlib.suppress(OSError):  # likewise a reader that left
+                tqdm.write(" ".join(message.split()), file=sys.stderr)
 
     def end(self) -> None:
         """Take the bar away."""

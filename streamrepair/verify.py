@@ -91,12 +91,12 @@ def read_report(out: Path) -> Report:
     """
     path = out / REPORT_NAME
     try:
-        report = msgspec.json.decode(path.read_bytes(), type=Report)
-    except FileNotFoundError:
-        raise DamageError(
-            f"{shown(str(path))}: missing: OUT is not a result, or its run has not finished: run the repair again"
-        ) from None
-    except (OSError, msgspec.MsgspecError) as error:
+        if not path.exists():
+            raise DamageError(
+                f"{shown(str(path))}: missing: OUT is not a result, or its run has not finished: run the repair again"
+            )
+        report = msgspec.json.decode(osfile.read_whole(path), type=Report)
+    except (InputError, msgspec.MsgspecError) as error:
         raise DamageError(f"{shown(str(path))}: unreadable ({error}): run the repair again with --overwrite") from error
     if report.format != REPORT_FORMAT:
         raise DamageError(f"{shown(str(path))}: format {shown(report.format)}, expected {REPORT_FORMAT}")
@@ -106,11 +106,17 @@ def read_report(out: Path) -> Report:
 def _structure(out: Path, report: Report, checkpoint: Checkpoint) -> Iterator[Damage]:
     expected = {name: record for name, record in report.tensors.items() if record.action != "dropped"}
     written = {entry.name: entry for shard in checkpoint.shards for entry in shard.tensors}
-    for name in expected.keys() - written.keys():
+    headers = {shard.path.name: shard.digest for shard in checkpoint.shards}
+    for name in sorted(report.headers.keys() - headers.keys()):
+        yield Damage(name, "a shard of the result, now missing")
+    for name in sorted(headers):
+        if headers[name] != report.headers.get(name):
+            yield Damage(name, "its header is not the one that was written")
+    for name in sorted(expected.keys() - written.keys()):
         yield Damage(name, "in the report, but in no shard")
-    for name in written.keys() - expected.keys():
+    for name in sorted(written.keys() - expected.keys()):
         yield Damage(name, "in a shard, but not in the report")
-    for name in expected.keys() & written.keys():
+    for name in sorted(expected.keys() & written.keys()):
         record, entry = expected[name], written[name]
         if (record.shape, record.dtype) != (entry.shape, entry.dtype):
             yield Damage(name, f"{entry.dtype} {list(entry.shape)}, the report has {record.dtype} {list(record.shape)}")
@@ -129,7 +135,7 @@ def _digests(report: Report, checkpoint: Checkpoint) -> list[Damage]:
         (shard, entry.name, entry.start, entry.nbytes)
         for shard in checkpoint.shards
         for entry in shard.tensors
-        if entry.name in report.tensors
+        if entry.name in report.tensors and report.tensors[entry.name].digest is not None
     ]
 
     def check(job: tuple[ShardHeader, str, int, int]) -> Damage | None:

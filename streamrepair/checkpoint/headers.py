@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import stat
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from operator import attrgetter
 from pathlib import Path
 
+from streamrepair.checkpoint.osfile import opened_input, read_exactly
 from streamrepair.errors import InputError, shown
 
 ITEM_BITS: Mapping[str, int] = {
@@ -108,7 +106,7 @@ def read_header(path: Path) -> ShardHeader:
         InputError: the file cannot be opened, is no regular file, or breaks the format in any way; FIFOs and devices
             are refused without waiting for them.
     """
-    with open_input(path) as (fd, status):
+    with opened_input(path) as (fd, status):
         header = _header_bytes(fd, status.st_size)
         data_start = 8 + len(header)
         metadata, entries = _parse(header, data_start)
@@ -117,44 +115,6 @@ def read_header(path: Path) -> ShardHeader:
         _check_tiling(entries, data_start, status.st_size)
         when, where = status.st_mtime_ns, (status.st_ino, status.st_dev)
         return ShardHeader(path, status.st_size, when, *where, header, data_start, metadata, tuple(entries))
-
-
-def shown_path(path: Path) -> str:
-    """A path safe to print whole: every part of it escaped by itself, so that the file's name is never cut off."""
-    return str(Path(*map(shown, path.parts)))
-
-
-@contextmanager
-def open_input(path: Path) -> Iterator[tuple[int, os.stat_result]]:
-    """A descriptor and status of the regular file at `path`; all that fails in opening or inside names the path."""
-    try:
-        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-        try:
-            status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode):
-                what = "folder" if stat.S_ISDIR(status.st_mode) else "FIFO, device or socket"
-                raise InputError(f"is a {what}, expected a regular file; put the file itself there")
-            yield fd, status
-        finally:
-            os.close(fd)
-    except InputError as error:
-        raise InputError(f"{shown_path(path)}: {error}") from error
-    except OSError as error:
-        raise InputError(f"{shown_path(path)}: cannot be read ({error.strerror}); check the path and mode") from error
-
-
-def pread_exactly(fd: int, nbytes: int, offset: int) -> bytes:
-    """`nbytes` bytes from `offset`, over as many short reads as it takes; InputError where the file ends earlier."""
-    parts: list[bytes] = []
-    while nbytes > 0:
-        part = os.pread(fd, nbytes, offset)
-        if not part:
-            raise malformed(f"ends at byte {offset}, {nbytes} bytes early: it shrank while it was read")
-        parts.append(part)
-        nbytes -= len(part)
-        offset += len(part)
-    return b"".join(parts)
 
 
 def refuse_not_downloaded(start_of_file: bytes) -> None:
@@ -210,7 +170,7 @@ _STRINGS = json.JSONDecoder()
 
 def _header_bytes(fd: int, file_bytes: int) -> bytes:
     """The JSON's bytes; its length is held against the cap and the file before anything is allocated."""
-    start = pread_exactly(fd, min(64, file_bytes), 0)
+    start = read_exactly(fd, min(64, file_bytes), 0)
     refuse_not_downloaded(start)
     if file_bytes < 8:
         raise malformed(f"is {file_bytes} bytes long, a safetensors file has at least 8")
@@ -221,7 +181,7 @@ def _header_bytes(fd: int, file_bytes: int) -> bytes:
         raise malformed(f"has a header of {length} bytes, but only {file_bytes - 8} bytes follow its length")
     if start[8:9] != b"{" or length == 0:
         raise malformed(f"has a header of {length} bytes that does not begin with '{{'")
-    return pread_exactly(fd, length, 8)
+    return read_exactly(fd, length, 8)
 
 
 def _parse(header: bytes, data_start: int) -> tuple[dict[str, str], list[TensorEntry]]:

@@ -6,7 +6,6 @@ last line is dropped (its tensor is done again); a broken line before the last i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,11 +31,11 @@ class Journal:
             OutputError: the file cannot be opened or cut.
         """
         self._fd = osfile.open_output(self._path)
-        content = bytearray(os.fstat(self._fd).st_size)
+        content = bytearray(osfile.status(self._fd).st_size)
         osfile.pread_into(self._fd, memoryview(content), 0, self._path)
         records, self._end = _records(bytes(content), self._path)
         if self._end != len(content):
-            os.ftruncate(self._fd, self._end)
+            osfile.truncate(self._fd, self._end, self._path)
         return records
 
     def append(self, records: Iterable[bytes]) -> None:

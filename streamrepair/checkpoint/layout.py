@@ -20,14 +20,12 @@ from streamrepair.checkpoint.headers import (
     ShardHeader,
     TensorEntry,
     malformed,
-    open_input,
-    pread_exactly,
     read_header,
     read_string,
     refuse_not_downloaded,
-    shown_path,
     walk_object,
 )
+from streamrepair.checkpoint.osfile import opened_input, read_exactly, shown_path
 from streamrepair.errors import InputError, shown
 
 _SHARD, _INDEX = ".safetensors", ".safetensors.index.json"
@@ -229,12 +227,12 @@ def _is_missing(path: Path) -> bool:
 
 def _read_index(path: Path) -> tuple[dict[str, object], dict[str, str]]:
     """Metadata, and the weight map: tensor → plain shard name, in the file's order."""
-    with open_input(path) as (fd, status):
-        refuse_not_downloaded(pread_exactly(fd, min(64, status.st_size), 0))
+    with opened_input(path) as (fd, status):
+        refuse_not_downloaded(read_exactly(fd, min(64, status.st_size), 0))
         if status.st_size > LONGEST_JSON_BYTES:
             raise malformed(f"is {status.st_size} bytes long, an index has at most {LONGEST_JSON_BYTES}")
         try:
-            text = pread_exactly(fd, status.st_size, 0).decode("utf-8").strip(" \t\r\n")
+            text = read_exactly(fd, status.st_size, 0).decode("utf-8").strip(" \t\r\n")
         except UnicodeDecodeError as error:
             raise malformed(f"is not UTF-8 at byte {error.start}") from error
         return _parse_index(text)

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,16 +26,83 @@ from streamrepair.errors import DiskSpaceError, InputError, OutputError, shown
 _COPY_BYTES = 1 << 24
 
 
+def shown_path(path: Path) -> str:
+    """A path safe to print whole: every part of it escaped by itself, so that the file's name is never cut off."""
+    return str(Path(*map(shown, path.parts)))
+
+
 def open_input(path: Path) -> int:
-    """A descriptor for reading; never blocks on a FIFO.
+    """A descriptor of a regular file for reading; FIFOs and devices are refused without waiting for them.
 
     Raises:
-        InputError: it cannot be opened.
+        InputError: it cannot be opened, or is no regular file.
     """
+    with _input(path):
+        # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        try:
+            mode = os.fstat(fd).st_mode
+            if not stat.S_ISREG(mode):
+                what = "folder" if stat.S_ISDIR(mode) else "FIFO, device or socket"
+                raise InputError(f"is a {what}, expected a regular file; put the file itself there")
+        except BaseException:
+            close(fd)
+            raise
+        return fd
+
+
+@contextlib.contextmanager
+def opened_input(path: Path) -> Iterator[tuple[int, os.stat_result]]:
+    """A descriptor and status of the regular file at `path`; all that fails in opening or inside names the path.
+
+    Raises:
+        InputError: it cannot be opened, or what is done inside fails.
+    """
+    fd = open_input(path)
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise InputError(f"{shown(str(path))}: cannot be opened for reading ({error.strerror})") from error
+        with _input(path):
+            yield fd, os.fstat(fd)
+    finally:
+        close(fd)
+
+
+def read_whole(path: Path, most_bytes: int | None = None) -> bytes:
+    """All of a file that fits memory.
+
+    Raises:
+        InputError: it cannot be read, or is longer than `most_bytes`.
+    """
+    with opened_input(path) as (fd, status):
+        if most_bytes is not None and status.st_size > most_bytes:
+            raise InputError(f"is {status.st_size} bytes long, expected at most {most_bytes}; move it elsewhere")
+        return read_exactly(fd, status.st_size, 0)
+
+
+def read_exactly(fd: int, nbytes: int, offset: int) -> bytes:
+    """`nbytes` bytes from `offset`, over as many short reads as it takes; InputError where the file ends earlier.
+
+    The error does not name the file: it is for use under `opened_input`, as are the system's own errors.
+    """
+    parts: list[bytes] = []
+    while nbytes > 0:
+        try:
+            part = os.pread(fd, nbytes, offset)
+        except InterruptedError:
+            continue
+        if not part:
+            raise InputError(
+                f"ends at byte {offset}, {nbytes} bytes early: it shrank while it was read; "
+                "download or export the file again"
+            )
+        parts.append(part)
+        nbytes -= len(part)
+        offset += len(part)
+    return b"".join(parts)
+
+
+def status(fd: int) -> os.stat_result:
+    """Size, times and identity of what is open."""
+    return os.fstat(fd)
 
 
 def open_output(path: Path) -> int:
@@ -61,13 +131,15 @@ def pread_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
     while done < len(buffer):
         try:
             count = os.preadv(fd, [buffer[done:]], offset + done)
+        except InterruptedError:
+            continue
         except OSError as error:
             raise InputError(
-                f"{shown(str(path))}: read of {len(buffer)} bytes at {offset} failed ({error.strerror})"
+                f"{shown_path(path)}: read of {len(buffer)} bytes at {offset} failed ({error.strerror})"
             ) from error
         if count == 0:
             raise InputError(
-                f"{shown(str(path))}: ends at byte {offset + done} where its header promises more; "
+                f"{shown_path(path)}: ends at byte {offset + done} where its header promises more; "
                 "it was truncated while being read: restore it and run again"
             )
         done += count
@@ -82,7 +154,13 @@ def pwrite_all(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
     done = 0
     with _output(path, "written"):
         while done < len(buffer):
-            done += os.pwrite(fd, buffer[done:], offset + done)
+            try:
+                count = os.pwrite(fd, buffer[done:], offset + done)
+            except InterruptedError:
+                continue
+            if count == 0:
+                raise OSError(errno.EIO, "the device takes nothing")
+            done += count
 
 
 def allocate(fd: int, size_bytes: int, path: Path) -> None:
@@ -98,10 +176,10 @@ def allocate(fd: int, size_bytes: int, path: Path) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise DiskSpaceError(
-                f"{shown(str(path))}: {size_bytes} bytes cannot be reserved ({error.strerror}); "
+                f"{shown_path(path)}: {size_bytes} bytes cannot be reserved ({error.strerror}); "
                 "free space or choose another OUT"
             ) from error
-        raise OutputError(f"{shown(str(path))}: cannot be allocated ({error.strerror})") from error
+        raise OutputError(f"{shown_path(path)}: cannot be allocated ({error.strerror})") from error
 
 
 def _fallocate(fd: int, size_bytes: int) -> None:
@@ -115,6 +193,30 @@ def _fallocate(fd: int, size_bytes: int) -> None:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
                 raise
         return
+
+
+def truncate(fd: int, size_bytes: int, path: Path) -> None:
+    """Cut a file to `size_bytes`.
+
+    Raises:
+        OutputError: it failed.
+    """
+    with _output(path, "cut"):
+        os.ftruncate(fd, size_bytes)
+
+
+def lock(fd: int, path: Path) -> bool:
+    """Take the exclusive lock on a file; False if another process has it. It ends with the descriptor or the process.
+
+    Raises:
+        OutputError: the file system has no locks.
+    """
+    with _output(path, "locked"):
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def sync(fd: int, path: Path) -> None:
@@ -172,12 +274,27 @@ def make_folder(path: Path) -> bool:
     """
     with _output(path, "created"):
         try:
-            path.mkdir(parents=True)
+            os.makedirs(path)  # noqa: PTH103
         except FileExistsError:
             if not path.is_dir():
                 raise
             return False
     return True
+
+
+def remove_folder(path: Path, *, with_content: bool) -> None:
+    """Remove a folder if it is there and, unless its content goes too, empty; what cannot be removed stays."""
+    if with_content:
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)  # noqa: PTH106
+
+
+def free_bytes(folder: Path) -> int:
+    """What an unprivileged process may still write to the file system of `folder`."""
+    found = os.statvfs(folder)
+    return found.f_bavail * found.f_frsize
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -205,6 +322,16 @@ def chunks(size_bytes: int, step: int = _COPY_BYTES) -> Iterator[tuple[int, int]
 
 
 @contextlib.contextmanager
+def _input(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{shown_path(path)}: {error}") from error
+    except OSError as error:
+        raise InputError(f"{shown_path(path)}: cannot be read ({error.strerror}); check the path and mode") from error
+
+
+@contextlib.contextmanager
 def _output(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
@@ -212,6 +339,6 @@ def _output(path: Path, verb: str) -> Iterator[None]:
         if isinstance(error, OutputError):
             raise
         raise OutputError(
-            f"{shown(str(path))}: could not be {verb} ({error.strerror or error}); finished work is kept: "
+            f"{shown_path(path)}: could not be {verb} ({error.strerror or error}); finished work is kept: "
             "mend the disk and run the same command again"
         ) from error

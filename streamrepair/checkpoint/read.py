@@ -39,8 +39,12 @@ class InputFiles:
         with self._lock:
             if shard.path not in self._fds:
                 fd = osfile.open_input(shard.path)
+                try:
+                    _check(osfile.status(fd), shard)
+                except InputError:
+                    osfile.close(fd)
+                    raise
                 self._fds[shard.path] = (fd, shard)
-                _check(os.fstat(fd), shard)
             return self._fds[shard.path][0]
 
     def check_unchanged(self, shards: Iterable[ShardHeader]) -> None:
@@ -58,7 +62,7 @@ class InputFiles:
                     "restore it and run again"
                 ) from error
             if shard.path in self._fds:
-                _check(os.fstat(self._fds[shard.path][0]), shard)
+                _check(osfile.status(self._fds[shard.path][0]), shard)
 
     def close(self) -> None:
         """Close all descriptors."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.layout import Checkpoint
-from streamrepair.errors import InputError, shown
+from streamrepair.errors import OutputError
 
 _SUFFIXES = (
     ".json",
@@ -81,28 +81,15 @@ def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, 
         OutputError: one cannot be written.
     """
     for name in names:
-        data = _read(checkpoint.folder / name)
+        data = osfile.read_whole(checkpoint.folder / name, _LARGEST_BYTES)
         if name == "config.json" and dtype is not None:
             data = _with_dtype(data, dtype)
         target = out / name
         if target.parent != out:
             osfile.make_folder(target.parent)
+            if not target.parent.resolve().is_relative_to(out.resolve()):
+                raise OutputError(f"{osfile.shown_path(target.parent)}: leads out of OUT by a link: remove the link")
         osfile.write_atomic(target, data)
-
-
-def _read(path: Path) -> bytes:
-    fd = osfile.open_input(path)
-    try:
-        size = os.fstat(fd).st_size
-        if size > _LARGEST_BYTES:
-            raise InputError(
-                f"{shown(str(path))}: {size} bytes is too long for a sidecar file: move it out of the folder"
-            )
-        data = bytearray(size)
-        osfile.pread_into(fd, memoryview(data), 0, path)
-    finally:
-        osfile.close(fd)
-    return bytes(data)
 
 
 def _with_dtype(data: bytes, dtype: str) -> bytes:
@@ -112,7 +99,9 @@ def _with_dtype(data: bytes, dtype: str) -> bytes:
         return data
     if not isinstance(config, dict):
         return data
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = dtype
+    # Multimodal models state it again for each of their parts.
+    for part in (config, *(v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if isinstance(part.get(key), str):
+                part[key] = dtype
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()

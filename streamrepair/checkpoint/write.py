@@ -7,6 +7,7 @@ Where the dtype is kept, FT's header is reused byte for byte, so that offsets, o
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ class ShardLayout:
     """Tensors by name, with their dtype and offsets in the output file."""
     file_bytes: int
     """Final length."""
+
+    @property
+    def header_digest(self) -> str:
+        """SHA-256 of the length and the header, in hex; of a header read back, `ShardHeader.digest`."""
+        return hashlib.sha256(self.prefix).hexdigest()
 
 
 def layout_like(shard: ShardHeader, out_dtype: str) -> ShardLayout:
@@ -72,17 +78,32 @@ class ShardFile:
         self.sealed = False
         self._fd = -1
 
-    def open(self) -> None:
+    def open(self) -> bool:
         """Open what is there (the sealed file, or the partial one), or reserve a new partial file.
+
+        Returns:
+            False if the sealed file's length or header was wrong: its name was taken back, to write it again.
 
         Raises:
             DiskSpaceError, OutputError: it cannot be reserved or opened.
         """
         self.sealed = self.final.exists() and not self.partial.exists()
         self._fd = osfile.open_output(self.path)
+        sound = not self.sealed or self._begins_right()
+        if not sound:
+            self.unseal()
         if not self.sealed:
             osfile.allocate(self._fd, self.layout.file_bytes, self.partial)
             osfile.pwrite_all(self._fd, memoryview(self.layout.prefix), 0, self.partial)
+        return sound
+
+    def _begins_right(self) -> bool:
+        """Whether the file has the right length and header."""
+        if osfile.status(self._fd).st_size != self.layout.file_bytes:
+            return False
+        header = bytearray(len(self.layout.prefix))
+        osfile.pread_into(self._fd, memoryview(header), 0, self.path)
+        return header == self.layout.prefix
 
     @property
     def path(self) -> Path:
@@ -122,12 +143,17 @@ class ShardFile:
             DamageError: the file does not hold what was written.
             OutputError: sync or rename failed.
         """
+        if not self._begins_right():
+            raise DamageError(
+                f"{shown(str(self.partial))}: its header does not read back as written: memory or disk is faulty; "
+                "run the same command again"
+            )
         for name in self.layout.entries:
             found = self.digest(name)
             if found != digests[name]:
                 raise DamageError(
                     f"{shown(str(self.partial))}: tensor {shown(name)} reads back with digest {found}, expected "
-                    f"{digests[name]}: memory or disk is faulty; run again with --overwrite on another disk"
+                    f"{digests[name]}: memory or disk is faulty; run the same command again, or on another disk"
                 )
         self.sync()
         osfile.rename(self.partial, self.final)

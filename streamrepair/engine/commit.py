@@ -22,13 +22,13 @@ class Committer:
     """The only writer of the journal and of final names.
 
     Args:
-        workspace: OUT. records: what is committed already. before_seal: raises if a shard must not be sealed now.
+        workspace: OUT. records: what is committed already. before_commit: raises if nothing may count now.
     """
 
     def __init__(
-        self, workspace: Workspace, records: Mapping[str, TensorRecord], *, before_seal: Callable[[], None]
+        self, workspace: Workspace, records: Mapping[str, TensorRecord], *, before_commit: Callable[[], None]
     ) -> None:
-        self._workspace, self._before_seal = workspace, before_seal
+        self._workspace, self._before_commit = workspace, before_commit
         self.records = dict(records)
         self._pending: dict[str, tuple[int, TensorRecord]] = {}
         self._pending_bytes = 0
@@ -51,11 +51,14 @@ class Committer:
         """Sync the shards of all pending tensors, journal them, and seal the shards that are whole.
 
         Raises:
+            InputError: the inputs changed; what was pending does not count.
             OutputError: the device refused; what was pending does not count.
             DamageError: a shard does not read back as written.
         """
         pending, self._pending = self._pending, {}
         self._pending_bytes = 0
+        if pending:
+            self._before_commit()
         for shard in sorted({shard for shard, _ in pending.values()}):
             self._workspace.shards[shard].sync()
         if pending:
@@ -72,5 +75,5 @@ class Committer:
     def _seal_whole(self) -> None:
         for shard, missing in zip(self._workspace.shards, self._missing, strict=True):
             if not missing and not shard.sealed:
-                self._before_seal()
+                self._before_commit()
                 shard.seal({name: self.records[name].digest or "" for name in shard.layout.entries})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 
 from streamrepair.decompose.scratch import Scratch
@@ -18,6 +19,7 @@ from streamrepair.engine.task import Outcome
 from streamrepair.errors import InterruptedRunError
 
 _POLL_S = 0.2
+_PARTING_S = 2.0  # for workers that are left in the middle of a task
 
 
 class LocalExecutor:
@@ -39,12 +41,25 @@ class LocalExecutor:
         """
         ledger = Ledger(tasks, room_bytes=self._room_bytes)
         done: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
-        for number in range(self._workers):
-            threading.Thread(target=_work, args=(ledger, do, done), name=f"worker-{number}", daemon=True).start()
+        threads = [
+            threading.Thread(target=_work, args=(ledger, do, done), name=f"worker-{number}", daemon=True)
+            for number in range(self._workers)
+        ]
+        for thread in threads:
+            thread.start()
         try:
             yield from self._collect(ledger, done)
         finally:
             ledger.close()
+            self._part(threads)
+
+    def _part(self, threads: list[threading.Thread]) -> None:
+        """See the workers out, so that none writes to a file that is about to be closed."""
+        if any(thread.is_alive() for thread in threads):
+            self._stop.abandon()
+        until = time.monotonic() + _PARTING_S
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def _collect(
         self, ledger: Ledger, done: queue.SimpleQueue[Outcome | BaseException | None]

@@ -13,6 +13,8 @@ from streamrepair.decompose.scratch import LARGE_ARRAY_BYTES
 
 PROCESS_BYTES = 120_000_000
 """The interpreter with NumPy, SciPy and their BLAS loaded, before any task."""
+TENSOR_BYTES = 4_000
+"""Headers, plan and records of one tensor."""
 WORKER_BYTES = 24_000_000
 """A worker's stacks, allocator arena and BLAS buffers."""
 CUDA_HOST_BYTES = 3_000_000_000
@@ -99,12 +101,12 @@ def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: boo
     return panel_bytes(shape, panel_rows) + work + 2 * COPY_BYTES
 
 
-def process_bytes(*, cuda: bool) -> int:
-    """Host bytes of the process before any task."""
-    return PROCESS_BYTES + (CUDA_HOST_BYTES if cuda else 0)
+def process_bytes(tensors: int, *, cuda: bool) -> int:
+    """Host bytes of the process before any task, with the records of so many tensors."""
+    return PROCESS_BYTES + TENSOR_BYTES * tensors + (CUDA_HOST_BYTES if cuda else 0)
 
 
-def run_bytes(task_bytes: list[int], workers: int, *, cuda: bool) -> int:
+def run_bytes(task_bytes: list[int], workers: int, *, tensors: int, cuda: bool) -> int:
     """Host bytes of a run at its fullest: the process, and the `workers` largest tasks at once."""
     largest = sorted(task_bytes, reverse=True)[:workers]
-    return process_bytes(cuda=cuda) + workers * WORKER_BYTES + sum(largest)
+    return process_bytes(tensors, cuda=cuda) + workers * WORKER_BYTES + sum(largest)

@@ -14,25 +14,44 @@ if TYPE_CHECKING:
 
 
 class NumericThreads:
-    """Holds every BLAS in the process to one thread from `hold` to `release`."""
+    """Holds every BLAS in the process to one thread from the first `hold` to `release`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._limits: threadpool_limits | None = None
+        self._here = threading.local()
 
     def hold(self) -> None:
-        """Load the numeric libraries and limit them; cheap after the first time."""
-        with self._lock:
-            if self._limits is None:
-                import scipy.linalg.cython_blas
-                import scipy.linalg.cython_lapack  # noqa: F401 – a library is limited only once it is loaded
-                from threadpoolctl import threadpool_limits
+        """Load the numeric libraries and limit them; cheap after a thread's first time.
 
-                self._limits = threadpool_limits(limits=1)
+        To be called by every thread that computes: a BLAS built on OpenMP keeps its number for each thread.
+        """
+        if getattr(self._here, "held", False):
+            return
+        with self._lock:
+            import scipy.linalg.cython_blas
+            import scipy.linalg.cython_lapack  # noqa: F401 – a library is limited only once it is loaded
+            from threadpoolctl import threadpool_limits
+
+            _become_controlling()
+            limits = threadpool_limits(limits=1)
+            self._limits = self._limits or limits  # the first one knows what was set before
+            self._here.held = True
 
     def release(self) -> None:
         """Put the process's settings back."""
         with self._lock:
             if self._limits is not None:
+                _become_controlling()
                 self._limits.restore_original_limits()
                 self._limits = None
+                self._here = threading.local()
+
+
+def _become_controlling() -> None:
+    """Let this thread set limits: threadpoolctl 3.7 and later listens only to the first thread that ever did."""
+    from threadpoolctl import OpenBLASController
+
+    clear = getattr(OpenBLASController, "clear_controlling_thread", None)
+    if clear is not None:
+        clear(force=True)

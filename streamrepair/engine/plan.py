@@ -18,10 +18,10 @@ from streamrepair.errors import BudgetError, shown
 from streamrepair.report import Settings
 from streamrepair.units import format_bytes
 
-_WHOLE_WIDE_BYTES = 1 << 26
-"""A wide matrix whose pair is smaller is read whole: in blocks of columns every row costs a system call."""
+_WHOLE_BYTES = 1 << 26
+"""A pair of matrices smaller than this is read whole, and once, where memory allows."""
 _STRETCH_ELEMENTS = 4096
-"""Columns read of each row of a larger one, where memory allows."""
+"""Columns read of each row of a larger wide matrix: in blocks of columns every row costs a system call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +52,11 @@ class Task:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes read: each side twice for a repair (the Gram pass and the merge), once otherwise."""
+        """Bytes read: a repair reads each side for the Gram pass and for the merge, unless one panel keeps it whole."""
         if self.shape is None or self.pairing.base is None:
             return self.ft.entry.nbytes
-        return 2 * (self.ft.entry.nbytes + self.pairing.base.entry.nbytes)
+        passes = 1 if self.panel_rows >= self.shape.rows else 2
+        return passes * (self.ft.entry.nbytes + self.pairing.base.entry.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,15 @@ class Plan:
     vram_allowed_bytes: int | None
 
     @property
+    def tensors(self) -> int:
+        """Tensors of both sides."""
+        return len(self.tasks) + len(self.dropped)
+
+    @property
     def ram_projected_bytes(self) -> int:
         """Projected peak of the process."""
-        needed = memory.run_bytes([t.ram_bytes for t in self.tasks], self.workers, cuda=self.device != "cpu")
+        task_bytes = [t.ram_bytes for t in self.tasks]
+        needed = memory.run_bytes(task_bytes, self.workers, tensors=self.tensors, cuda=self.device != "cpu")
         return min(needed, self.ram_allowed_bytes)
 
     @property
@@ -127,9 +134,13 @@ def make_plan(
         else:
             tasks.append(_task(pairing, pairing.ft, layouts, settings, device=device))
     tasks.sort(key=lambda task: (task.shard, -task.flops, -task.out.nbytes))
-    fixed = memory.process_bytes(cuda=device != "cpu")
-    fitted = tuple(_fitted(task, ram_bytes - fixed - memory.WORKER_BYTES, fixed, vram_bytes) for task in tasks)
-    affordable = max(1, (ram_bytes - fixed) // memory.WORKER_BYTES // 2)
+    fixed = memory.process_bytes(len(pairings), cuda=device != "cpu")
+    _refuse_too_large(tasks, fixed, ram_bytes, vram_bytes)
+    fitted = tuple(_fitted(task, ram_bytes - fixed - memory.WORKER_BYTES) for task in tasks)
+    # As many workers as leave room for the largest task, and for at least as much work as stacks.
+    room = ram_bytes - fixed
+    largest = max((task.ram_bytes for task in fitted), default=0)
+    affordable = max(1, min((room - largest) // memory.WORKER_BYTES, room // memory.WORKER_BYTES // 2))
     return Plan(
         base=base,
         ft=ft,
@@ -150,9 +161,10 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
         return Task(pairing, ft, ft.shard, out, None, 0, "", 2 * memory.COPY_BYTES, 0, 0.0)
     shape = matrix_shape(pairing.base.entry, ft.entry, out, settings)
     rows = shape.block
-    if ft.entry.shape[0] < ft.entry.shape[1]:
-        whole = pairing.base.entry.nbytes + ft.entry.nbytes <= _WHOLE_WIDE_BYTES
-        rows = shape.rows if whole else min(shape.rows, max(rows, _STRETCH_ELEMENTS))
+    if pairing.base.entry.nbytes + ft.entry.nbytes <= _WHOLE_BYTES:
+        rows = shape.rows
+    elif ft.entry.shape[0] < ft.entry.shape[1]:
+        rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
     backend = "full" if settings.backend == "full" else "gram"
     ram = memory.repair_bytes(shape, backend, rows, cuda=device != "cpu")
     vram = memory.device_bytes(shape, backend) if device != "cpu" else 0
@@ -181,24 +193,38 @@ def flops(shape: MatrixShape, backend: str) -> float:
     return m * n * n + 4 / 3 * n**3 + 0.4 * m * n * n
 
 
-def _fitted(task: Task, ram_bytes: int, fixed_bytes: int, vram_bytes: int | None) -> Task:
-    """The task, with smaller panels where its preferred ones do not fit.
+def _refuse_too_large(tasks: list[Task], fixed_bytes: int, ram_bytes: int, vram_bytes: int | None) -> None:
+    """Hold the neediest tensor against the budgets: what it is told to need is enough for all the others.
 
     Raises:
-        BudgetError: even the smallest panels do not fit.
+        BudgetError: even with the smallest panels it does not fit.
     """
-    if vram_bytes is not None and task.vram_bytes + memory.CUDA_CONTEXT_BYTES > vram_bytes:
-        need = task.vram_bytes + memory.CUDA_CONTEXT_BYTES
-        raise BudgetError(_refusal(task, "--vram", need, vram_bytes) + ", or --device cpu")
-    if task.ram_bytes <= ram_bytes or task.shape is None:
-        if task.ram_bytes > ram_bytes:
-            raise BudgetError(_refusal(task, "--ram", fixed_bytes + memory.WORKER_BYTES + task.ram_bytes, ram_bytes))
+    cuda = vram_bytes is not None
+    if not tasks:
+        return
+    if vram_bytes is not None:
+        largest = max(tasks, key=lambda task: task.vram_bytes)
+        need = largest.vram_bytes + memory.CUDA_CONTEXT_BYTES
+        if need > vram_bytes:
+            raise BudgetError(_refusal(largest, "--vram", need, vram_bytes) + ", or --device cpu")
+    largest = max(tasks, key=lambda task: _least_bytes(task, cuda=cuda))
+    need = fixed_bytes + memory.WORKER_BYTES + _least_bytes(largest, cuda=cuda)
+    if need > ram_bytes:
+        raise BudgetError(_refusal(largest, "--ram", need, ram_bytes))
+
+
+def _least_bytes(task: Task, *, cuda: bool) -> int:
+    """Projected bytes of a task with the smallest panels."""
+    if task.shape is None:
+        return task.ram_bytes
+    return min(task.ram_bytes, memory.repair_bytes(task.shape, task.backend, task.shape.block, cuda=cuda))
+
+
+def _fitted(task: Task, ram_bytes: int) -> Task:
+    """The task, with the smallest panels where its preferred ones do not fit."""
+    if task.shape is None or task.ram_bytes <= ram_bytes:
         return task
-    small = memory.repair_bytes(task.shape, task.backend, task.shape.block, cuda=task.vram_bytes > 0)
-    if small > ram_bytes:
-        need = fixed_bytes + memory.WORKER_BYTES + small
-        raise BudgetError(_refusal(task, "--ram", need, ram_bytes + fixed_bytes + memory.WORKER_BYTES))
-    return replace(task, panel_rows=task.shape.block, ram_bytes=small)
+    return replace(task, panel_rows=task.shape.block, ram_bytes=_least_bytes(task, cuda=task.vram_bytes > 0))
 
 
 def _refusal(task: Task, option: str, need_bytes: int, allowed_bytes: int) -> str:
@@ -210,8 +236,10 @@ def _refusal(task: Task, option: str, need_bytes: int, allowed_bytes: int) -> st
 
 
 def fits_full(plan: Plan) -> Mapping[str, bool]:
-    """For each repair, whether the reference route would fit the budget, should every cheaper one fail."""
-    room = plan.ram_allowed_bytes - memory.process_bytes(cuda=plan.device != "cpu") - memory.WORKER_BYTES
+    """For each repair, whether the reference route fits beside the other workers, should every cheaper one fail."""
+    others = sorted((task.ram_bytes for task in plan.tasks), reverse=True)[: plan.workers - 1]
+    fixed = memory.run_bytes(others, plan.workers, tensors=plan.tensors, cuda=plan.device != "cpu")
+    room = plan.ram_allowed_bytes - fixed
     return {
         task.name: memory.repair_bytes(task.shape, "full", task.shape.block) <= room
         for task in plan.tasks

@@ -77,8 +77,7 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
         digest, _ = copy(job)
         reason = "delta has exactly low rank (its median singular value is zero): there is no noise to estimate"
         return passed_through(job.task, "kept_ft", reason, digest)
-    merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
-    merged.run()
+    merged = _merged(job, view, truncation, arithmetic)
     threshold, out = truncation.threshold, truncation.frob_delta_out
     gap = threshold.nearest_gap
     return TensorRecord(
@@ -99,6 +98,19 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
         climbed=truncation.climbed,
         digest=merged.digest,
     )
+
+
+def _merged(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic) -> _Merged:
+    """The second pass, done; on the CPU if the device has no memory left for it."""
+    merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
+    try:
+        merged.run()
+    except RuntimeError:  # torch's OutOfMemoryError is one
+        if isinstance(arithmetic, HostArithmetic):
+            raise
+        merged = _Merged(job, view, HostArithmetic(job.scratch).merger(truncation.vh, job.task.out.dtype))
+        merged.run()
+    return merged
 
 
 class _Merged:

@@ -23,7 +23,7 @@ from streamrepair.engine.plan import Plan, Task, fits_full
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, run_task
 from streamrepair.engine.workspace import Workspace, refuse_overlap
-from streamrepair.errors import shown
+from streamrepair.errors import InputError, shown
 from streamrepair.report import (
     REPORT_NAME,
     Budget,
@@ -34,6 +34,8 @@ from streamrepair.report import (
     Timings,
 )
 from streamrepair.version import __version__
+
+_FEW = 8
 
 
 class Watcher(Protocol):
@@ -83,12 +85,14 @@ def execute(
     Raises:
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
-    refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft})
+    refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, report)
     budget.reset_peak()
     workspace = Workspace(out, plan.layouts)
     run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [])
     try:
         journalled = workspace.open(fingerprint(plan), overwrite=overwrite)
+        for path in workspace.damaged:
+            run.warn(f"{osfile.shown_path(path)}: length or header is damaged and is written again")
         return _execute(run, journalled, report)
     except NonFiniteInputError:
         # Refused inputs leave no output behind: what was finished belongs to no result.
@@ -111,19 +115,27 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     finished = _finished_report(run, done)
     if finished is not None:
         run.workspace.finish()
+        _write_copy(finished, report_path)
         return finished
     unchanged = _unchanged_check(run)
-    committer = Committer(run.workspace, done, before_seal=unchanged)
+    committer = Committer(run.workspace, done, before_commit=unchanged)
     spent = _work(run, committer, [task for task in plan.tasks if task.name not in done])
     unchanged()
     names = _write_beside(run)
     report = _report(run, committer.records, spent, names, time.perf_counter() - began)
-    data = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
-    osfile.write_atomic(run.workspace.out / REPORT_NAME, data)
+    osfile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
-    if report_path is not None:
-        osfile.write_atomic(report_path, data)
+    _write_copy(report, report_path)
     return report
+
+
+def _write_copy(report: Report, path: Path | None) -> None:
+    if path is not None:
+        osfile.write_atomic(path, _as_text(report))
+
+
+def _as_text(report: Report) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(report)) + b"\n"
 
 
 def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRecord]:
@@ -152,8 +164,8 @@ def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
     if not whole or len(done) < len(plan.tasks):
         return None
     try:
-        report = msgspec.json.decode((out / REPORT_NAME).read_bytes(), type=Report)
-    except (OSError, msgspec.MsgspecError):
+        report = msgspec.json.decode(osfile.read_whole(out / REPORT_NAME), type=Report)
+    except (InputError, msgspec.MsgspecError):
         return None
     if any(report.tensors.get(name) != record for name, record in done.items()):
         return None
@@ -177,7 +189,8 @@ def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
         full_fits=lambda task: full_fits[task.name],
         hold_threads=run.threads.hold,
     )
-    room = plan.ram_allowed_bytes - memory.run_bytes([], plan.workers, cuda=plan.device != "cpu")
+    fixed = memory.run_bytes([], plan.workers, tensors=plan.tensors, cuda=plan.device != "cpu")
+    room = plan.ram_allowed_bytes - fixed
     executor = LocalExecutor(workers=plan.workers, room_bytes=room, stop=run.stop)
     try:
         for outcome in executor.run(tasks, lambda task, scratch: run_task(task, around, scratch)):
@@ -185,8 +198,12 @@ def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
                 _take(run, committer, outcome, spent)
             if committer.due:
                 committer.flush()
-    finally:
+    except NonFiniteInputError:
+        raise  # all of it is about to be removed
+    except BaseException:
         committer.flush()
+        raise
+    committer.flush()
     return spent
 
 
@@ -237,6 +254,12 @@ def plan_warnings(plan: Plan) -> list[str]:
     missing = [t for t in plan.tasks if t.pairing.base is None and t.pairing.reason == "not in the base checkpoint"]
     if missing:
         found.append(f"{len(missing)} tensors of FT are not in BASE and are kept, e.g. {shown(missing[0].name)}")
+    short = [t for t in plan.tasks if t.shape is not None and t.shape.cols < _FEW]
+    if short:
+        found.append(
+            f"{len(short)} matrices have a side shorter than {_FEW}, of which the law of large matrices says little; "
+            f"--exclude passes them through, e.g. {shown(short[0].name)} {list(short[0].out.shape)}"
+        )
     if resized := [t for t in plan.tasks if t.pairing.reason.startswith("shapes differ")]:
         found.append(f"{len(resized)} tensors differ in shape and are kept, e.g. {shown(resized[0].name)}")
     for side, checkpoint in (("BASE", plan.base), ("FT", plan.ft)):
@@ -294,6 +317,7 @@ def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tu
             bytes_written=spent.bytes_written,
         ),
         sidecars=names,
+        headers={layout.name: layout.header_digest for layout in plan.layouts},
         warnings=tuple(run.warnings),
         tensors=tensors,
     )

@@ -19,6 +19,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._requested = threading.Event()
         self._since = 0.0
+        self._abandoned = threading.Event()
         self.reason = ""
 
     def request(self, reason: str) -> None:
@@ -37,11 +38,15 @@ class StopRequest:
         """Whether the run has to end without waiting for its workers."""
         return self.requested and time.monotonic() - self._since > LIMIT_S
 
+    def abandon(self) -> None:
+        """Let tasks in hand end at their next check: nobody waits for them any more."""
+        self._abandoned.set()
+
     def check(self) -> None:
         """Abandon the task in hand once the grace is over.
 
         Raises:
             InterruptedRunError: it is.
         """
-        if self.requested and time.monotonic() - self._since > GRACE_S:
+        if self._abandoned.is_set() or (self.requested and time.monotonic() - self._since > GRACE_S):
             raise InterruptedRunError(self.reason)

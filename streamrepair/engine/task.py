@@ -132,6 +132,8 @@ def run_task(task: Task, around: Surroundings, scratch: Scratch) -> Outcome:
     """
     began = time.perf_counter()
     job = Job(task, around, scratch)
+    if task.shape is not None:
+        scratch.begin(task.shape)
     nonfinite: str | None = None
     if task.shape is None:
         digest, nonfinite = copy(job)

@@ -60,6 +60,8 @@ class MatrixView:
     advance: Callable[[int], None] = lambda _rows: None
     """Told the rows of every panel once it is done with."""
     stats: ReadStats = field(default_factory=ReadStats)
+    whole: list[Panel] = field(default_factory=list, repr=False)
+    """The only panel of a matrix that one panel holds, once it is read."""
 
     @property
     def wide(self) -> bool:
@@ -77,12 +79,14 @@ class MatrixView:
         return min(self.ft.entry.shape)
 
     def panels(self) -> Iterator[Panel]:
-        """All panels in order; one is valid until the next is asked for."""
+        """All panels in order; one is valid until the next is asked for. A single one is read once and kept."""
         starts = list(range(0, self.rows, self.panel_rows))
-        ring = [self._buffers(slot) for slot in range(min(RING_SLOTS, len(starts)))]
         if len(starts) == 1:
-            yield from self._delivered(self._read(0, ring[0]))
+            if not self.whole:
+                self.whole.append(self._read(0, self._buffers(0)))
+            yield from self._delivered(self.whole[0])
             return
+        ring = [self._buffers(slot) for slot in range(min(RING_SLOTS, len(starts)))]
         with _Ahead(lambda i: self._read(starts[i], ring[i % len(ring)]), len(starts)) as panels:
             for panel in panels:
                 yield from self._delivered(panel)

@@ -4,14 +4,13 @@ OUT/.streamrepair/lock        held by the live run (flock: it ends with the proc
 OUT/.streamrepair/run.json    the fingerprint
 OUT/.streamrepair/journal     finished tensors
 OUT/.streamrepair/partial/    shards that are not whole yet
+OUT/.streamrepair/made        an empty file: the run made OUT itself, so a refusal removes it again
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from streamrepair.checkpoint.journal import Journal
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.write import ShardFile, ShardLayout
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
-from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, TensorRecord
+from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord
 from streamrepair.units import format_bytes
 
 STATE = ".streamrepair"
@@ -38,7 +37,8 @@ class Workspace:
         self.work = self.state / "partial"
         self.journal = Journal(self.state / "journal")
         self.shards = tuple(ShardFile(layout, out=out, work=self.work) for layout in layouts)
-        self._made_out = False
+        self.damaged: tuple[Path, ...] = ()
+        """Sealed shards whose length or header `open` found wrong."""
         self._lock_fd = -1
 
     def open(self, fingerprint: Fingerprint, *, overwrite: bool) -> dict[str, TensorRecord]:
@@ -50,40 +50,54 @@ class Workspace:
             DiskSpaceError: the disk is too small.
             OutputError: OUT cannot be written.
         """
-        if not self.state.is_dir() and not overwrite:
-            self._refuse_foreign()
+        self._refuse_foreign(overwrite=overwrite)
         self._check_space(overwrite=overwrite)
-        self._made_out = osfile.make_folder(self.out)
+        made_out = osfile.make_folder(self.out)
         osfile.make_folder(self.state)
         self._lock()
-        if overwrite:
-            self._clear()
-        fresh = not (self.state / "run.json").exists()
-        if fresh:
-            osfile.unlink(self.state / "journal")
-            osfile.write_atomic(self.state / "run.json", msgspec.json.format(msgspec.json.encode(fingerprint)))
-        else:
-            self._refuse_changed(fingerprint)
+        if made_out:
+            osfile.close(osfile.open_output(self.state / "made"))
+        entries = self._begin(fingerprint) if overwrite else self._continue(fingerprint)
         osfile.make_folder(self.work)
-        entries = [self._entry(line) for line in self.journal.open()]
-        for shard in self.shards:
-            shard.open()
+        self.damaged = tuple(shard.final for shard in self.shards if not shard.open())
         osfile.sync_folder(self.work)
         return {entry.name: entry.record for entry in entries}
 
+    def _continue(self, fingerprint: Fingerprint) -> list[JournalEntry]:
+        """The journal of the run that OUT holds, which must be of this fingerprint; or of a new one."""
+        if (self.state / "run.json").exists():
+            self._refuse_changed(fingerprint)
+        else:
+            osfile.unlink(self.state / "journal")
+            osfile.write_atomic(self.state / "run.json", msgspec.json.format(msgspec.json.encode(fingerprint)))
+        return [self._entry(line) for line in self.journal.open()]
+
+    def _begin(self, fingerprint: Fingerprint) -> list[JournalEntry]:
+        """With --overwrite: go on with an unfinished run of this very kind, or else clear OUT and begin.
+
+        A batch system repeats the whole command after an interruption: --overwrite must not undo what it has done.
+        """
+        if (self.state / "run.json").exists() and not (self.out / REPORT_NAME).exists():
+            try:
+                return self._continue(fingerprint)
+            except InputError:  # another run, or a damaged journal: it is what is to be overwritten
+                self.journal.close()
+        self._clear()
+        return self._continue(fingerprint)
+
     def finish(self) -> None:
         """Remove what only an unfinished run needs."""
-        shutil.rmtree(self.work, ignore_errors=True)
+        osfile.remove_folder(self.work, with_content=True)
 
     def discard(self) -> None:
         """Leave OUT as it was found: everything this run and its interrupted forerunners made is removed."""
         self.close_files()
+        made_out = (self.state / "made").exists()
         for shard in self.shards:
             osfile.unlink(shard.final)
-        shutil.rmtree(self.state, ignore_errors=True)
-        if self._made_out:
-            with contextlib.suppress(OSError):
-                self.out.rmdir()
+        osfile.remove_folder(self.state, with_content=True)
+        if made_out:
+            osfile.remove_folder(self.out, with_content=False)
 
     def close_files(self) -> None:
         """Close shards and journal; the lock stays."""
@@ -98,14 +112,38 @@ class Workspace:
             osfile.close(self._lock_fd)
             self._lock_fd = -1
 
-    def _refuse_foreign(self) -> None:
+    def _refuse_foreign(self, *, overwrite: bool) -> None:
         if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
             raise InputError(f"OUT {shown(str(self.out))} is not a folder: name a new or an empty one")
-        if self.out.is_dir() and any(self.out.iterdir()):
+        if not self.out.is_dir():
+            return
+        if not overwrite:
+            if not self.state.is_dir() and any(self.out.iterdir()):
+                raise InputError(
+                    f"OUT {shown(str(self.out))} is not empty and holds no unfinished run: "
+                    "name a new folder, or replace its checkpoint with --overwrite"
+                )
+        elif foreign := sorted({path.name for path in self.out.glob("*.safetensors")} - self._own_shards()):
+            # Not ours to remove, and beside the result loaders would pick them up.
             raise InputError(
-                f"OUT {shown(str(self.out))} is not empty and holds no unfinished run: "
-                "name a new folder, or replace its checkpoint with --overwrite"
+                f"OUT {shown(str(self.out))} holds weights that are not of an earlier run, e.g. {shown(foreign[0])}: "
+                "move them away or name another OUT"
             )
+
+    def _own_shards(self) -> set[str]:
+        """Names of this run's shards and of those that the runs before it made."""
+        names = {shard.layout.name for shard in self.shards}
+        if (report := self._earlier_report()) is not None:
+            names |= report.headers.keys()
+        with contextlib.suppress(InputError, msgspec.MsgspecError):
+            before = msgspec.json.decode(osfile.read_whole(self.state / "run.json"), type=Fingerprint)
+            names |= {Path(path).name for path in before.ft}
+        return names
+
+    def _earlier_report(self) -> Report | None:
+        with contextlib.suppress(InputError, msgspec.MsgspecError):
+            return msgspec.json.decode(osfile.read_whole(self.out / REPORT_NAME), type=Report)
+        return None
 
     def _check_space(self, *, overwrite: bool) -> None:
         there = next(p for p in (self.out, *self.out.absolute().parents) if p.exists())
@@ -117,7 +155,7 @@ class Workspace:
         if overwrite:  # shards of other names go too
             kept = sum(p.stat().st_blocks * 512 for p in self.out.glob("*.safetensors")) if self.out.is_dir() else 0
         needed = sum(shard.layout.file_bytes for shard in self.shards) - kept + _DISK_RESERVE_BYTES
-        free = shutil.disk_usage(there).free
+        free = osfile.free_bytes(there)
         if needed > free:
             raise DiskSpaceError(
                 f"OUT {shown(str(self.out))}: the result needs {format_bytes(needed)}, {format_bytes(free)} are free: "
@@ -126,35 +164,39 @@ class Workspace:
 
     def _lock(self) -> None:
         self._lock_fd = osfile.open_output(self.state / "lock")
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            with contextlib.suppress(OSError, ValueError):
-                holder = os.pread(self._lock_fd, 100, 0).decode("ascii", "replace").strip()
-                osfile.close(self._lock_fd)
-                self._lock_fd = -1
-                raise LockedError(
-                    f"OUT {shown(str(self.out))} is held by another run ({shown(holder)}): wait for it or stop it"
-                ) from error
-            raise
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        path = self.state / "lock"
+        if not osfile.lock(self._lock_fd, path):
+            size = min(100, osfile.status(self._lock_fd).st_size)
+            holder = osfile.read_exactly(self._lock_fd, size, 0).decode("ascii", "replace").strip()
+            raise LockedError(
+                f"OUT {shown(str(self.out))} is held by another run ({shown(holder)}): wait for it or stop it"
+            )
+        osfile.truncate(self._lock_fd, 0, path)
+        holder = f"pid {os.getpid()} on {os.uname().nodename}\n"
+        osfile.pwrite_all(self._lock_fd, memoryview(holder.encode()), 0, path)
 
     def _clear(self) -> None:
         """Remove an earlier result and its state; other files of OUT stay."""
+        report = self._earlier_report()
+        own = self._own_shards()
         # The report goes first: without it no half-cleared OUT passes for a finished one.
         osfile.unlink(self.out / REPORT_NAME)
         for path in [*self.out.glob("*.safetensors.index.json"), *self.out.glob("*.safetensors")]:
-            osfile.unlink(path)
+            if path.name in own or path.suffix == ".json":
+                osfile.unlink(path)
+        for name in report.sidecars if report is not None else ():
+            # Another model's tokenizer must not be left to this one. The name is from a file: it may lead anywhere.
+            if (self.out / name).resolve().is_relative_to(self.out.resolve()):
+                osfile.unlink(self.out / name)
+        osfile.remove_folder(self.work, with_content=True)
         for name in ("run.json", "journal"):
             osfile.unlink(self.state / name)
-        shutil.rmtree(self.work, ignore_errors=True)
 
     def _refuse_changed(self, fingerprint: Fingerprint) -> None:
         path = self.state / "run.json"
         try:
-            before = msgspec.json.decode(path.read_bytes(), type=Fingerprint)
-        except (OSError, msgspec.MsgspecError) as error:
+            before = msgspec.json.decode(osfile.read_whole(path), type=Fingerprint)
+        except (InputError, msgspec.MsgspecError) as error:
             raise InputError(f"{shown(str(path))}: unreadable ({error}): start anew with --overwrite") from error
         if changes := fingerprint.differences(before):
             raise InputError(
@@ -172,8 +214,10 @@ class Workspace:
             ) from error
 
 
-def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint]) -> None:
-    """Refuse an OUT that is, lies in, contains, or shares files with an input.
+def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], report: Path | None = None) -> None:
+    """Refuse an OUT that is, lies in, contains, or shares files with an input, and a second report in an input.
+
+    The folder of an input that is named as one file is not the input's: OUT may lie in it, but not be it.
 
     Raises:
         InputError: it does.
@@ -182,12 +226,21 @@ def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint]) -> None:
     for side, checkpoint in inputs.items():
         folder = checkpoint.folder.resolve()
         real = {shard.path.resolve().parent for shard in checkpoint.shards} | {folder}
-        if target in real or any(parent in real for parent in target.parents) or folder.is_relative_to(target):
+        inside = checkpoint.whole_folder and any(parent in real for parent in target.parents)
+        if target in real or inside or folder.is_relative_to(target):
             raise InputError(
                 f"OUT {shown(str(out))} is, lies in, or contains {side} {shown(checkpoint.given)}: name another folder"
             )
+        files = {shard.path.resolve() for shard in checkpoint.shards}
+        if report is not None and (
+            report.resolve() in files or (checkpoint.whole_folder and report.resolve().is_relative_to(folder))
+        ):
+            raise InputError(
+                f"--report {shown(str(report))} lies in {side} {shown(checkpoint.given)}: name another place"
+            )
         inodes = {(shard.device, shard.inode) for shard in checkpoint.shards}
         for path in out.glob("*.safetensors") if out.is_dir() else ():
-            found = path.stat()
-            if (found.st_dev, found.st_ino) in inodes:
-                raise InputError(f"{shown(str(path))} is the same file as a shard of {side}: name another OUT")
+            with contextlib.suppress(OSError):  # a link that leads nowhere
+                found = path.stat()
+                if (found.st_dev, found.st_ino) in inodes:
+                    raise InputError(f"{shown(str(path))} is the same file as a shard of {side}: name another OUT")

@@ -1,0 +1,85 @@
+"""The conditions of a measurement: what was asked for, checked before anything is computed, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+
+from streamrepair.benchmark.cases import Case, choose
+from streamrepair.decompose.convert import STORED_TYPE
+from streamrepair.decompose.ladder import Backend
+from streamrepair.engine import budget
+from streamrepair.errors import BudgetError, UsageError
+from streamrepair.units import format_bytes
+
+DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
+"""What --dtype offers."""
+BACKENDS: dict[str, Backend] = {name: name for name in get_args(Backend) if name != "auto"}
+"""What --backend offers: every backend that is one; "auto" chooses among them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """What is common to all cases."""
+
+    backends: tuple[Backend, ...]
+    dtype: str
+    """BF16, F16 or F32."""
+    device: str
+    """ "cpu" or "cuda:N"."""
+    threads: int
+    """Of the reference and of the check."""
+    repeats: int
+    check: bool
+    """Whether to hold results against a float64 SVD."""
+
+
+def make_conditions(
+    *, backends: Sequence[str], dtype: str, device: str, threads: int | None, repeats: int, check: bool
+) -> Conditions:
+    """The conditions from a command's words.
+
+    Args:
+        backends: of BACKENDS; all if empty. dtype: of DTYPES. device: as --device.
+        threads: one per processor if None.
+
+    Raises:
+        UsageError: a word is not known, a number is not positive, there is no such device.
+    """
+    for option, number in (("--threads", threads), ("--repeats", repeats)):
+        if number is not None and number < 1:
+            raise UsageError(f"{option} is {number}, expected at least 1")
+    chosen = choose("--backend", backends, list(BACKENDS))
+    (stored,) = choose("--dtype", [dtype], list(DTYPES))
+    return Conditions(
+        backends=tuple(BACKENDS[name] for name in chosen),
+        dtype=DTYPES[stored],
+        device=budget.resolve_device(device),
+        threads=threads or budget.default_workers(),
+        repeats=repeats,
+        check=check,
+    )
+
+
+def refuse_too_large(cases: Sequence[Case], conditions: Conditions) -> None:
+    """Refuse cases that would not fit.
+
+    Raises:
+        BudgetError: the first such case, and what it needs.
+    """
+    free_bytes = budget.default_ram_bytes()
+    for case in cases:
+        m, n = max(case.shape), min(case.shape)
+        # Base, FT and three outputs as stored; Δ, U, Δ* and what is held against it in float64; n × n of the SVDs.
+        stored_bytes = 5 * np.dtype(STORED_TYPE[conditions.dtype]).itemsize * m * n
+        least_bytes = stored_bytes + 20 * m * n + 80 * n * n
+        needed_bytes = least_bytes + (20 * m * n if conditions.check else 0)
+        if needed_bytes > free_bytes:
+            remedy = "leave it out, or add --no-check" if least_bytes <= free_bytes else "leave it out"
+            raise BudgetError(
+                f"--shape {case.shape[0]}x{case.shape[1]} needs about {format_bytes(needed_bytes)} of memory, "
+                f"{format_bytes(free_bytes)} can be had: {remedy}"
+            )

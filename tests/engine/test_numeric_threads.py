@@ -1,0 +1,63 @@
+"""BLAS computes on one thread in every worker of every run of a process, and as before afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import scipy.linalg.blas
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from streamrepair.engine.numeric_threads import NumericThreads
+
+
+def _threads() -> set[int]:
+    return {library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"}
+
+
+def _in_another_thread(call: Callable[[], object]) -> object:
+    found: list[object] = []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.mark.parametrize("ran_before", ["nothing", "a worker", "the main thread"])
+def test_a_worker_can_hold_whoever_set_limits_before(ran_before: str) -> None:
+    """threadpoolctl silently ignores all threads but the first that ever set a limit."""
+    numbers = NumericThreads()
+    before = _threads()
+    if ran_before == "a worker":
+        _in_another_thread(lambda: threadpool_limits(limits=1).restore_original_limits())
+    elif ran_before == "the main thread":
+        threadpool_limits(limits=1).restore_original_limits()
+    for _ in range(3):
+        _in_another_thread(numbers.hold)
+        assert _threads() == _in_another_thread(_threads) == {1}
+        numbers.release()
+        assert _threads() == before
+
+
+def test_sums_are_the_same_in_every_run_of_a_process() -> None:
+    matrix = np.random.default_rng(0).standard_normal((1800, 700)).astype(np.float32)
+    numbers = NumericThreads()
+
+    def gram() -> bytes:
+        numbers.hold()
+        product: np.ndarray = scipy.linalg.blas.ssyrk(1.0, matrix.T)
+        return product.tobytes()
+
+    first = _in_another_thread(gram)
+    for _ in range(2):
+        numbers.release()
+        assert _in_another_thread(gram) == first
+    numbers.release()
+
+
+def test_releasing_what_is_not_held_changes_nothing() -> None:
+    before = _threads()
+    NumericThreads().release()
+    assert _threads() == before

@@ -1,0 +1,163 @@
+"""What a plan decides from headers alone, and that the budget it names is one that works."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streamrepair import api, units
+from streamrepair.engine.plan import Plan
+from streamrepair.errors import BudgetError, UsageError
+from streamrepair.report import Settings
+from tests.builders import bf16
+from tests.pairs import DEMO, Pair, read_tensors, shard_bytes, smallest_budget, snapshot, write_pair
+
+SHAPES = {"tall": (96, 64), "wide": (64, 96), "norm": (64,), "tiny": (8, 8), "head": (40, 64)}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return write_pair(tmp_path, SHAPES, shards=(2, 3), extra={"only_ft": np.zeros((64, 64), np.float32)})
+
+
+def _intents(plan: Plan) -> dict[str, tuple[str, str]]:
+    found = [(t.name, "repair" if t.shape else "keep", t.pairing.reason) for t in plan.tasks]
+    found += [(p.name, p.intent, p.reason) for p in plan.dropped]
+    assert len({name for name, _, _ in found}) == len(found)
+    return {name: (intent, reason) for name, intent, reason in found}
+
+
+def test_every_tensor_of_both_sides_once_with_a_reason(pair: Pair) -> None:
+    assert _intents(api.plan(pair.base, pair.ft)) == {
+        "tall": ("repair", ""),
+        "wide": ("repair", ""),
+        "head": ("repair", ""),
+        "norm": ("keep", "1-D, not a matrix"),
+        "tiny": ("keep", "tiny: 64 elements, fewer than 1024"),
+        "only_ft": ("keep", "not in the base checkpoint"),
+    }
+    backwards = _intents(api.plan(pair.ft, pair.base))
+    assert backwards["only_ft"] == ("drop", "not in the fine-tuned checkpoint")
+    assert backwards["tall"] == ("repair", "")
+
+
+def test_each_task_writes_where_fts_tensor_lies(pair: Pair) -> None:
+    plan = api.plan(pair.base, pair.ft)
+    assert [layout.name for layout in plan.layouts] == sorted(p.name for p in pair.ft.glob("*.safetensors"))
+    for task in plan.tasks:
+        assert (task.shard, task.out) == (task.ft.shard, task.ft.entry)
+    assert plan.out_bytes == sum(p.stat().st_size for p in pair.ft.glob("*.safetensors"))
+
+
+def test_shards_are_worked_off_in_order_and_dear_tensors_first(pair: Pair) -> None:
+    """So that shards are sealed one after another, and no long task is left alone at the end."""
+    tasks = api.plan(pair.base, pair.ft).tasks
+    assert [t.shard for t in tasks] == sorted(t.shard for t in tasks)
+    for shard in range(3):
+        flops = [t.flops for t in tasks if t.shard == shard]
+        assert flops == sorted(flops, reverse=True)
+
+
+def test_planning_reads_no_weights_and_writes_nothing(tmp_path: Path) -> None:
+    """The weights are the holes of a sparse file, and more than the memory allowed."""
+    shapes = {"w": (32, 64)}
+    pair = write_pair(tmp_path, shapes)
+    for folder in (pair.base, pair.ft):
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+    side = 1_000_000
+    header = b'{"w":{"dtype":"F32","shape":[%d,%d],"data_offsets":[0,%d]}}' % (side, 512, side * 512 * 4)
+    for folder in (pair.base, pair.ft):
+        for path in folder.glob("*.json"):
+            path.unlink()
+        with (folder / "model.safetensors").open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + side * 512 * 4)
+    before = [(p, p.stat().st_mtime_ns) for p in sorted(tmp_path.rglob("*"))]
+    plan = api.plan(pair.base, pair.ft, ram="250MB")
+    assert plan.read_bytes == 4 * side * 512 * 4
+    assert [(p, p.stat().st_mtime_ns) for p in sorted(tmp_path.rglob("*"))] == before
+    assert sum(p.stat().st_blocks for p in tmp_path.rglob("*.safetensors")) * 512 < 100_000
+
+
+def _refusal(pair: Pair, ram: int) -> tuple[str, int]:
+    """The tensor and the smallest budget that a refusal names."""
+    with pytest.raises(BudgetError) as caught:
+        api.plan(pair.base, pair.ft, ram=ram)
+    message = str(caught.value)
+    found = re.search(r"tensor (\S+) \[.*\] needs (.+), --ram allows (.+): the smallest .* is --ram (\d+MB)$", message)
+    assert found is not None, message
+    assert found[3] == units.format_bytes(ram)
+    return found[1], units.parse_bytes(found[4])
+
+
+def test_a_refusal_names_the_neediest_tensor_and_a_budget_that_works(tmp_path: Path) -> None:
+    """End to end: the named budget is enough for the whole pair, the result is the same, and it was kept to."""
+    pair = write_pair(tmp_path, {"small": (64, 48), "large": (1800, 700), "middle": (300, 200), "last": (700, 1500)})
+    assert _refusal(pair, 1_000_000) == _refusal(pair, 100_000_000)
+    name, smallest = _refusal(pair, 100_000_000)
+    assert name in ("large", "last")
+    with pytest.raises(BudgetError):
+        api.plan(pair.base, pair.ft, ram=smallest - 1_000_000)
+    report = api.repair(pair.base, pair.ft, tmp_path / "least", ram=smallest, workers=3)
+    api.repair(pair.base, pair.ft, tmp_path / "plenty", ram="4GB", workers=3)
+    assert report.budget.ram_projected_bytes <= smallest
+    assert shard_bytes(tmp_path / "least") == shard_bytes(tmp_path / "plenty")
+
+
+def test_a_refused_budget_leaves_no_trace(pair: Pair, tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    with pytest.raises(BudgetError):
+        api.repair(pair.base, pair.ft, tmp_path / "out", ram="50MB")
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_workers_are_as_many_as_leave_room_for_the_largest_task(pair: Pair) -> None:
+    def workers(ram: int) -> int:
+        return api.plan(pair.base, pair.ft, ram=ram, workers=6).workers
+
+    _, smallest = _refusal(pair, 1_000_000)
+    found = [workers(ram) for ram in range(smallest, smallest + 400_000_000, 20_000_000)]
+    assert found[0] == 1
+    assert found[-1] == 6
+    assert found == sorted(found)
+
+
+def test_there_are_no_more_workers_than_tensors(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"a": (64, 64), "b": (64, 64)})
+    assert api.plan(pair.base, pair.ft, workers=16).workers == 2
+
+
+def test_large_wide_matrices_are_read_in_columns_where_memory_is_short(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"wide": (512, 9000)})
+    (plenty,) = api.plan(pair.base, pair.ft, ram="4GB").tasks
+    (scarce,) = api.plan(pair.base, pair.ft, ram=smallest_budget(pair)).tasks
+    assert (plenty.panel_rows, scarce.panel_rows) == (9000, 2048)
+    assert scarce.ram_bytes < plenty.ram_bytes
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_no_positive_number_is_refused(scale: float) -> None:
+    with pytest.raises(UsageError, match="--scale"):
+        api.plan(DEMO / "base", DEMO / "ft", settings=Settings(scale=scale))
+
+
+def test_low_thresholds_are_given_room_for_the_whole_rank(tmp_path: Path) -> None:
+    """At scale 1 at most half of the values can exceed τ; --sigma tail and small scales promise no such thing."""
+    pair = write_pair(tmp_path, {"w": (512, 512)})
+
+    def needed(settings: Settings) -> int:
+        return api.plan(pair.base, pair.ft, settings=settings).tasks[0].ram_bytes
+
+    assert needed(Settings(scale=0.5)) == needed(Settings(sigma="tail")) > needed(Settings())
+
+
+def test_float32_output_is_planned_at_its_size(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 64)}, extra={"x": bf16(np.zeros(10))}, shards=(1, 1))
+    plan = api.plan(pair.base, pair.ft, settings=Settings(out_dtype="float32"))
+    assert {t.name: (t.out.dtype, t.out.nbytes) for t in plan.tasks} == {"w": ("F32", 16384), "x": ("F32", 40)}
+    assert sum(len(raw[2]) for raw in read_tensors(pair.ft).values()) == 8192 + 20

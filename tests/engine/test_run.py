@@ -1,0 +1,695 @@
+"""A repair end to end, against a textbook float64 SVD; and that nothing but the numbers decides the numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streamrepair import api
+from streamrepair.checkpoint import osfile
+from streamrepair.engine import commit, task
+from streamrepair.engine.plan import Plan
+from streamrepair.engine.stop import StopRequest
+from streamrepair.errors import DiskSpaceError, InputError, InterruptedRunError, NumericalError, OutputError
+from streamrepair.report import Report
+from tests.builders import Raw, bf16, raw, write_index, write_safetensors
+from tests.faults import Kernel, fails
+from tests.pairs import (
+    DEMO,
+    Pair,
+    matrices,
+    read_tensors,
+    rounded_share,
+    shard_bytes,
+    smallest_budget,
+    snapshot,
+    stored,
+    textbook,
+    values,
+    write_pair,
+    write_split,
+)
+
+
+@pytest.fixture(autouse=True)
+def inputs_are_never_written(tmp_path: Path) -> Iterator[None]:
+    """Whatever a run does, the demonstration pair is afterwards what it was."""
+    before = snapshot(DEMO)
+    yield
+    assert snapshot(DEMO) == before
+
+
+def _check(pair: Pair, out: Path, report: Report, *, scale: float = 1.0) -> None:
+    """Every repaired tensor has the textbook's rank and values; every other one is FT's; all are accounted for."""
+    base, ft, found = read_tensors(pair.base), read_tensors(pair.ft), read_tensors(out)
+    assert list(found) == list(ft)
+    assert set(report.tensors) == set(base) | set(ft)
+    for name, record in report.tensors.items():
+        if record.action == "dropped":
+            assert name not in ft
+        elif record.action != "repaired":
+            assert found[name] == ft[name]
+        else:
+            expected = textbook(values(base[name]), values(ft[name]), scale=scale)
+            assert record.rank_kept == expected.rank
+            assert record.threshold == pytest.approx(expected.tau, rel=1e-5)
+            assert found[name][:2] == ft[name][:2]
+            if found[name][0] == "F64":  # to the last place the textbook is no better
+                off = np.linalg.norm(values(found[name]) - expected.sum)
+                assert off <= 1e-10 * np.linalg.norm(expected.sum - values(base[name]))
+            else:
+                assert rounded_share(values(found[name]), expected.sum, found[name][0]) >= 0.999
+
+
+def test_the_demo_pair(tmp_path: Path) -> None:
+    pair = Pair(DEMO / "base", DEMO / "ft")
+    report = api.repair(pair.base, pair.ft, tmp_path / "out")
+    _check(pair, tmp_path / "out", report)
+    actions = [record.action for record in report.tensors.values()]
+    assert (actions.count("repaired"), actions.count("kept_ft")) == (30, 9)
+    ft_index, index = (
+        json.loads((d / "model.safetensors.index.json").read_text()) for d in (pair.ft, tmp_path / "out")
+    )
+    assert index == ft_index
+    assert list(index["weight_map"]) == list(ft_index["weight_map"])
+    for path in pair.ft.iterdir():
+        if path.name.endswith(("json", "jinja")):
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes() or "index" in path.name
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {p.name for p in pair.ft.iterdir()} | {
+        ".streamrepair",
+        "streamrepair.json",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("out_dtype", ["same", "float32"])
+def test_the_result_loads_in_transformers(tmp_path: Path, out_dtype: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    options: dict[str, object] = {"out_dtype": out_dtype}
+    api.repair(DEMO / "base", DEMO / "ft", tmp_path / "out", **options)  # type: ignore[arg-type]
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype="auto"
+    )
+    assert {key: list(found) for key, found in loading.items() if found} == {}
+    assert str(model.dtype) == ("torch.float32" if out_dtype == "float32" else "torch.bfloat16")
+    tensors = read_tensors(tmp_path / "out")
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(state[name].float().numpy(), values(tensor).astype(np.float32))
+
+
+SHAPES = {"tall": (300, 80), "wide": (70, 260), "square": (96, 96), "norm": (96,), "thin": (1500, 3)}
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("BF16", "BF16"),
+        ("F16", "F16"),
+        ("F32", "F32"),
+        ("F64", "F64"),
+        ("F32", "BF16"),
+        ("BF16", "F32"),
+        ("F64", "F16"),
+    ],
+)
+def test_every_float_dtype_and_mixture(tmp_path: Path, dtypes: tuple[str, str]) -> None:
+    """BASE in two shards, FT in three: a tensor's neighbours are other ones on each side."""
+    pair = write_pair(tmp_path, SHAPES, dtypes=dtypes, shards=(2, 3))
+    before = snapshot(pair.base), snapshot(pair.ft)
+    report = api.repair(pair.base, pair.ft, tmp_path / "out")
+    _check(pair, tmp_path / "out", report)
+    assert [r.action for r in report.tensors.values()].count("repaired") == 4
+    assert {r.dtype for r in report.tensors.values()} == {dtypes[1]}
+    assert (snapshot(pair.base), snapshot(pair.ft)) == before
+
+
+def test_matrices_of_many_blocks_and_panels(tmp_path: Path) -> None:
+    """Two block heights and a bit; the wide one read in columns in a small budget and whole in a large one."""
+    pair = write_pair(tmp_path, {"tall": (4500, 520), "wide": (520, 4500)}, shards=(1, 1))
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
+    _check(pair, tmp_path / "out", report)
+    least = smallest_budget(pair)
+    panels = {t.name: t.panel_rows for t in api.plan(pair.base, pair.ft, ram=least).tasks}
+    assert panels["wide"] < 4500, "the budget was meant to force columns"
+    api.repair(pair.base, pair.ft, tmp_path / "small", ram=least, workers=1)
+    assert shard_bytes(tmp_path / "small") == shard_bytes(tmp_path / "out")
+
+
+def test_numbers_depend_on_neither_workers_nor_memory_nor_sharding(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {**SHAPES, "large": (900, 600)}, shards=(3, 2))
+    reports = {}
+    for name, options in {
+        "one": {"workers": 1},
+        "three": {"workers": 3},
+        "scarce": {"workers": 2, "ram": smallest_budget(pair)},
+        "again": {"workers": 1},
+    }.items():
+        reports[name] = api.repair(pair.base, pair.ft, tmp_path / name, **options)  # type: ignore[arg-type]
+        assert shard_bytes(tmp_path / name) == shard_bytes(tmp_path / "one")
+    whole = write_split(tmp_path / "whole", read_tensors(pair.ft), 1)
+    api.repair(pair.base, whole, tmp_path / "whole_out")
+    assert read_tensors(tmp_path / "whole_out") == {
+        name: read_tensors(tmp_path / "one")[name] for name in read_tensors(pair.ft)
+    }
+    digests = [{n: (r.digest, r.rank_kept, r.threshold) for n, r in rep.tensors.items()} for rep in reports.values()]
+    assert all(found == digests[0] for found in digests)
+
+
+def test_scale_moves_the_threshold(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"w": (128, 128)})
+    low = api.repair(pair.base, pair.ft, tmp_path / "low", scale=0.6)
+    high = api.repair(pair.base, pair.ft, tmp_path / "high", scale=3.0)
+    _check(pair, tmp_path / "low", low, scale=0.6)
+    _check(pair, tmp_path / "high", high, scale=3.0)
+    assert (low.tensors["w"].rank_kept or 0) > (high.tensors["w"].rank_kept or 0) > 0
+
+
+def test_a_delta_of_zero_is_copied_bit_for_bit(tmp_path: Path) -> None:
+    """Down to the sign of zero, which adding would lose, and last pieces shorter than a machine word."""
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((64, 64)).astype(np.float32)
+    weight[::2, ::3] = -0.0
+    odd = bf16(rng.standard_normal((1, 2 * 1024 * 1024 + 1)))
+    tensors: dict[str, Raw | np.ndarray] = {"w": weight, "h": weight.astype(np.float16), "odd": odd, "b": bf16(weight)}
+    base = write_split(tmp_path / "base", tensors, 1)
+    ft = write_split(tmp_path / "ft", tensors, 2)
+    report = api.repair(base, ft, tmp_path / "out")
+    assert {(r.action, r.reason) for r in report.tensors.values()} == {("copied", "delta is zero")}
+    assert {k: v for k, v in shard_bytes(tmp_path / "out").items() if "index" not in k} == {
+        k: v for k, v in shard_bytes(ft).items() if "index" not in k
+    }
+    wide = api.repair(base, ft, tmp_path / "out32", out_dtype="float32")
+    assert {r.action for r in wide.tensors.values()} == {"copied"}
+    assert read_tensors(tmp_path / "out32")["w"][2] == weight.tobytes()
+    assert np.signbit(values(read_tensors(tmp_path / "out32")["b"])[0, 0])
+
+
+def test_values_that_differ_only_in_the_sign_of_zero_are_fts(tmp_path: Path) -> None:
+    weight = np.zeros((32, 32), np.float32)
+    base = write_split(tmp_path / "base", {"w": weight}, 1)
+    ft = write_split(tmp_path / "ft", {"w": -weight}, 1)
+    report = api.repair(base, ft, tmp_path / "out")
+    assert report.tensors["w"].action == "copied"
+    assert read_tensors(tmp_path / "out") == read_tensors(ft)
+
+
+EXOTIC: Mapping[str, Raw] = {
+    "no_rows": ("F32", (0, 64), b""),
+    "no_columns": ("BF16", (64, 0), b""),
+    "scalar": ("F32", (), np.float32(1.5).tobytes()),
+    "int_scalar": ("I64", (), bytes(range(8))),
+    "f4": ("F4", (64, 64), bytes(range(256)) * 8),
+    "f6": ("F6_E2M3", (64, 64), bytes(range(256)) * 12),
+    "fp8": ("F8_E4M3", (64, 64), bytes(range(256)) * 16),
+    "e8m0": ("F8_E8M0", (64,), bytes(range(64))),
+    "bool": ("BOOL", (3,), b"\x01\x00\x01"),
+    "u16": ("U16", (32, 64), bytes(range(256)) * 16),
+    "i64": ("I64", (32, 64), bytes(range(256)) * 64),
+    "complex": ("C64", (32, 32), bytes(range(256)) * 32),
+    "half": bf16([1.0, -0.0, 3.0]),
+}
+
+
+@pytest.mark.parametrize("out_dtype", ["same", "float32"])
+def test_what_is_no_matrix_of_plain_floats_is_copied_through(tmp_path: Path, out_dtype: str) -> None:
+    """Also shards of which nothing but zero-size tensors are left."""
+    other = {name: (dtype, shape, content[::-1]) for name, (dtype, shape, content) in EXOTIC.items()}
+    names = list(EXOTIC)
+    for side, tensors in (("base", other), ("ft", EXOTIC)):
+        folder = tmp_path / side
+        folder.mkdir()
+        write_safetensors(folder / "model-1.safetensors", {n: tensors[n] for n in names[:2]})
+        write_safetensors(folder / "model-2.safetensors", {n: tensors[n] for n in names[2:]})
+        write_index(folder, {n: f"model-{1 if n in names[:2] else 2}.safetensors" for n in names})
+    report = api.repair(tmp_path / "base", tmp_path / "ft", tmp_path / "out", out_dtype=out_dtype)  # type: ignore[arg-type]
+    assert {r.action for r in report.tensors.values()} == {"kept_ft"}
+    found = read_tensors(tmp_path / "out")
+    for name, tensor in EXOTIC.items():
+        if out_dtype == "float32" and tensor[0] == "BF16":
+            assert found[name][:2] == ("F32", tensor[1])
+            assert found[name][2] == values(tensor).astype(np.float32).tobytes()
+        else:
+            assert found[name] == tensor
+    assert api.verify(tmp_path / "out").damage == ()
+    assert "nothing" in _second_run_notes(tmp_path, out_dtype)
+
+
+def _second_run_notes(tmp_path: Path, out_dtype: str) -> str:
+    watcher = Recorder()
+    api.repair(tmp_path / "base", tmp_path / "ft", tmp_path / "out", out_dtype=out_dtype, watcher=watcher)  # type: ignore[arg-type]
+    return " ".join(watcher.notes)
+
+
+class Recorder:
+    """A watcher that remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.warnings: list[str] = []
+        self.done_bytes = self.total_bytes = self.found_bytes = 0
+        self.ended = 0
+        self._lock = threading.Lock()
+
+    def begin(self, plan: Plan, done_bytes: int) -> None:
+        """Remember what there is to do."""
+        self.total_bytes, self.found_bytes = sum(t.out.nbytes for t in plan.tasks), done_bytes
+
+    def advance(self, done_bytes: int) -> None:
+        """Add up."""
+        with self._lock:
+            self.done_bytes += done_bytes
+
+    def warn(self, message: str) -> None:
+        """Remember."""
+        self.warnings.append(message)
+
+    def note(self, message: str) -> None:
+        """Remember."""
+        self.notes.append(message)
+
+    def end(self) -> None:
+        """Count."""
+        self.ended += 1
+
+
+def test_kept_dropped_and_resized_tensors_are_told_of(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    before, after = matrices(rng, (64, 64))
+    base = {"w": stored(before, "BF16"), "gone": bf16(before), "grown": bf16(before)}
+    ft = {"w": stored(after, "BF16"), "new": bf16(after), "grown": bf16(np.vstack([after, after]))}
+    pair = Pair(write_split(tmp_path / "base", base, 1), write_split(tmp_path / "ft", ft, 1))
+    watcher = Recorder()
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", watcher=watcher)
+    _check(pair, tmp_path / "out", report)
+    assert {name: (r.action, r.reason) for name, r in report.tensors.items()} == {
+        "w": ("repaired", ""),
+        "new": ("kept_ft", "not in the base checkpoint"),
+        "grown": ("kept_ft", "shapes differ: [64, 64] in base, [128, 64] fine-tuned"),
+        "gone": ("dropped", "not in the fine-tuned checkpoint"),
+    }
+    assert len(report.warnings) == 3
+    assert list(report.warnings) == watcher.warnings
+    assert watcher.done_bytes == watcher.total_bytes == 2 * (4096 + 4096 + 8192)
+    assert watcher.ended == 1
+
+
+def test_include_and_exclude(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"a.q": (64, 64), "a.k": (64, 64), "b.q": (64, 64)})
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", include="^a", exclude="k$")
+    assert {name: r.action for name, r in report.tensors.items()} == {
+        "a.q": "repaired",
+        "a.k": "kept_ft",
+        "b.q": "kept_ft",
+    }
+    _check(pair, tmp_path / "out", report)
+
+
+def test_the_index_keeps_order_and_metadata_and_counts_the_bytes_anew(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"z": (64, 64), "a": (64, 64), "m": (64,)}, shards=(1, 2))
+    where = json.loads((pair.ft / "model.safetensors.index.json").read_text())["weight_map"]
+    order = ["m", "z", "a"]
+    write_index(pair.ft, {name: where[name] for name in order}, total_size=1, total_parameters=8256, note="ä")
+    for out_dtype, item in (("same", 2), ("float32", 4)):
+        api.repair(pair.base, pair.ft, tmp_path / out_dtype, out_dtype=out_dtype)  # type: ignore[arg-type]
+        index = json.loads((tmp_path / out_dtype / "model.safetensors.index.json").read_text())
+        assert index["metadata"] == {"total_size": item * (2 * 4096 + 64), "total_parameters": 8256, "note": "ä"}
+        assert list(index["weight_map"].items()) == [(name, where[name]) for name in order]
+
+
+def test_float32_output_is_the_unrounded_sum(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, SHAPES)
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", out_dtype="float32")
+    base, ft, found = read_tensors(pair.base), read_tensors(pair.ft), read_tensors(tmp_path / "out")
+    for name, record in report.tensors.items():
+        if record.action == "repaired":
+            exact = textbook(values(base[name]), values(ft[name])).sum
+            delta = exact - values(base[name])
+            assert np.linalg.norm(values(found[name]) - exact) <= 1e-4 * np.linalg.norm(delta)
+            assert (record.rounding_loss or 0.0) < 1e-3
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_a_delta_of_exactly_low_rank_is_kept_with_a_warning(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    before = rng.integers(-8, 8, (64, 64)).astype(np.float32)
+    after = before + np.outer(rng.integers(-4, 4, 64), rng.integers(-4, 4, 64)).astype(np.float32)
+    base = write_split(tmp_path / "base", {"w": before}, 1)
+    ft = write_split(tmp_path / "ft", {"w": after}, 1)
+    report = api.repair(base, ft, tmp_path / "out")
+    assert (report.tensors["w"].action, len(report.warnings)) == ("kept_ft", 1)
+    assert "low rank" in report.tensors["w"].reason
+    assert read_tensors(tmp_path / "out") == read_tensors(ft)
+
+
+def test_the_report_is_whole_and_finite(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, SHAPES)
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", report=tmp_path / "copy.json", ram="2GB")
+    text = (tmp_path / "out" / "streamrepair.json").read_bytes()
+    assert (tmp_path / "copy.json").read_bytes() == text
+    parsed = json.loads(text, parse_constant=pytest.fail)
+    assert parsed["format"] == "streamrepair.report/1"
+    assert parsed["budget"]["ram_allowed_bytes"] == 2_000_000_000
+    assert parsed["budget"]["ram_measured_bytes"] > 10_000_000
+    assert parsed["timings"]["bytes_written"] >= sum(len(t[2]) for t in read_tensors(tmp_path / "out").values())
+    record = report.tensors["tall"]
+    delta = values(read_tensors(pair.ft)["tall"]) - values(read_tensors(pair.base)["tall"])
+    s = np.sort(np.linalg.svd(delta, compute_uv=False))[::-1]
+    assert record.frob_delta_in == pytest.approx(np.linalg.norm(delta), rel=1e-6)
+    assert record.frob_delta_out == pytest.approx(np.linalg.norm(s[: record.rank_kept]), rel=1e-5)
+    assert record.nearest_sigma_gap == pytest.approx(np.abs(s / (record.threshold or 1.0) - 1).min(), rel=1e-3)
+
+
+BAD = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+
+
+@BAD
+@pytest.mark.parametrize("side", ["base", "ft"])
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
+def test_an_input_that_is_not_finite_leaves_no_out(tmp_path: Path, side: str, dtype: str, value: float) -> None:
+    pair = write_pair(tmp_path, {"a": (64, 64), "w": (300, 40)}, dtypes=(dtype, dtype))
+    _spoil(getattr(pair, side), "w", 7, value)
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match=rf"{side}/.*safetensors: tensor w holds NaN or infinity at element 7,"):
+        api.repair(pair.base, pair.ft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert snapshot(tmp_path) == before
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", on_nonfinite="copy-ft")
+    assert {name: r.action for name, r in report.tensors.items()} == {"a": "repaired", "w": "kept_ft"}
+    assert any("tensor w holds NaN" in warning for warning in report.warnings)
+    assert read_tensors(tmp_path / "out")["w"] == read_tensors(pair.ft)["w"]
+
+
+def _spoil(folder: Path, name: str, element: int, value: float) -> None:
+    """Overwrite one element of a tensor in place."""
+    for path in folder.glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(content[:8], "little")
+        entry = json.loads(content[8:start]).get(name)
+        if entry is not None:
+            dtype = entry["dtype"]
+            bits = (np.array(value, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+            number = bits.tobytes() if dtype == "BF16" else raw(stored(np.array(value), dtype))[2]
+            at = start + entry["data_offsets"][0] + element * len(number)
+            content[at : at + len(number)] = number
+            path.write_bytes(content)
+
+
+def test_a_vector_that_is_not_finite_is_refused_too(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 64), "v": (64,)})
+    _spoil(pair.ft, "v", 63, math.nan)
+    with pytest.raises(InputError, match="tensor v holds NaN or infinity at element 63"):
+        api.repair(pair.base, pair.ft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refusal_leaves_what_was_in_out_before(tmp_path: Path) -> None:
+    """An empty folder stays; with --overwrite other files stay, and only the earlier result is gone."""
+    pair = write_pair(tmp_path, {"w": (64, 64)}, shards=(1, 1))
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out)
+    (out / "notes.txt").write_text("mine")
+    (out / "sub").mkdir()
+    (out / "sub" / "kept.bin").write_bytes(b"mine")
+    (tmp_path / "empty").mkdir()
+    _spoil(pair.ft, "w", 0, math.nan)
+    with pytest.raises(InputError, match="NaN"):
+        api.repair(pair.base, pair.ft, tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+    with pytest.raises(InputError, match="NaN"):
+        api.repair(pair.base, pair.ft, out, overwrite=True)
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*")) == ["notes.txt", "sub", "sub/kept.bin"]
+
+
+def test_an_interrupted_run_that_ends_in_a_refusal_takes_out_away_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 64), "a": (60, 60)}, shards=(1, 1))
+    _spoil(pair.ft, "a", 0, math.nan)
+    monkeypatch.setattr(osfile, "os", Kernel(("pwrite",), fails(4, 5)))
+    with pytest.raises(OutputError):
+        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
+    assert (tmp_path / "out").exists()
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="NaN"):
+        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_overflow_on_the_way_down_fails_naming_the_tensor(tmp_path: Path, dtype: str) -> None:
+    """The noise that kept one element finite is removed."""
+    rng = np.random.default_rng(0)
+    largest = 65504.0 if dtype == "F16" else float(np.uint32(0x7F7F0000).view(np.float32))
+    before = np.full((64, 64), 0.8 * largest)
+    after = before + largest * (0.05 + 0.01 * rng.standard_normal((64, 64)))
+    before[0, 0] = after[0, 0] = largest
+    base = write_split(tmp_path / "base", {"some.weight": stored(before, dtype)}, 1)
+    ft = write_split(tmp_path / "ft", {"some.weight": stored(after, dtype)}, 1)
+    expected = textbook(values(read_tensors(base)["some.weight"]), values(read_tensors(ft)["some.weight"]))
+    assert expected.sum.max() > largest * 1.02, "the case was meant to overflow"
+    with pytest.raises(NumericalError, match=rf"tensor some\.weight: a repaired value overflows {dtype}.*float32"):
+        api.repair(base, ft, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+    if dtype == "F16":
+        api.repair(base, ft, tmp_path / "out32", out_dtype="float32")
+        assert values(read_tensors(tmp_path / "out32")["some.weight"]).max() > largest
+
+
+@pytest.mark.parametrize("error", [NumericalError("made up"), KeyboardInterrupt(), ZeroDivisionError()])
+def test_a_failure_in_the_middle_keeps_finished_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """And the next run of the same command redoes only the others."""
+    pair = write_pair(tmp_path, {f"w{i}": (64, 64 + i) for i in range(6)}, shards=(1, 2))
+    whole = tmp_path / "whole"
+    api.repair(pair.base, pair.ft, whole, workers=1)
+    started: list[str] = []
+    repair = task._repair
+
+    def failing(job: task.Job) -> object:
+        started.append(job.task.name)
+        if len(started) == 4:
+            raise error
+        return repair(job)
+
+    monkeypatch.setattr(task, "_repair", failing)
+    with pytest.raises(type(error)):
+        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
+    monkeypatch.setattr(task, "_repair", lambda job: (started.append(job.task.name), repair(job))[1])
+    first, started[:] = started[:3], []
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
+    assert sorted(started) == sorted(set(report.tensors) - set(first))
+    assert shard_bytes(tmp_path / "out") == shard_bytes(whole)
+
+
+def test_a_keyboard_interrupt_of_the_caller_keeps_what_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in a notebook: no handler, the exception is raised wherever the calling thread is."""
+    pair = write_pair(tmp_path, {f"w{i}": (64, 64 + i) for i in range(6)})
+
+    class Interrupting(Recorder):
+        def warn(self, message: str) -> None:
+            raise KeyboardInterrupt(message)
+
+    # The caller's thread meets the low rank of the last tensor as a warning.
+    flat = bf16(np.ones((64, 64)))
+    for folder, content in ((pair.base, bf16(np.zeros((64, 64)))), (pair.ft, flat)):
+        tensors = read_tensors(folder)
+        for path in folder.glob("*.safetensors*"):
+            path.unlink()
+        write_split(folder, {**tensors, "z": content}, 1)
+    threads = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, watcher=Interrupting())
+    assert threading.active_count() == threads
+    watcher = Recorder()
+    api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, watcher=watcher)
+    assert watcher.found_bytes > 0
+    assert api.verify(tmp_path / "out").damage == ()
+
+
+def test_a_stop_request_ends_the_run_and_the_next_call_goes_on(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {f"w{i}": (64, 64 + i) for i in range(8)})
+    stop = StopRequest()
+
+    class Stopping(Recorder):
+        def advance(self, done_bytes: int) -> None:
+            super().advance(done_bytes)
+            if self.done_bytes > self.total_bytes / 3 and not stop.requested:
+                stop.request("enough")
+                time.sleep(0.5)  # the run looks a few times a second
+
+    with pytest.raises(InterruptedRunError, match="enough"):
+        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, stop=stop, watcher=Stopping())
+    watcher = Recorder()
+    api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, watcher=watcher)
+    assert 0 < watcher.found_bytes < watcher.total_bytes
+    assert watcher.found_bytes + watcher.done_bytes == watcher.total_bytes
+
+
+def test_a_finished_out_is_left_as_it_is(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, SHAPES)
+    out = tmp_path / "out"
+    first = api.repair(pair.base, pair.ft, out)
+    before = snapshot(out)
+    watcher = Recorder()
+    second = api.repair(pair.base, pair.ft, out, watcher=watcher, report=tmp_path / "copy.json", ram="1GB", workers=1)
+    changed = {name for name, found in snapshot(out).items() if found != before.get(name)}
+    assert changed <= {".streamrepair/lock"}
+    assert (second, watcher.notes) == (first, ["nothing to do: the result is whole"])
+    assert (tmp_path / "copy.json").read_bytes() == (out / "streamrepair.json").read_bytes()
+
+
+def test_a_missing_sidecar_or_report_is_written_again(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, SHAPES)
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out)
+    shards = shard_bytes(out)
+    for name in ("tokenizer.json", "model.safetensors.index.json", "streamrepair.json"):
+        (out / name).unlink()
+        watcher = Recorder()
+        report = api.repair(pair.base, pair.ft, out, watcher=watcher)
+        assert watcher.found_bytes == watcher.total_bytes
+        assert (report.timings.bytes_written, shard_bytes(out)) == (0, shards)
+        assert (out / name).exists()
+
+
+def test_overwrite_begins_anew_and_takes_the_earlier_runs_files_only(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path / "one", {"w": (64, 64), "v": (50, 64)}, shards=(1, 2))
+    other = write_pair(tmp_path / "two", {"w": (64, 64)}, shards=(1, 1), seed=1)
+    (pair.ft / "added_tokens.json").write_text("{}")
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out)
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"holds a run that differs.*BASE file.*--overwrite"):
+        api.repair(other.base, other.ft, out)
+    report = api.repair(other.base, other.ft, out, overwrite=True)
+    assert {p.name for p in out.iterdir()} == {
+        "model.safetensors", "config.json", "tokenizer.json", "notes.txt", "streamrepair.json", ".streamrepair",
+    }  # fmt: skip
+    _check(other, out, report)
+    assert api.verify(out).damage == ()
+
+
+def test_overwrite_does_not_touch_weights_of_others(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 64)})
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "adapter_model.safetensors").write_bytes(b"precious")
+    before = snapshot(out)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"not empty|adapter_model"):
+            api.repair(pair.base, pair.ft, out, overwrite=overwrite)
+        assert snapshot(out) == before
+
+
+def test_overwrite_goes_on_with_an_unfinished_run_of_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch system repeats the whole command line; it would otherwise begin anew for ever."""
+    pair = write_pair(tmp_path, {f"w{i}": (64, 64) for i in range(5)})
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out, overwrite=True)
+    expected = shard_bytes(out)
+    monkeypatch.setattr(commit, "_EVERY_S", 0.0)
+    monkeypatch.setattr(osfile, "os", Kernel(("replace",), fails(2, 5)))
+    with pytest.raises(OutputError):
+        api.repair(pair.base, pair.ft, out, overwrite=True, workers=1)
+    monkeypatch.undo()
+    watcher = Recorder()
+    api.repair(pair.base, pair.ft, out, overwrite=True, watcher=watcher)
+    assert watcher.found_bytes > 0
+    assert shard_bytes(out) == expected
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_tensor_of_a_sealed_shard_is_redone_alone(tmp_path: Path, overwrite: bool) -> None:
+    """Without --overwrite only that tensor; with it everything, as it says."""
+    pair = write_pair(tmp_path, {f"w{i}": (64, 64) for i in range(4)}, shards=(1, 2))
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out)
+    expected = shard_bytes(out)
+    victim = out / "model-00002-of-00002.safetensors"
+    victim.write_bytes(expected[victim.name][:-1] + bytes([expected[victim.name][-1] ^ 4]))
+    assert [d.where for d in api.verify(out).damage] == ["w3"]
+    watcher = Recorder()
+    report = api.repair(pair.base, pair.ft, out, overwrite=overwrite, watcher=watcher)
+    assert shard_bytes(out) == expected
+    assert watcher.done_bytes == (watcher.total_bytes if overwrite else 64 * 64 * 2)
+    assert len(report.warnings) == (0 if overwrite else 1)
+    assert overwrite or "tensor w3 is damaged and is done again" in report.warnings[0]
+    assert api.verify(out).damage == ()
+
+
+@pytest.mark.parametrize("damage", ["cut", "header", "gone"])
+def test_a_shard_that_was_cut_or_lost_is_written_again(tmp_path: Path, damage: str) -> None:
+    pair = write_pair(tmp_path, {f"w{i}": (64, 64) for i in range(4)}, shards=(1, 2))
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out)
+    expected = shard_bytes(out)
+    victim = out / "model-00001-of-00002.safetensors"
+    content = expected[victim.name]
+    if damage == "gone":
+        victim.unlink()
+    else:
+        victim.write_bytes(content[:-100] if damage == "cut" else content[:20] + b"!" + content[21:])
+    api.repair(pair.base, pair.ft, out)
+    assert shard_bytes(out) == expected
+
+
+@pytest.mark.parametrize("where", ["equal", "inside", "around", "shard linked"])
+@pytest.mark.parametrize("side", ["base", "ft"])
+def test_an_out_that_overlaps_an_input_is_refused(tmp_path: Path, side: str, where: str) -> None:
+    pair = write_pair(tmp_path / "in", {"w": (64, 64)}, shards=(1, 1))
+    folder: Path = getattr(pair, side)
+    out = {"equal": folder, "inside": folder / "sub" / "out", "around": tmp_path / "in"}.get(where, tmp_path / "out")
+    if where == "shard linked":
+        out.mkdir()
+        (out / "model.safetensors").hardlink_to(folder / "model.safetensors")
+    before = snapshot(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="name another"):
+            api.repair(pair.base, pair.ft, out, overwrite=overwrite)
+    assert snapshot(tmp_path) == before
+
+
+def test_out_may_lie_beside_inputs_that_are_named_as_files(tmp_path: Path) -> None:
+    """`streamrepair base.safetensors ft.safetensors out` in one folder; but not in that folder itself."""
+    pair = write_pair(tmp_path / "in", {"w": (64, 64)}, shards=(1, 1))
+    base, ft = ((getattr(pair, s) / "model.safetensors").rename(tmp_path / f"{s}.safetensors") for s in ("base", "ft"))
+    report = api.repair(base, ft, tmp_path / "out")
+    assert report.tensors["w"].action == "repaired"
+    assert (tmp_path / "out" / "ft.safetensors").exists()
+    with pytest.raises(InputError, match="name another folder"):
+        api.repair(base, ft, tmp_path, overwrite=True)
+    with pytest.raises(InputError, match="name another place"):
+        api.repair(base, ft, tmp_path / "out2", report=ft)
+
+
+def test_an_out_that_is_a_file_or_a_link_is_refused(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 64)})
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    for name in ("file", "link"):
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match=f"{name} is not a folder"):
+                api.repair(pair.base, pair.ft, tmp_path / name, overwrite=overwrite)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_disk_that_is_too_small_is_met_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 64)})
+    monkeypatch.setattr(osfile, "free_bytes", lambda _: 1000)
+    with pytest.raises(DiskSpaceError, match=r"needs .* 1 kB are free"):
+        api.repair(pair.base, pair.ft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,329 @@
+"""The command line in processes of its own: exit statuses, one line per failure, and what goes to which stream."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streamrepair.version import __version__
+from tests.builders import write_safetensors
+from tests.command import Result, run
+from tests.faults import WRITING
+from tests.pairs import DEMO, Pair, shard_bytes, snapshot, write_pair, write_split
+
+SHAPES = {"some.weight": (64, 48), "other.weight": (48, 64), "norm": (48,)}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return write_pair(tmp_path, SHAPES)
+
+
+def _shell(script: str, *arguments: object) -> Result:
+    """A line of shell with the command as $SR and the arguments as $1, $2, …"""
+    done = subprocess.run(
+        ["bash", "-c", script, "bash", *map(str, arguments)],
+        env=os.environ | {"SR": f"{sys.executable} -m streamrepair"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def test_a_repair_says_on_stdout_what_was_done(pair: Pair, tmp_path: Path) -> None:
+    result = run(pair.base, pair.ft, tmp_path / "out")
+    assert (result.status, result.err) == (0, "")
+    assert "3 tensors: 2 repaired, 1 kept as fine-tuned" in result.out
+    again = run("repair", pair.base, pair.ft, tmp_path / "out")
+    assert (again.status, again.out) == (0, result.out)
+    assert "nothing to do" in again.err
+    assert run(pair.base, pair.ft, tmp_path / "out", "--quiet") == Result(0, "", "")
+
+
+def test_json_goes_to_stdout_and_all_else_to_stderr(pair: Pair, tmp_path: Path) -> None:
+    (pair.ft / "stray.safetensors").write_bytes(b"")
+    result = run(pair.base, pair.ft, tmp_path / "out", "--json", "--workers", 2)
+    assert result.status == 0
+    assert "warning: FT: ignored weight files stray.safetensors" in result.err
+    assert json.loads(result.out) == json.loads((tmp_path / "out" / "streamrepair.json").read_text())
+
+
+def test_quiet_silences_warnings_but_not_errors(pair: Pair, tmp_path: Path) -> None:
+    (pair.ft / "stray.safetensors").write_bytes(b"")
+    assert run(pair.base, pair.ft, tmp_path / "out", "--quiet") == Result(0, "", "")
+    assert "--scale" in run(pair.base, pair.ft, tmp_path / "out", "--quiet", "--scale", 2).error
+
+
+def test_version_and_help_answer_on_stdout(tmp_path: Path) -> None:
+    assert run("--version") == Result(0, f"streamrepair {__version__}\n", "")
+    for words in (["--help"], [], ["repair", "--help"], ["plan", "--help"], ["verify", "--help"]):
+        result = run(*words, cwd=tmp_path)
+        assert (result.status, result.err) == (0, "")
+        assert "Usage" in result.out
+
+
+IMPORTS = """
+import sys
+from streamrepair.cli import main
+try:
+    main(sys.argv[1:])
+except SystemExit:
+    pass
+heavy = {"torch", "scipy", "transformers", "huggingface_hub"} & sys.modules.keys()
+print("heavy:", *sorted(heavy), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["plan", "BASE", "FT"], ["verfy", "x"]])
+def test_what_computes_nothing_loads_no_numeric_libraries(pair: Pair, words: list[str]) -> None:
+    words = [{"BASE": str(pair.base), "FT": str(pair.ft)}.get(word, word) for word in words]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, *words], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr.splitlines()[-1] == "heavy:"
+
+
+def test_a_run_on_the_cpu_does_not_load_torch(pair: Pair, tmp_path: Path) -> None:
+    words = [str(pair.base), str(pair.ft), str(tmp_path / "out"), "--quiet", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTS, *words], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stderr == "heavy: scipy\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["verfy", "OUT"], "did you mean verify?"),
+        (["pln", "BASE", "FT"], "did you mean plan?"),
+        (["BASE", "FT"], "OUT"),
+        (["BASE", "FT", "OUT", "more"], "more"),
+        (["BASE", "FT", "OUT", "--rma", "1GB"], "--rma"),
+        (["BASE", "FT", "OUT", "--ram", "1XB"], "size '1XB' is not understood: write it like 24GB"),
+        (["BASE", "FT", "OUT", "--ram", "0"], "size '0'"),
+        (["BASE", "FT", "OUT", "--scale", "-1"], "--scale is -1.0, expected a positive number"),
+        (["BASE", "FT", "OUT", "--scale", "x"], "--scale"),
+        (["BASE", "FT", "OUT", "--workers", "0"], "--workers is 0"),
+        (["BASE", "FT", "OUT", "--include", "("], "--include '(' is not a regular expression"),
+        (["BASE", "FT", "OUT", "--device", "cuda:99"], "--device cuda:99"),
+        (["BASE", "FT", "OUT", "--sigma", "mode"], "--sigma"),
+        (["verify", "OUT", "--sample", "0"], "--sample is 0"),
+    ],
+)
+def test_wrong_usage_is_2_and_one_line(pair: Pair, tmp_path: Path, words: list[str], said: str) -> None:
+    paths = {"BASE": pair.base, "FT": pair.ft, "OUT": tmp_path / "out"}
+    result = run(*(paths.get(word, word) for word in words), cwd=tmp_path)
+    assert (result.status, result.out) == (2, "")
+    assert said in result.error
+    assert len(result.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_called_nearly_as_a_command_is_a_checkpoint(pair: Pair, tmp_path: Path) -> None:
+    pair.base.rename(tmp_path / "verfy")
+    result = run("verfy", pair.ft, tmp_path / "out", "--quiet", cwd=tmp_path)
+    assert result == Result(0, "", "")
+
+
+def test_bad_input_is_3_and_leaves_nothing(pair: Pair, tmp_path: Path) -> None:
+    (shard,) = pair.base.glob("*.safetensors")
+    os.truncate(shard, shard.stat().st_size - 1)
+    before = snapshot(tmp_path)
+    for words in (["plan", pair.base, pair.ft], [pair.base, pair.ft, tmp_path / "out"]):
+        result = run(*words)
+        assert (result.status, result.out) == (3, "")
+        assert "model.safetensors" in result.error
+        assert result.err.count("\n") == 1
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_in_an_input_is_3_naming_file_and_tensor_and_leaves_no_out(pair: Pair, tmp_path: Path) -> None:
+    spoilt = {"some.weight": np.full((64, 48), math.nan, np.float32), "other.weight": np.ones((48, 64), np.float32)}
+    write_split(tmp_path / "spoilt", spoilt, 1)
+    result = run(pair.base, tmp_path / "spoilt", tmp_path / "out")
+    assert result.status == 3
+    assert "spoilt/model.safetensors: tensor some.weight holds NaN or infinity at element 0" in result.error
+    assert not (tmp_path / "out").exists()
+
+
+def test_overflow_is_1_naming_the_tensor(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    before = np.full((64, 64), 0.8 * 65504)
+    after = before + 65504 * (0.05 + 0.01 * rng.standard_normal((64, 64)))
+    before[0, 0] = after[0, 0] = 65504
+    for side, weights in (("base", before), ("ft", after)):
+        write_split(tmp_path / side, {"some.weight": weights.astype(np.float16)}, 1)
+    result = run(tmp_path / "base", tmp_path / "ft", tmp_path / "out")
+    assert result.status == 1
+    assert "tensor some.weight: a repaired value overflows F16" in result.error
+    assert "--out-dtype float32" in result.error
+
+
+def test_a_budget_too_small_is_5_and_the_one_it_names_works(pair: Pair, tmp_path: Path) -> None:
+    result = run(pair.base, pair.ft, tmp_path / "out", "--ram", "1MB")
+    assert (result.status, result.out) == (5, "")
+    assert not (tmp_path / "out").exists()
+    smallest = result.error.rpartition(" ")[2]
+    assert run("plan", pair.base, pair.ft, "--ram", smallest).status == 0
+    done = run(pair.base, pair.ft, tmp_path / "out", "--ram", smallest, "--json")
+    budget = json.loads(done.out)["budget"]
+    assert done.status == 0
+    assert budget["ram_measured_bytes"] <= budget["ram_allowed_bytes"]
+
+
+def test_an_out_that_is_held_is_11(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "out" / ".streamrepair").mkdir(parents=True)
+    result = _shell('flock "$3/.streamrepair/lock" $SR "$@"', pair.base, pair.ft, tmp_path / "out")
+    assert result.status == 11
+    assert "is held by another run" in result.error
+
+
+@pytest.mark.parametrize("where", ["equal", "inside", "linked"])
+def test_an_out_that_overlaps_an_input_is_3(pair: Pair, tmp_path: Path, where: str) -> None:
+    out = {"equal": pair.ft, "inside": pair.base / "deep" / "out"}.get(where, tmp_path / "out")
+    if where == "linked":
+        out.mkdir()
+        (out / "x.safetensors").hardlink_to(pair.base / "model.safetensors")
+    before = snapshot(tmp_path)
+    result = run(pair.base, pair.ft, out, "--overwrite")
+    assert result.status == 3
+    assert "name another" in result.error
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_with_other_things_is_3(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    result = run(pair.base, pair.ft, tmp_path / "out")
+    assert result.status == 3
+    assert "is not empty" in result.error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_an_out_that_cannot_be_written_is_1(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    result = run(pair.base, pair.ft, tmp_path / "locked" / "out")
+    assert result.status == 1
+    assert "locked/out" in result.error
+
+
+def test_plan_reads_no_weights_and_writes_nothing(tmp_path: Path) -> None:
+    """The weights are holes, gigabytes of them, and stay so; no file or folder is touched."""
+    side = 2_000_000
+    for name in ("base", "ft"):
+        (tmp_path / name).mkdir()
+        header = {"w": {"dtype": "F32", "shape": [side, 512], "data_offsets": [0, side * 512 * 4]}}
+        encoded = json.dumps(header).encode()
+        with (tmp_path / name / "model.safetensors").open("wb") as file:
+            file.write(len(encoded).to_bytes(8, "little") + encoded)
+            file.truncate(8 + len(encoded) + side * 512 * 4)
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_blocks) for p in (tmp_path, *tmp_path.rglob("*"))}
+    table = run("plan", tmp_path / "base", tmp_path / "ft", "--ram", "1GB", cwd=tmp_path)
+    parsed = run("plan", tmp_path / "base", tmp_path / "ft", "--ram", "1GB", "--json", cwd=tmp_path)
+    assert (table.status, table.err, parsed.status, parsed.err) == (0, "", 0, "")
+    assert "2000000 × 512" in table.out
+    found = json.loads(parsed.out)
+    assert found["tensors"]["w"]["intent"] == "repair"
+    assert found["totals"]["read_bytes"] == 4 * side * 512 * 4
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_blocks) for p in (tmp_path, *tmp_path.rglob("*"))} == before
+
+
+@pytest.mark.parametrize("words", ["plan $1 $2", "plan $1 $2 --json", "$1 $2 $3", "$1 $2 $3 --json", "--help"])
+def test_a_reader_that_leaves_is_no_failure(pair: Pair, tmp_path: Path, words: str) -> None:
+    script = f"$SR {words} | head -c0; exit ${{PIPESTATUS[0]}}"
+    result = _shell(script, pair.base, pair.ft, tmp_path / "out")
+    assert (result.status, result.err) == (0, "")
+    if "$3" in words:
+        assert (tmp_path / "out" / "streamrepair.json").exists()
+
+
+def test_a_reader_that_leaves_does_not_hide_damage(pair: Pair, tmp_path: Path) -> None:
+    run(pair.base, pair.ft, tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    result = _shell("$SR verify $1 --json | head -c0; exit ${PIPESTATUS[0]}", tmp_path / "out")
+    assert result.status == 4
+    assert "tokenizer.json" in result.error
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_do_not_end_up_in_the_weights(pair: Pair, tmp_path: Path, closed: str) -> None:
+    """A file that is opened while 1 is free gets the number 1."""
+    run(pair.base, pair.ft, tmp_path / "whole")
+    (pair.ft / "stray.safetensors").write_bytes(b"")
+    result = _shell(f"$SR $1 $2 $3 --workers 2 {closed}", pair.base, pair.ft, tmp_path / "out")
+    assert result.status == 0
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
+
+
+def test_names_from_a_checkpoint_are_escaped_wherever_shown(tmp_path: Path) -> None:
+    evil = "\x1b[2J\n<b>../x\u202e"
+    for side, scale in (("base", 1.0), ("ft", 2.0)):
+        (tmp_path / side).mkdir()
+        weights = np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32)
+        write_safetensors(tmp_path / side / "model.safetensors", {evil: weights * np.float32(scale)})
+    for words in (["plan", "base", "ft"], ["base", "ft", "out"], ["base", "ft", "out2", "--ram", "1MB"]):
+        result = run(*words, cwd=tmp_path)
+        assert "\x1b" not in result.out + result.err
+        assert "\u202e" not in result.out + result.err
+    assert "\\x1b[2J\\n" in result.error
+
+
+def test_debug_shows_the_traceback(pair: Pair, tmp_path: Path) -> None:
+    result = run(pair.base, pair.ft, tmp_path / "out", "--ram", "1MB", "--debug")
+    assert "Traceback" in result.err
+    assert "BudgetError" in result.err
+
+
+def test_a_second_copy_of_the_report(pair: Pair, tmp_path: Path) -> None:
+    assert run(pair.base, pair.ft, tmp_path / "out", "--report", tmp_path / "copy.json").status == 0
+    assert (tmp_path / "copy.json").read_bytes() == (tmp_path / "out" / "streamrepair.json").read_bytes()
+    refused = run(pair.base, pair.ft, tmp_path / "out2", "--report", pair.ft / "config.json")
+    assert refused.status == 3
+    assert "--report" in refused.error
+
+
+STOPPED = (
+    "import os, signal, sys; from streamrepair.engine import task; repair = task._repair; "
+    "task._repair = lambda job: (os.kill(os.getpid(), signal.{name}), repair(job))[1]; "
+    "from streamrepair.cli import main; sys.exit(main())"
+)
+
+
+def test_a_signal_is_75_and_names_itself(pair: Pair, tmp_path: Path) -> None:
+    code = STOPPED.format(name=signal.SIGUSR1.name)
+    words = [sys.executable, "-c", code, str(pair.base), str(pair.ft), str(tmp_path / "out"), "--workers", "1"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    result = Result(done.returncode, done.stdout, done.stderr)
+    assert (result.status, result.out) == (75, "")
+    assert "interrupted by SIGUSR1; finished work is kept: the same command continues it" in result.error
+
+
+FULL = (
+    "import os, sys; from streamrepair.checkpoint import osfile; from tests.faults import Kernel, fails; "
+    "osfile.os = Kernel(({calls!r},), fails(2, 28)); from streamrepair.cli import main; sys.exit(main())"
+)
+
+
+@pytest.mark.parametrize("call", [call for call in WRITING if call != "unlink"])
+def test_a_disk_that_refuses_is_one_line(pair: Pair, tmp_path: Path, call: str) -> None:
+    words = [sys.executable, "-c", FULL.format(calls=call), str(pair.base), str(pair.ft), str(tmp_path / "out")]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=60, check=False, cwd=Path(__file__).parent.parent
+    )
+    result = Result(done.returncode, done.stdout, done.stderr)
+    assert result.status in (1, 5)
+    assert "No space left on device" in result.error
+    assert run(pair.base, pair.ft, tmp_path / "out", "--quiet") == Result(0, "", "")
+
+
+def test_the_demo_pair_from_start_to_end(tmp_path: Path) -> None:
+    assert run(DEMO / "base", DEMO / "ft", tmp_path / "out").status == 0
+    assert "whole" in run("verify", tmp_path / "out", "--deep").out
