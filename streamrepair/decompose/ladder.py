@@ -20,13 +20,14 @@ from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.convert import difference
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource, blocks
-from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
+from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 
 Backend = Literal["auto", "full", "gram"]
 Rung = tuple[str, Callable[[], Truncation]]
 
+_GRAM_ON_CPU = "gram-float64-cpu"
 _SQUARISH = 2
 """Below this ratio of sides the Gram product is so small a part of the work that float32 saves less than it risks."""
 
@@ -51,7 +52,10 @@ def decompose(
         NumericalError: every backend failed; the message has each one's reason.
     """
     failures: list[str] = []
+    too_blunt = False
     for name, attempt in _rungs(source, rule, arithmetic, backend, sharp=sharp, full_fits=full_fits):
+        if name == _GRAM_ON_CPU and too_blunt:
+            continue  # it would be as blunt: it is there for a device without memory or with a faulty solver
         try:
             return replace(attempt(), climbed=tuple(failures))
         except NonFiniteDeltaError as error:
@@ -59,6 +63,7 @@ def decompose(
                 raise
             failures.append(f"{name}: {error}")  # squares can overflow where the input is sound
         except (NumericalError, RuntimeError, np.linalg.LinAlgError) as error:
+            too_blunt = isinstance(error, UnresolvedError)
             failures.append(f"{name}: {str(error).partition(chr(10))[0]}")
     raise NumericalError("; ".join(failures))
 
@@ -72,6 +77,9 @@ def _rungs(
             if precision == "float64" or (source.rows >= _SQUARISH * source.cols and not sharp):
                 attempt = partial(gram.truncate, source, rule, arithmetic=arithmetic, precision=precision)
                 rungs.append((f"gram-{precision}", attempt))
+        if not isinstance(arithmetic, HostArithmetic):
+            attempt = partial(gram.truncate, source, rule, arithmetic=HostArithmetic(), precision="float64")
+            rungs.append((_GRAM_ON_CPU, attempt))
         rungs.append(("rows", partial(_mostly_empty, source, rule)))
     if not full_fits:
         return [*rungs, ("full", _too_large)]
