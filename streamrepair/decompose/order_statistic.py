@@ -24,7 +24,7 @@ REACH = 14
 """Neighbours of a shift that are found rather than shifted to; further away a second factorisation is cheaper."""
 _BLOCK = 16
 _MOST_STEPS = 20
-_MOST_SHIFTS = 6
+_MOST_SHIFTS = 8
 _SEED = 0x5EED
 
 
@@ -52,7 +52,7 @@ def locate(
         NumericalError: LAPACK failed.
     """
     low, high = (-np.inf, 0), (np.inf, matrix.size)  # (shift, eigenvalues below it)
-    c = guess
+    c, stride = guess, 1.0
     for _ in range(_MOST_SHIFTS):
         below = matrix.size - matrix.shift(c)
         if below <= place:
@@ -61,42 +61,48 @@ def locate(
             high = min(high, (c, below))
         steps = place - below + (place >= below)  # ±1 is the nearest on that side
         if abs(steps) <= REACH:
-            return _nearby(matrix, c, steps, tolerance, probes)
-        c = _next(c, place - below + 0.5, slope, low, high)
+            found = _nearby(matrix, c, steps, tolerance, probes)
+            if isinstance(found, Located):
+                return found
+            c = found
+        else:
+            c = _next(c, stride * (place - below + 0.5), slope, low, high)
+            stride *= 3.0  # the density may be wrong by any factor
     raise UnresolvedError(f"{_MOST_SHIFTS} factorisations did not come near the median eigenvalue")
 
 
 def _next(c: float, missing: float, slope: float, low: tuple[float, int], high: tuple[float, int]) -> float:
-    """The next shift: by secant between two counts once there are two, by the given slope before."""
+    """The next shift: between two counts once there are two, by the given slope before."""
     if np.isfinite(low[0]) and np.isfinite(high[0]):
+        place = missing + (low[1] if c == low[0] else high[1])
         # Kept off both ends, where the secant of a curved distribution would stick.
-        part = (missing + (c == high[0]) * (high[1] - low[1])) / (high[1] - low[1])
-        return low[0] + float(np.clip(part, 0.05, 0.95)) * (high[0] - low[0])
+        part = float(np.clip((place - low[1]) / max(1, high[1] - low[1]), 0.1, 0.9))
+        return low[0] + part * (high[0] - low[0])
     if slope <= 0.0:
         raise UnresolvedError("no eigenvalues were seen near the estimated median")
     return c + missing / slope
 
 
-def _nearby(matrix: SymmetricPair, c: float, steps: int, tolerance: float, probes: Doubles) -> Located:
+def _nearby(matrix: SymmetricPair, c: float, steps: int, tolerance: float, probes: Doubles) -> Located | float:
+    """The eigenvalue so many steps from the shift; if it did not converge, a shift that is nearer."""
     n, count = matrix.size, abs(steps)
-    lanczos = BlockLanczos(
-        matrix.solve, n, block=min(_BLOCK, n), capacity=min(n, (_MOST_STEPS + 1) * _BLOCK), seed=_SEED
-    )
+    capacity = min(n, (_MOST_STEPS + 1) * _BLOCK)
+    lanczos = BlockLanczos(matrix.solve, n, block=min(_BLOCK, n), capacity=capacity, seed=_SEED)
+    nu = 0.0
     while not lanczos.full:
         lanczos.extend()
         if lanczos.size < 2 * count + _BLOCK:
             continue
         ritz = lanczos.ritz()
-        inverse = ritz.values if steps > 0 else ritz.values[::-1]
-        order = np.arange(len(inverse)) if steps > 0 else np.arange(len(inverse))[::-1]
-        if np.sign(inverse[count - 1]) != np.sign(steps):
-            continue
-        nu, residual = float(inverse[count - 1]), float(ritz.residuals[order[count - 1]])
+        at = count - 1 if steps > 0 else len(ritz.values) - count
+        nu, residual = float(ritz.values[at]), float(ritz.residuals[at])
         # ν = 1/(λ − c), so that an error of ν is one of λ divided by ν².
-        if residual <= 0.1 * tolerance * nu**2:
-            vector = lanczos.vectors(ritz.coefficients[:, order[count - 1 : count]])
+        if np.sign(nu) == np.sign(steps) and residual <= 0.1 * tolerance * nu**2:
+            vector = lanczos.vectors(ritz.coefficients[:, at : at + 1])
             return _checked(matrix, (c, nu, vector), tolerance, probes)
-    raise UnresolvedError(f"the {count} eigenvalues next to the estimated median did not converge")
+    if np.sign(nu) != np.sign(steps):
+        raise UnresolvedError(f"the {count} eigenvalues next to the estimated median did not converge")
+    return c + 1.0 / nu
 
 
 def _checked(matrix: SymmetricPair, found: tuple[float, float, Doubles], tolerance: float, probes: Doubles) -> Located:

@@ -50,6 +50,7 @@ _RESIDUAL = 1e-5
 _DEVIATIONS = 4.0
 """Standard errors on either side of a fast estimate's median."""
 _DENSITY_STEPS = 12
+_SHARPENING = 3
 _SEED = 0xB10C
 
 
@@ -122,7 +123,8 @@ class _Search:
         n = matrix.size
         self.matrix, self.shape, self.rule, self.bound = matrix, shape, rule, bound
         self.place = (n - 1) // 2
-        self.lanczos = BlockLanczos(matrix.times, n, block=_BLOCK, capacity=n // CAPACITY_SHARE, seed=_SEED)
+        capacity = max(n // CAPACITY_SHARE, (_LOOK_AT + 2) * _BLOCK)
+        self.lanczos = BlockLanczos(matrix.times, n, block=_BLOCK, capacity=capacity, seed=_SEED)
         self.ritz: Ritz
 
     def cut(self, median: float) -> float:
@@ -197,6 +199,15 @@ class _Search:
         tolerance = max(1e-7 * guess, self.bound)
         return locate(self.matrix, self.place, guess, slope, tolerance=tolerance, probes=probes)
 
+    def _sharpen(self, cut: float) -> None:
+        """A few more steps for the largest value below, which the report tells of."""
+        for _ in range(_SHARPENING):
+            count = int(np.count_nonzero(self.ritz.values > cut))
+            if self.ritz.residuals[count] <= 0.01 * self.ritz.values[count] or self.lanczos.full:
+                return
+            self.lanczos.extend()
+            self.ritz = self.lanczos.ritz()
+
     def proven(self, low: float, high: float, probes: Doubles) -> tuple[Doubles, Doubles, float, int]:
         """All eigenvalues above `low`, ascending, and their vectors as rows, with the proof that there are no others.
 
@@ -206,8 +217,9 @@ class _Search:
         Raises:
             UnresolvedError: there may be others.
         """
-        ritz, low = self.ritz, low - self.bound
-        count = int(np.count_nonzero(ritz.values > low))
+        low -= self.bound
+        self._sharpen(low)
+        ritz, count = self.ritz, int(np.count_nonzero(self.ritz.values > low))
         following = float(ritz.values[count])
         turned = self.rotation(count, max(following, 0.5 * low), error=0.5 * self.bound)
         if turned > _MOST_ROTATION:

@@ -158,6 +158,19 @@ class _Windows:
         gap = float(np.abs(self.outside - value).min(initial=np.inf)) - self.blunt
         return self.slack + (min(self.residual, self.residual**2 / gap) if gap > 0.0 else self.residual)
 
+    def mixing(self, cut: float) -> float:
+        """‖Δ*′ − Δ*‖/‖Δ*‖ to expect of what Ritz vectors on either side of τ² have of each other.
+
+        As `truncation.mixing` has it. Both errors are taken as spread: that of the products over n places, that of the span over those of the windows.
+        """
+        n, w = self.vectors.shape[1], len(self.values)
+        each = self.slack / (2.0 * n**0.5) + (self.error(cut) - self.slack) / w**0.5
+        kept, dropped = self.values[self.values > cut], self.values[self.values <= cut]
+        if len(kept) == 0:
+            return 0.0
+        i, j = kept[:, None], dropped[None, :]
+        return float(each * np.sqrt(np.sum((i + np.abs(j)) / np.square(i - j)) / kept.sum()))
+
 
 def truncate(
     source: PanelSource, rule: HardThreshold, *, arithmetic: HostArithmetic, gram: Gram, probes: Doubles
@@ -200,7 +213,8 @@ def _decided(basis: _Basis, by: tuple[Products, float], matrix: _Matrix) -> Trun
     margin = windows.error(cut) + cut / median * off
     if close := int(np.count_nonzero(np.abs(windows.values - cut) <= margin)):
         raise UnresolvedError(f"{close} values within {margin:.1e} of the squared threshold")
-    if (turned := mixing(values, threshold.rank_kept, basis.error, basis.exact)) > _MOST_MIXING:
+    turned = mixing(values, threshold.rank_kept, basis.error, basis.exact) + windows.mixing(cut)
+    if turned > _MOST_MIXING:
         raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
     vectors = _assembled(windows, basis, values, threshold.rank_kept)
     top = values[n - threshold.rank_kept :]
