@@ -89,8 +89,9 @@ def repair(
     vram: Size | None = None,
     device: str = "auto",
     workers: int | None = None,
-    backend: Literal["auto", "full", "gram"] = "auto",
+    backend: Literal["auto", "full", "gram", "randomized"] = "auto",
     sigma: Literal["median", "tail"] = "median",
+    noise_estimate: Literal["exact", "fast"] = "exact",
     scale: float = 1.0,
     include: str | None = None,
     exclude: str | None = None,
@@ -110,6 +111,7 @@ def repair(
     """
     settings = Settings(
         sigma=sigma,
+        noise_estimate=noise_estimate,
         scale=scale,
         include=include,
         exclude=exclude,

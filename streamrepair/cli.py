@@ -39,8 +39,19 @@ Vram = Annotated[str | None, Parameter(group=_MEANS, help="Memory per GPU. Defau
 Device = Annotated[str, Parameter(group=_MEANS, help="auto, cpu, cuda or cuda:N.")]
 Workers = Annotated[int | None, Parameter(group=_MEANS, help="Matrices in work at once. Default: one per processor.")]
 Backend = Annotated[
-    Literal["auto", "full", "gram"],
-    Parameter(group=_MEANS, help="auto and gram: eigenvalues of ΔᵀΔ, certified; full: float64 QR and SVD, slow."),
+    Literal["auto", "full", "gram", "randomized"],
+    Parameter(
+        group=_MEANS,
+        help="gram: all eigenvalues of ΔᵀΔ, certified; randomized: block Krylov first, gram where it loses; "
+        "full: float64 QR and SVD, slow; auto: the quicker of the first two.",
+    ),
+]
+NoiseEstimate = Annotated[
+    Literal["exact", "fast"],
+    Parameter(
+        group=_NUMBERS,
+        help="exact, or fast: large matrices that keep little get an interval for τ instead of the exact median.",
+    ),
 ]
 Sigma = Annotated[
     Literal["median", "tail"], Parameter(group=_NUMBERS, help="Noise estimate: median (Gavish–Donoho) or tail.")
@@ -83,6 +94,7 @@ def repair(
     workers: Workers = None,
     backend: Backend = "auto",
     sigma: Sigma = "median",
+    noise_estimate: NoiseEstimate = "exact",
     scale: Scale = 1.0,
     include: Include = None,
     exclude: Exclude = None,
@@ -109,6 +121,7 @@ def repair(
             workers=workers,
             backend=backend,
             sigma=sigma,
+            noise_estimate=noise_estimate,
             scale=scale,
             include=include,
             exclude=exclude,
@@ -139,6 +152,7 @@ def plan(
     workers: Workers = None,
     backend: Backend = "auto",
     sigma: Sigma = "median",
+    noise_estimate: NoiseEstimate = "exact",
     scale: Scale = 1.0,
     include: Include = None,
     exclude: Exclude = None,
@@ -151,7 +165,13 @@ def plan(
     from streamrepair.views import plan_view
 
     settings = Settings(
-        sigma=sigma, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype, backend=backend
+        sigma=sigma,
+        noise_estimate=noise_estimate,
+        scale=scale,
+        include=include,
+        exclude=exclude,
+        out_dtype=out_dtype,
+        backend=backend,
     )
     planned = api.plan(base, ft, ram=ram, vram=vram, device=device, workers=workers, settings=settings)
     with _reader_may_leave():

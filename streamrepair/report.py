@@ -44,6 +44,10 @@ class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Smallest |s/τ − 1|; null where there is no τ."""
     undecidable: int | None = None
     """Singular values so near τ that rounding decides their side."""
+    threshold_interval: tuple[float, float] | None = None
+    """Of τ, with `--noise-estimate fast` where the noise level was estimated and not computed; else null."""
+    within_interval: int | None = None
+    """Singular values in that interval: the kept rank may be off by as many."""
     backend: str | None = None
     climbed: tuple[str, ...] = ()
     """Why cheaper backends were left."""
@@ -95,7 +99,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     include: str | None = None
     exclude: str | None = None
     out_dtype: Literal["same", "float32"] = "same"
-    backend: Literal["auto", "full", "gram"] = "auto"
+    backend: Literal["auto", "full", "gram", "randomized"] = "auto"
+    noise_estimate: Literal["exact", "fast"] = "exact"
     on_nonfinite: Literal["refuse", "copy-ft"] = "refuse"
 
 

@@ -45,7 +45,13 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     began = time.perf_counter()
     try:
         truncation = ladder.decompose(
-            view, rule, arithmetic=arithmetic, backend=settings.backend, sharp=sharp, full_fits=fits
+            view,
+            rule,
+            arithmetic=arithmetic,
+            backend=settings.backend,
+            sharp=sharp,
+            full_fits=fits,
+            estimate=settings.noise_estimate,
         )
     except NonFiniteDeltaError as error:
         where = find_nonfinite(job)
@@ -94,6 +100,8 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
         rounding_loss=merged.lost_square**0.5 / out if out > 0 else 0.0,
         nearest_sigma_gap=gap if gap < float("inf") else None,
         undecidable=truncation.undecidable,
+        threshold_interval=truncation.interval,
+        within_interval=truncation.within if truncation.interval else None,
         backend=truncation.backend,
         climbed=truncation.climbed,
         digest=merged.digest,
