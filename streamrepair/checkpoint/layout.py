@@ -6,6 +6,7 @@ shard: a shard's name in it is a plain file name or refused. Only headers are re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -64,9 +65,19 @@ class Checkpoint:
         return sum(shard.file_bytes for shard in self.shards)
 
     @property
+    def header_digest(self) -> str:
+        """SHA-256 over all shards' header digests."""
+        return joined_digest(shard.digest for shard in self.shards)
+
+    @property
     def tensor_bytes(self) -> int:
         """Size of all tensors of the checkpoint, unindexed ones left out."""
         return sum(entry.nbytes for _, entry in self.tensors.values())
+
+
+def joined_digest(digests: Iterable[str]) -> str:
+    """One digest of several shards' header digests, in their order."""
+    return f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}"
 
 
 def open_checkpoint(given: str | Path, *, side: str) -> Checkpoint:

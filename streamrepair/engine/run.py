@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -78,9 +77,19 @@ class _Run:
 
 
 def execute(
-    plan: Plan, out: Path, *, stop: StopRequest, watcher: Watcher, overwrite: bool = False, report: Path | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    stop: StopRequest,
+    watcher: Watcher,
+    overwrite: bool = False,
+    report: Path | None = None,
+    finished: Mapping[str, TensorRecord] | None = None,
 ) -> Report:
     """Carry out a plan and write OUT; continues an interrupted run of the same plan.
+
+    Args:
+        finished: records of OUT's report, which go where the journal has none: a finished result is to be mended.
 
     Raises:
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
@@ -90,7 +99,7 @@ def execute(
     workspace = Workspace(out, plan.layouts)
     run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [])
     try:
-        journalled = workspace.open(fingerprint(plan), overwrite=overwrite)
+        journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
             run.warn(f"{osfile.shown_path(path)}: length or header is damaged and is written again")
         return _execute(run, journalled, report)
@@ -325,14 +334,13 @@ def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tu
 
 
 def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
-    digest = hashlib.sha256("".join(shard.digest for shard in checkpoint.shards).encode())
     return CheckpointSummary(
         given=checkpoint.given,
         path=str(checkpoint.folder.resolve()),
         shards=tuple(shard.path.name for shard in checkpoint.shards),
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.total_bytes,
-        header_digest=f"sha256:{digest.hexdigest()}",
+        header_digest=checkpoint.header_digest,
         unindexed=checkpoint.unindexed,
         stray_files=checkpoint.stray_files,
     )

@@ -41,8 +41,14 @@ class Workspace:
         """Sealed shards whose length or header `open` found wrong."""
         self._lock_fd = -1
 
-    def open(self, fingerprint: Fingerprint, *, overwrite: bool) -> dict[str, TensorRecord]:
+    def open(
+        self, fingerprint: Fingerprint, *, overwrite: bool, finished: Mapping[str, TensorRecord] | None = None
+    ) -> dict[str, TensorRecord]:
         """Take the lock, settle what an earlier run left, reserve the disk; returns the journalled records.
+
+        Args:
+            finished: records that the report of a finished result has; a journal that is damaged or lacks some gets
+                them again.
 
         Raises:
             LockedError: a live run holds OUT.
@@ -57,20 +63,44 @@ class Workspace:
         self._lock()
         if made_out:
             osfile.close(osfile.open_output(self.state / "made"))
-        entries = self._begin(fingerprint) if overwrite else self._continue(fingerprint)
+        entries = self._begin(fingerprint) if overwrite else self._continue(fingerprint, finished)
         osfile.make_folder(self.work)
         self.damaged = tuple(shard.final for shard in self.shards if not shard.open())
         osfile.sync_folder(self.work)
         return {entry.name: entry.record for entry in entries}
 
-    def _continue(self, fingerprint: Fingerprint) -> list[JournalEntry]:
+    def _continue(
+        self, fingerprint: Fingerprint, finished: Mapping[str, TensorRecord] | None = None
+    ) -> list[JournalEntry]:
         """The journal of the run that OUT holds, which must be of this fingerprint; or of a new one."""
         if (self.state / "run.json").exists():
             self._refuse_changed(fingerprint)
         else:
             osfile.unlink(self.state / "journal")
             osfile.write_atomic(self.state / "run.json", msgspec.json.format(msgspec.json.encode(fingerprint)))
+        if finished:
+            return self._mended_journal(finished)
         return [self._entry(line) for line in self.journal.open()]
+
+    def _mended_journal(self, finished: Mapping[str, TensorRecord]) -> list[JournalEntry]:
+        """The journal, begun anew from a report's records where it is not the same as they are."""
+        of_report = [
+            JournalEntry(name, shard.layout.name, finished[name])
+            for shard in self.shards
+            for name in shard.layout.entries
+            if name in finished
+        ]
+        try:
+            entries = [self._entry(line) for line in self.journal.open()]
+        except InputError:
+            entries = []
+        if {entry.name for entry in entries} >= {entry.name for entry in of_report}:
+            return entries
+        self.journal.close()
+        osfile.unlink(self.state / "journal")
+        self.journal.open()
+        self.journal.append(msgspec.json.encode(entry) for entry in of_report)
+        return of_report
 
     def _begin(self, fingerprint: Fingerprint) -> list[JournalEntry]:
         """With --overwrite: go on with an unfinished run of this very kind, or else clear OUT and begin.
