@@ -100,9 +100,14 @@ def read_exactly(fd: int, nbytes: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def status(fd: int) -> os.stat_result:
-    """Size, times and identity of what is open."""
-    return os.fstat(fd)
+def status(fd: int, path: Path) -> os.stat_result:
+    """Size, times and identity of what is open.
+
+    Raises:
+        InputError: the file system does not say.
+    """
+    with _input(path):
+        return os.fstat(fd)
 
 
 def open_output(path: Path) -> int:
@@ -267,18 +272,22 @@ def unlink(path: Path) -> None:
 
 
 def make_folder(path: Path) -> bool:
-    """Create a folder (parents too); True if it was not there.
+    """Create a folder (parents too), its name on the device; True if it was not there.
 
     Raises:
-        OutputError: it cannot be created, or a file has its name.
+        OutputError: it cannot be created or synced, or a file has its name.
     """
     with _output(path, "created"):
+        new = [path, *path.parents][: [p.exists() for p in (path, *path.parents)].index(True)]
         try:
             os.makedirs(path)  # noqa: PTH103
         except FileExistsError:
             if not path.is_dir():
                 raise
             return False
+    # What is synced in a folder is lost with it if the folder's own name is not.
+    for folder in reversed(new):
+        sync_folder(folder.parent)
     return True
 
 
@@ -292,8 +301,13 @@ def remove_folder(path: Path, *, with_content: bool) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """What an unprivileged process may still write to the file system of `folder`."""
-    found = os.statvfs(folder)
+    """What an unprivileged process may still write to the file system of `folder`.
+
+    Raises:
+        OutputError: the file system does not say.
+    """
+    with _output(folder, "asked for its free space"):
+        found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
 
 
@@ -319,6 +333,19 @@ def chunks(size_bytes: int, step: int = _COPY_BYTES) -> Iterator[tuple[int, int]
     """(offset, length) of consecutive pieces of at most `step` bytes."""
     for offset in range(0, size_bytes, step):
         yield offset, min(step, size_bytes - offset)
+
+
+@contextlib.contextmanager
+def reading_output() -> Iterator[None]:
+    """What cannot be read back inside is a fault of OUT, not of an input.
+
+    Raises:
+        OutputError: for an InputError inside.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise OutputError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -99,10 +99,11 @@ class ShardFile:
 
     def _begins_right(self) -> bool:
         """Whether the file has the right length and header."""
-        if osfile.status(self._fd).st_size != self.layout.file_bytes:
-            return False
-        header = bytearray(len(self.layout.prefix))
-        osfile.pread_into(self._fd, memoryview(header), 0, self.path)
+        with osfile.reading_output():
+            if osfile.status(self._fd, self.path).st_size != self.layout.file_bytes:
+                return False
+            header = bytearray(len(self.layout.prefix))
+            osfile.pread_into(self._fd, memoryview(header), 0, self.path)
         return header == self.layout.prefix
 
     @property
@@ -123,10 +124,11 @@ class ShardFile:
         """Digest of a tensor's bytes as they are in the file now.
 
         Raises:
-            InputError: the file is shorter than its layout.
+            OutputError: they cannot be read back.
         """
         entry = self.layout.entries[name]
-        return digest_range(self._fd, entry.start, entry.nbytes, self.path)
+        with osfile.reading_output():
+            return digest_range(self._fd, entry.start, entry.nbytes, self.path)
 
     def sync(self) -> None:
         """Force the data to the device.

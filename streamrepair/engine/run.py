@@ -14,6 +14,7 @@ from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import copy_sidecars, sidecars
+from streamrepair.checkpoint.write import ShardFile
 from streamrepair.engine import budget, memory
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.local import LocalExecutor
@@ -22,7 +23,7 @@ from streamrepair.engine.plan import Plan, Task, fits_full
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, run_task
 from streamrepair.engine.workspace import Workspace, refuse_overlap
-from streamrepair.errors import InputError, shown
+from streamrepair.errors import InputError, OutputError, shown
 from streamrepair.report import (
     REPORT_NAME,
     Budget,
@@ -153,7 +154,7 @@ def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRe
     for shard in run.workspace.shards:
         damaged = []
         for name in shard.layout.entries:
-            if name in journalled and shard.digest(name) == journalled[name].digest:
+            if name in journalled and _reads_as(shard, name, journalled[name].digest):
                 sound[name] = journalled[name]
             elif name in journalled or shard.sealed:
                 damaged.append(name)
@@ -163,6 +164,14 @@ def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRe
             if name in journalled:
                 run.warn(f"{shown(str(shard.path))}: tensor {shown(name)} is damaged and is done again")
     return sound
+
+
+def _reads_as(shard: ShardFile, name: str, digest: str | None) -> bool:
+    """Whether a tensor of OUT has its digest; one that cannot be read has not: writing it anew may cure the disk."""
+    try:
+        return shard.digest(name) == digest
+    except OutputError:
+        return False
 
 
 def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:

@@ -66,7 +66,8 @@ class Workspace:
         entries = self._begin(fingerprint) if overwrite else self._continue(fingerprint, finished)
         osfile.make_folder(self.work)
         self.damaged = tuple(shard.final for shard in self.shards if not shard.open())
-        osfile.sync_folder(self.work)
+        for folder in (self.work, self.state):  # names of partial shards; of the journal
+            osfile.sync_folder(folder)
         return {entry.name: entry.record for entry in entries}
 
     def _continue(
@@ -196,7 +197,7 @@ class Workspace:
         self._lock_fd = osfile.open_output(self.state / "lock")
         path = self.state / "lock"
         if not osfile.lock(self._lock_fd, path):
-            size = min(100, osfile.status(self._lock_fd).st_size)
+            size = min(100, osfile.status(self._lock_fd, path).st_size)
             holder = osfile.read_exactly(self._lock_fd, size, 0).decode("ascii", "replace").strip()
             raise LockedError(
                 f"OUT {shown(str(self.out))} is held by another run ({shown(holder)}): wait for it or stop it"
