@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -20,11 +19,11 @@ import pytest
 
 from streamrepair import api
 from streamrepair.checkpoint import osfile
-from streamrepair.engine import commit, task
-from streamrepair.errors import DamageError, DiskSpaceError, InputError, LockedError, OutputError, StreamRepairError
+from streamrepair.engine import task
+from streamrepair.errors import DamageError, InputError, LockedError, OutputError
 from streamrepair.report import JournalEntry, TensorRecord
 from tests.command import finish, run, start, start_held
-from tests.faults import WRITING, Kernel, fails, kills, none
+from tests.faults import Kernel
 from tests.pairs import Pair, shard_bytes, snapshot, write_pair
 
 SMALL = {"a": (48, 40), "b": (40, 48), "v": (40,), "c": (64, 32), "d": (33, 70)}
@@ -102,73 +101,6 @@ def _wait(condition: Callable[[], object], seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.005)
-
-
-def _faulty_run(pair: Pair, out: Path, fault: Callable[[int, str], None]) -> None:
-    """A run on a kernel with a fault, committing after every tensor; for a child process."""
-    commit._EVERY_S = 0.0
-    osfile.os = Kernel(WRITING, fault)  # type: ignore[assignment]
-    try:
-        api.repair(pair.base, pair.ft, out, workers=1)
-    except StreamRepairError as error:
-        os._exit(error.exit_status)
-    os._exit(0)
-
-
-def _operations(pair: Pair, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What an undisturbed run, committing after every tensor, does to the disk."""
-    kernel = Kernel(WRITING, none)
-    with monkeypatch.context() as patch:
-        patch.setattr(osfile, "os", kernel)
-        patch.setattr(commit, "_EVERY_S", 0.0)
-        api.repair(pair.base, pair.ft, out, workers=1)
-    return kernel.calls
-
-
-@pytest.mark.slow
-def test_kill_before_every_operation_on_the_disk(small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that is ended, by `kill -9`, before the first, the second, … operation; then the same call."""
-    calls = _operations(small, tmp_path / "whole", monkeypatch)
-    expected = shard_bytes(tmp_path / "whole")
-    assert {"pwrite", "fsync", "replace", "posix_fallocate"} <= set(calls)
-    context = multiprocessing.get_context("fork")
-    for number in range(1, len(calls) + 1):
-        out = tmp_path / f"out{number}"
-        child = context.Process(target=_faulty_run, args=(small, out, kills(number)))
-        child.start()
-        child.join()
-        assert child.exitcode == -signal.SIGKILL
-        _check_loadable_names(out, expected)
-        done = _journalled(out)
-        report = api.repair(small.base, small.ft, out)
-        assert shard_bytes(out) == expected
-        assert {name: report.tensors[name] for name in done} == done
-        assert not (out / ".streamrepair" / "partial").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("error", "ever_after"), [(errno.EIO, False), (errno.ENOSPC, True)], ids=["once", "for ever"])
-def test_every_operation_on_the_disk_may_fail(
-    small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int, ever_after: bool
-) -> None:
-    """One line that names a file of OUT, nothing half done under a final name, and the same call goes on."""
-    calls = _operations(small, tmp_path / "whole", monkeypatch)
-    expected = shard_bytes(tmp_path / "whole")
-    for number in range(1, len(calls) + 1):
-        out = tmp_path / f"out{number}"
-        with monkeypatch.context() as patch:
-            patch.setattr(osfile, "os", Kernel(WRITING, fails(number, error, ever_after=ever_after)))
-            patch.setattr(commit, "_EVERY_S", 0.0)
-            with contextlib.suppress(
-                OutputError, DiskSpaceError
-            ):  # what is only tidied away at the end may fail unseen
-                api.repair(small.base, small.ft, out, workers=1)
-                assert shard_bytes(out) == expected
-        _check_loadable_names(out, expected)
-        done = _journalled(out)
-        report = api.repair(small.base, small.ft, out)
-        assert shard_bytes(out) == expected
-        assert {name: report.tensors[name] for name in done} == done
 
 
 def test_a_failed_sync_is_not_repeated(small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
