@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,8 +138,10 @@ class ShardFile:
         """
         osfile.sync(self._fd, self.path)
 
-    def seal(self, digests: Mapping[str, str]) -> None:
+    def seal(self, digests: Mapping[str, str], *, check_stop: Callable[[], None] = lambda: None) -> None:
         """Read everything back, compare it with `digests`, sync, and give the shard its final name.
+
+        `check_stop` is called before each tensor; what it raises ends the sealing.
 
         Raises:
             DamageError: the file does not hold what was written.
@@ -151,6 +153,7 @@ class ShardFile:
                 "run the same command again"
             )
         for name in self.layout.entries:
+            check_stop()
             found = self.digest(name)
             if found != digests[name]:
                 raise DamageError(

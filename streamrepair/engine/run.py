@@ -95,6 +95,7 @@ def execute(
     Raises:
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
+    stop.heeded = True
     refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, report)
     budget.reset_peak()
     workspace = Workspace(out, plan.layouts)
@@ -128,8 +129,9 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         _write_copy(finished, report_path)
         return finished
     unchanged = _unchanged_check(run)
-    committer = Committer(run.workspace, done, before_commit=unchanged)
+    committer = Committer(run.workspace, done, before_commit=unchanged, stop=run.stop)
     spent = _work(run, committer, [task for task in plan.tasks if task.name not in done])
+    run.stop.check_at_once()  # from here on it is a matter of moments
     unchanged()
     names = _write_beside(run)
     report = _report(run, committer.records, spent, names, time.perf_counter() - began)
@@ -154,6 +156,7 @@ def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRe
     for shard in run.workspace.shards:
         damaged = []
         for name in shard.layout.entries:
+            run.stop.check_at_once()
             if name in journalled and _reads_as(shard, name, journalled[name].digest):
                 sound[name] = journalled[name]
             elif name in journalled or shard.sealed:
@@ -214,7 +217,8 @@ def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
         for outcome in executor.run(tasks, lambda task, scratch: run_task(task, around, scratch)):
             if outcome is not None:
                 _take(run, committer, outcome, spent)
-            if committer.due:
+            # Once a stop is requested, all that is ready: at the end there may be no time for a large sync.
+            if committer.due or run.stop.requested:
                 committer.flush()
     except NonFiniteInputError:
         raise  # all of it is about to be removed
