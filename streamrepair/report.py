@@ -154,6 +154,8 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     """Shard path → size, mtime and header digest."""
     ft: dict[str, str]
     settings: Settings
+    device: str = ""
+    """Where the run began to compute; another one may go on, with a warning. "" in runs that did not note it."""
 
     def differences(self, other: Fingerprint) -> list[str]:
         """What changed from `other` to this, in words; empty if nothing did."""

@@ -35,6 +35,7 @@ class Journal:
             OutputError: the file cannot be opened, read or cut.
         """
         self._fd = osfile.open_output(self._path)
+        osfile.refuse_linked(self._fd, self._path)
         with osfile.reading_output():
             content = bytearray(osfile.status(self._fd, self._path).st_size)
             osfile.pread_into(self._fd, memoryview(content), 0, self._path)

@@ -271,6 +271,47 @@ def unlink(path: Path) -> None:
         os.unlink(path)  # noqa: PTH108
 
 
+def refuse_linked(fd: int, path: Path) -> None:
+    """Refuse to change a file in place that has another name: what lies there would change with it.
+
+    Raises:
+        OutputError: it has.
+    """
+    with reading_output():
+        links = status(fd, path).st_nlink
+    if links > 1:
+        raise OutputError(
+            f"{shown_path(path)}: has {links} names (hard links), expected 1: to write it would change a file outside "
+            "OUT: put a copy in its place, or name another OUT"
+        )
+
+
+def is_same_file(fd: int, path: Path) -> bool:
+    """Whether a name still stands for what is open.
+
+    Raises:
+        OutputError: the file system does not say.
+    """
+    with _output(path, "looked up"):
+        try:
+            return os.path.samestat(os.fstat(fd), os.lstat(path))
+        except FileNotFoundError:
+            return False
+
+
+def is_other_than_folder(path: Path) -> bool:
+    """Whether a name is taken by something else than a folder, a link to one included.
+
+    Raises:
+        OutputError: the name cannot be looked up.
+    """
+    with _output(path, "looked up"):
+        try:
+            return not stat.S_ISDIR(os.lstat(path).st_mode)
+        except FileNotFoundError:
+            return False
+
+
 def make_folder(path: Path) -> bool:
     """Create a folder (parents too), its name on the device; True if it was not there.
 

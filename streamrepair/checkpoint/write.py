@@ -93,6 +93,7 @@ class ShardFile:
         if not sound:
             self.unseal()
         if not self.sealed:
+            osfile.refuse_linked(self._fd, self.partial)
             osfile.allocate(self._fd, self.layout.file_bytes, self.partial)
             osfile.pwrite_all(self._fd, memoryview(self.layout.prefix), 0, self.partial)
         return sound
@@ -171,6 +172,7 @@ class ShardFile:
         Raises:
             OutputError: the rename failed.
         """
+        osfile.refuse_linked(self._fd, self.final)
         osfile.rename(self.final, self.partial)
         osfile.sync_folder(self.final.parent)
         self.sealed = False

@@ -128,6 +128,11 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         run.workspace.finish()
         _write_copy(finished, report_path)
         return finished
+    if done and (before := run.workspace.began_on) not in ("", fingerprint(plan).device):
+        run.warn(
+            f"{len(done)} tensors were finished on {before}, the rest is done on {plan.device}: "
+            "values may differ in the last place from a run on one device"
+        )
     unchanged = _unchanged_check(run)
     committer = Committer(run.workspace, done, before_commit=unchanged, stop=run.stop)
     spent = _work(run, committer, [task for task in plan.tasks if task.name not in done])
@@ -296,7 +301,11 @@ def plan_warnings(plan: Plan) -> list[str]:
 def fingerprint(plan: Plan) -> Fingerprint:
     """What must be unchanged for another run to continue this one."""
     return Fingerprint(
-        version=__version__, base=_identities(plan.base), ft=_identities(plan.ft), settings=plan.settings
+        version=__version__,
+        base=_identities(plan.base),
+        ft=_identities(plan.ft),
+        settings=plan.settings,
+        device=plan.device.partition(":")[0],
     )
 
 

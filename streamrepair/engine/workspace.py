@@ -39,6 +39,8 @@ class Workspace:
         self.shards = tuple(ShardFile(layout, out=out, work=self.work) for layout in layouts)
         self.damaged: tuple[Path, ...] = ()
         """Sealed shards whose length or header `open` found wrong."""
+        self.began_on = ""
+        """Where the run that is continued began to compute; "" for a new one, or if it is not known."""
         self._lock_fd = -1
 
     def open(
@@ -59,7 +61,6 @@ class Workspace:
         self._refuse_foreign(overwrite=overwrite)
         self._check_space(overwrite=overwrite)
         made_out = osfile.make_folder(self.out)
-        osfile.make_folder(self.state)
         self._lock()
         if made_out:
             osfile.close(osfile.open_output(self.state / "made"))
@@ -144,8 +145,10 @@ class Workspace:
             self._lock_fd = -1
 
     def _refuse_foreign(self, *, overwrite: bool) -> None:
-        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
-            raise InputError(f"OUT {shown(str(self.out))} is not a folder: name a new or an empty one")
+        for path in (self.out, self.state, self.work):  # what is written below a link is written elsewhere
+            if osfile.is_other_than_folder(path):
+                what = f"OUT {shown(str(path))}" if path == self.out else shown(str(path))
+                raise InputError(f"{what} is not a folder: name a new or an empty one as OUT")
         if not self.out.is_dir():
             return
         if not overwrite:
@@ -194,9 +197,16 @@ class Workspace:
             )
 
     def _lock(self) -> None:
-        self._lock_fd = osfile.open_output(self.state / "lock")
         path = self.state / "lock"
-        if not osfile.lock(self._lock_fd, path):
+        while True:
+            osfile.make_folder(self.state)
+            self._lock_fd = osfile.open_output(path)
+            held = osfile.lock(self._lock_fd, path)
+            if not held or osfile.is_same_file(self._lock_fd, path):
+                break
+            # Whoever had it has removed it with all else that a refused run made: it is the lock of nothing.
+            osfile.close(self._lock_fd)
+        if not held:
             size = min(100, osfile.status(self._lock_fd, path).st_size)
             holder = osfile.read_exactly(self._lock_fd, size, 0).decode("ascii", "replace").strip()
             raise LockedError(
@@ -229,6 +239,7 @@ class Workspace:
             before = msgspec.json.decode(osfile.read_whole(path), type=Fingerprint)
         except (InputError, msgspec.MsgspecError) as error:
             raise InputError(f"{shown(str(path))}: unreadable ({error}): start anew with --overwrite") from error
+        self.began_on = before.device
         if changes := fingerprint.differences(before):
             raise InputError(
                 f"OUT {shown(str(self.out))} holds a run that differs from this one: {'; '.join(changes)}: "
@@ -253,6 +264,7 @@ def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], report: Path | N
     Raises:
         InputError: it does.
     """
+    osfile.is_other_than_folder(out)  # a name that cannot be looked up is told of before it is looked at
     target = out.resolve()
     for side, checkpoint in inputs.items():
         folder = checkpoint.folder.resolve()
