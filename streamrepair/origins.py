@@ -9,7 +9,7 @@ from pathlib import Path
 
 from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
 from streamrepair.errors import InputError, shown
-from streamrepair.report import CheckpointSummary, Report
+from streamrepair.report import CheckpointSummary, Report, restored
 
 
 def open_origins(report: Report) -> tuple[Checkpoint, Checkpoint]:
@@ -23,13 +23,14 @@ def open_origins(report: Report) -> tuple[Checkpoint, Checkpoint]:
 
 def _opened(summary: CheckpointSummary, side: str) -> Checkpoint:
     """What was named then, by its whole path; or by the words it was named with, if it has moved along with us."""
-    name = Path(summary.given).name
-    there = Path(summary.path, name) if name.endswith((".safetensors", ".index.json")) else Path(summary.path)
+    given, there = restored(summary.given), Path(restored(summary.path))
+    if given.endswith((".safetensors", ".index.json")):
+        there /= Path(given).name
     try:
         return _same(open_checkpoint(there, side=side), summary, side)
     except InputError as error:
         try:
-            return _same(open_checkpoint(summary.given, side=side), summary, side)
+            return _same(open_checkpoint(given, side=side), summary, side)
         except InputError:
             raise error from None
 

@@ -19,7 +19,7 @@ from streamrepair.checkpoint.headers import ShardHeader, read_header
 from streamrepair.checkpoint.layout import Checkpoint, joined_digest, open_checkpoint
 from streamrepair.checkpoint.write import digest_range
 from streamrepair.errors import DamageError, InputError, shown
-from streamrepair.report import REPORT_FORMAT, REPORT_NAME, Report, TensorRecord
+from streamrepair.report import REPORT_FORMAT, REPORT_NAME, Report, TensorRecord, restored
 
 _READERS = 2
 _LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.gguf", "adapter_config.json")
@@ -105,7 +105,7 @@ def read_report(out: Path) -> Report:
             )
         report = msgspec.json.decode(osfile.read_whole(path), type=Report)
     except (InputError, msgspec.MsgspecError) as error:
-        raise DamageError(f"{shown(str(path))}: unreadable ({error}): run the repair again with --overwrite") from error
+        raise DamageError(f"{shown(str(path))}: unreadable ({error}): run the repair again") from error
     if report.format != REPORT_FORMAT:
         raise DamageError(f"{shown(str(path))}: format {shown(report.format)}, expected {REPORT_FORMAT}")
     return report
@@ -186,7 +186,7 @@ def _beside(out: Path, report: Report) -> Iterator[Damage]:
     for name in indices[1:]:
         yield Damage(name, f"an index beside {indices[0]}, of which one is not part of the result")
     for sidecar in report.sidecars:
-        if not (out / sidecar).is_file():
+        if not (out / restored(sidecar)).is_file():
             yield Damage(sidecar, "copied from FT by the run, now missing")
 
 

@@ -102,7 +102,9 @@ def _status(path: Path) -> os.stat_result:
         return path.stat()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{shown_path(path)}: cannot be opened ({why}); check the path") from error
+        raise InputError(
+            f"{shown_path(path)}: cannot be opened ({why}); check the path, or name a Hub id as owner/name"
+        ) from error
 
 
 def _existing(given: str) -> Path:
@@ -278,6 +280,7 @@ def _free_json(key: str, text: str, at: int) -> tuple[object, int]:
     """Any JSON value of an index, and the position after it; bounded in length because nothing else bounds it."""
     try:
         value, length = _FREE_JSON.raw_decode(text[at : at + _LARGEST_METADATA_CHARACTERS])
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999 or half a surrogate: not to be written
     except (ValueError, RecursionError) as error:
         raise malformed(f"{shown(key)} is broken JSON, too deep or too long") from error
     return value, at + length

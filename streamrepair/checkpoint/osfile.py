@@ -24,6 +24,11 @@ from pathlib import Path
 from streamrepair.errors import DiskSpaceError, InputError, OutputError, shown
 
 _COPY_BYTES = 1 << 24
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), "name another OUT"),
+}
 
 
 def shown_path(path: Path) -> str:
@@ -140,7 +145,8 @@ def pread_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
             continue
         except OSError as error:
             raise InputError(
-                f"{shown_path(path)}: read of {len(buffer)} bytes at {offset} failed ({error.strerror})"
+                f"{shown_path(path)}: read of {len(buffer)} bytes at {offset} failed ({error.strerror}): "
+                "check the disk it lies on, then run the same command again"
             ) from error
         if count == 0:
             raise InputError(
@@ -406,7 +412,8 @@ def _output(path: Path, verb: str) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
+        remedy = _REMEDIES.get(error.errno or 0, "mend the disk")
         raise OutputError(
             f"{shown_path(path)}: could not be {verb} ({error.strerror or error}); finished work is kept: "
-            "mend the disk and run the same command again"
+            f"{remedy} and run the same command again"
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from streamrepair.report import (
     Report,
     TensorRecord,
     Timings,
+    storable,
 )
 from streamrepair.version import __version__
 
@@ -271,7 +273,8 @@ def _index(plan: Plan) -> bytes:
         "metadata": {**ft.index_metadata, "total_size": total},
         "weight_map": {name: layout.name for name, layout in placed.items()},
     }
-    return msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n"
+    # Not msgspec: metadata are FT's, and may hold integers of any length.
+    return (json.dumps(index, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def plan_warnings(plan: Plan) -> list[str]:
@@ -310,9 +313,10 @@ def fingerprint(plan: Plan) -> Fingerprint:
 
 
 def _identities(checkpoint: Checkpoint) -> dict[str, str]:
+    shards = {storable(str(shard.path.resolve())): shard for shard in checkpoint.shards}
     return {
-        str(shard.path.resolve()): f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
-        for shard in checkpoint.shards
+        path: f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
+        for path, shard in shards.items()
     }
 
 
@@ -348,7 +352,7 @@ def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tu
             bytes_read=spent.bytes_read,
             bytes_written=spent.bytes_written,
         ),
-        sidecars=names,
+        sidecars=tuple(map(storable, names)),
         headers={layout.name: layout.header_digest for layout in plan.layouts},
         warnings=tuple(run.warnings),
         tensors=tensors,
@@ -357,12 +361,12 @@ def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tu
 
 def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
     return CheckpointSummary(
-        given=checkpoint.given,
-        path=str(checkpoint.folder.resolve()),
+        given=storable(checkpoint.given),
+        path=storable(str(checkpoint.folder.resolve())),
         shards=tuple(shard.path.name for shard in checkpoint.shards),
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.total_bytes,
         header_digest=checkpoint.header_digest,
         unindexed=checkpoint.unindexed,
-        stray_files=checkpoint.stray_files,
+        stray_files=tuple(map(storable, checkpoint.stray_files)),
     )

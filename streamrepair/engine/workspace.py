@@ -21,7 +21,7 @@ from streamrepair.checkpoint.journal import Journal
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.write import ShardFile, ShardLayout
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
-from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord
+from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord, restored
 from streamrepair.units import format_bytes
 
 STATE = ".streamrepair"
@@ -171,7 +171,7 @@ class Workspace:
             names |= report.headers.keys()
         with contextlib.suppress(InputError, msgspec.MsgspecError):
             before = msgspec.json.decode(osfile.read_whole(self.state / "run.json"), type=Fingerprint)
-            names |= {Path(path).name for path in before.ft}
+            names |= {Path(restored(path)).name for path in before.ft}
         return names
 
     def _earlier_report(self) -> Report | None:
@@ -225,7 +225,7 @@ class Workspace:
         for path in [*self.out.glob("*.safetensors.index.json"), *self.out.glob("*.safetensors")]:
             if path.name in own or path.suffix == ".json":
                 osfile.unlink(path)
-        for name in report.sidecars if report is not None else ():
+        for name in map(restored, report.sidecars) if report is not None else ():
             # Another model's tokenizer must not be left to this one. The name is from a file: it may lead anywhere.
             if (self.out / name).resolve().is_relative_to(self.out.resolve()):
                 osfile.unlink(self.out / name)
