@@ -19,6 +19,7 @@ import pytest
 
 from streamrepair import api
 from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.journal import Journal
 from streamrepair.engine import task
 from streamrepair.errors import DamageError, InputError, LockedError, OutputError
 from streamrepair.report import JournalEntry, TensorRecord
@@ -361,3 +362,53 @@ def test_a_second_signal_ends_the_run_at_once(small: Pair, tmp_path: Path) -> No
     assert result.status == 75
     assert "at once" in result.error
     assert api.repair(small.base, small.ft, out).tensors["a"].action == "repaired"
+
+
+@pytest.mark.parametrize("options", [{"ram": "2GB"}, {"workers": 3}, {"device": "cpu"}, {"watcher": api.Silent()}])
+def test_means_may_change_between_runs(
+    small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    """Memory, workers, a quieter command: no number depends on them."""
+    api.repair(small.base, small.ft, tmp_path / "whole")
+    _interrupted(small, tmp_path / "out", monkeypatch)
+    done = _journalled(tmp_path / "out")
+    report = api.repair(small.base, small.ft, tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert {name: report.tensors[name] for name in done} == done
+    assert report.warnings == ()
+    assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
+
+
+def test_another_device_goes_on_with_a_warning(small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the run had begun on a GPU; a run that did not say where it began is taken as it is."""
+    out = tmp_path / "out"
+    _interrupted(small, out, monkeypatch)
+    path = out / ".streamrepair" / "run.json"
+    assert '"device": "cpu"' in path.read_text()
+    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    done = _journalled(out)
+    (warning,) = api.repair(small.base, small.ft, out).warnings
+    assert warning.startswith(f"{len(done)} tensors were finished on cuda, the rest is done on cpu: values may differ")
+    (again,) = api.repair(small.base, small.ft, out).warnings
+    assert again == warning, "a finished result keeps what was said of it"
+
+
+def test_records_of_other_tensors_and_texts_in_the_journal_do_no_harm(
+    small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sound line of a tensor that is not there is left alone; one that is no record is refused."""
+    out = tmp_path / "out"
+    _interrupted(small, out, monkeypatch)
+    path = out / ".streamrepair" / "journal"
+    for text, refused in ((b'{"name":"x","shard":"y","record":%s}', False), (b'{"name":1}', True), (b"nonsense", True)):
+        record = msgspec.json.encode(next(iter(_journalled(out).values())))
+        journal = Journal(path)
+        journal.open()
+        journal.append([text % record if b"%s" in text else text])
+        journal.close()
+        if refused:
+            with pytest.raises(InputError, match=r"journal: a record is not understood .*--overwrite"):
+                api.repair(small.base, small.ft, out)
+        else:
+            assert "x" not in api.repair(small.base, small.ft, out).tensors
+    api.repair(small.base, small.ft, out, overwrite=True)
+    assert api.verify(out).damage == ()
