@@ -171,7 +171,11 @@ def main() -> int:
         rows = campaign(reference, Path(folder), every=arguments.every, tell=tell)
     print(f"{sum(row.runs for row in rows)} runs, each followed by a second one; every invariant held")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"name": "crash-campaign", "rows": [asdict(r) for r in rows]}, indent=1))
+        sys.path.append("bench")
+        from machine import machine_record
+
+        record = {"name": "crash-campaign", "machine": machine_record(), "rows": [asdict(row) for row in rows]}
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 
 
