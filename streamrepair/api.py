@@ -6,7 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from streamrepair.checkpoint.layout import open_checkpoint
+import msgspec
+
+from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
 from streamrepair.engine import budget
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import Watcher, execute
@@ -63,6 +65,21 @@ def plan(
     """
     settings = settings or Settings()
     _check(settings, workers)
+    sides = open_checkpoint(_text(base), side="BASE"), open_checkpoint(_text(ft), side="FT")
+    return _planned(*sides, settings, ram=ram, vram=vram, device=device, workers=workers)
+
+
+def _planned(
+    base: Checkpoint,
+    ft: Checkpoint,
+    settings: Settings,
+    *,
+    ram: Size | None,
+    vram: Size | None,
+    device: str,
+    workers: int | None,
+) -> Plan:
+    _check(settings, workers)
     place = budget.resolve_device(device)
     ram_bytes = _size(ram) if ram is not None else budget.default_ram_bytes()
     vram_bytes = None
@@ -70,8 +87,8 @@ def plan(
         vram_bytes = _size(vram) if vram is not None else budget.default_vram_bytes(place)
     count = workers or (budget.default_workers() if place == "cpu" else 1)
     return make_plan(
-        open_checkpoint(_text(base), side="BASE"),
-        open_checkpoint(_text(ft), side="FT"),
+        base,
+        ft,
         settings,
         device=place,
         workers=count,
@@ -130,19 +147,44 @@ def repair(
     )
 
 
-def verify(out: Source, *, deep: bool = False, sample: int = 5) -> Verified:
+def verify(
+    out: Source,
+    *,
+    deep: bool = False,
+    sample: int = 5,
+    repair: bool = False,
+    ram: Size | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    watcher: Watcher | None = None,
+    stop: StopRequest | None = None,
+) -> Verified:
     """Check that a result is whole: structure, completeness, and the digest of every tensor.
 
     Args:
         deep: also recompute `sample` tensors in float64 from BASE and FT.
+        repair: do damaged tensors again, from BASE and FT, with the settings of the report; what follows is for that.
 
     Raises:
         DamageError: `out` holds no finished result. Damage to a finished one is returned, not raised.
         UsageError: `sample` is no positive number.
+        StreamRepairError: with `repair`, the work failed.
     """
     if sample < 1:
         raise UsageError(f"--sample is {sample}, expected at least 1")
-    return verify_folder(Path(_text(out)), deep=deep, sample=sample)
+    folder = Path(_text(out))
+    found = verify_folder(folder, deep=deep and not repair, sample=sample)
+    if not repair:
+        return found
+    from streamrepair.mend import mend
+
+    def planned(base: Checkpoint, ft: Checkpoint, settings: Settings) -> Plan:
+        return _planned(base, ft, settings, ram=ram, vram=None, device=device, workers=workers)
+
+    mended = mend(folder, found, planned, watcher=watcher or Silent(), stop=stop or StopRequest())
+    if deep:
+        return msgspec.structs.replace(verify_folder(folder, deep=True, sample=sample), mended=mended.mended)
+    return mended
 
 
 def _text(path: Source) -> str:

@@ -27,6 +27,7 @@ from streamrepair.version import __version__
 _NUMBERS = Group("What is computed", sort_key=1)
 _MEANS = Group("With what", sort_key=2)
 _OUTPUT = Group("Output", sort_key=3)
+_LISTED = 5  # faults in the one line of a failure; all of them are on stdout
 
 Base = Annotated[str, Parameter(help="Base checkpoint: a folder, a .safetensors file, an index.json, or a Hub id.")]
 Ft = Annotated[str, Parameter(help="Fine-tuned checkpoint, likewise.")]
@@ -191,23 +192,38 @@ def verify(
         bool, Parameter(negative=(), help="Also recompute a sample of tensors in float64 from BASE and FT.")
     ] = False,
     sample: Annotated[int, Parameter(help="How many tensors --deep recomputes.")] = 5,
+    repair: Annotated[
+        bool, Parameter(negative=(), help="Do damaged tensors again, and nothing else; then verify once more.")
+    ] = False,
+    ram: Ram = None,
+    device: Device = "auto",
+    workers: Workers = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Check that OUT is whole: structure, completeness, and the digest of every tensor."""
-    from streamrepair import api
-    from streamrepair.terminal import print_json, print_verified
+    """Check that OUT is whole: structure, completeness, and the digest of every tensor.
 
-    result = api.verify(out, deep=deep, sample=sample)
+    --ram, --device and --workers are for --repair.
+    """
+    stop = StopRequest()
+    with _signals(stop) if repair else contextlib.nullcontext():
+        from streamrepair import api
+        from streamrepair.terminal import Bar, print_json, print_verified
+
+        result = api.verify(
+            out, deep=deep, sample=sample, repair=repair, ram=ram, device=device, workers=workers,
+            watcher=Bar(quiet=quiet), stop=stop,
+        )  # fmt: skip
     with _reader_may_leave():
         if json:
             print_json(result)
         elif not quiet:
             print_verified(result, Path(out))
     if result.damage:
-        first = result.damage[0]
-        more = f" and {len(result.damage) - 1} more" if len(result.damage) > 1 else ""
-        raise DamageError(f"{shown(out)}: {shown(first.where)}: {first.what}{more}: run the repair again")
+        listed = "; ".join(f"{shown(d.where)}: {d.what}" for d in result.damage[:_LISTED])
+        more = f"; and {len(result.damage) - _LISTED} more" if len(result.damage) > _LISTED else ""
+        remedy = "remove what is not the result's" if repair else "do it again with verify --repair"
+        raise DamageError(f"{shown(out)}: {len(result.damage)} faults: {listed}{more}: {remedy}")
     return 0
 
 
@@ -365,9 +381,16 @@ def _say(message: str) -> None:
 
 @contextlib.contextmanager
 def _signals(stop: StopRequest) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed)."""
+    """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed).
+
+    Before the run has begun (imports, headers, a download from the Hub) the first one does.
+    """
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        if not stop.heeded:
+            name = signal.Signals(number).name
+            os.write(2, f"error: interrupted by {name} before any work: the same command begins again\n".encode())
+            os._exit(InterruptedRunError.exit_status)
         if stop.requested:
             os.write(
                 2, b"error: interrupted again: ended at once; finished work is kept: the same command continues it\n"

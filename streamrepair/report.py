@@ -7,7 +7,9 @@ written: JSON has no NaN.
 from __future__ import annotations
 
 import math
+import os
 from typing import Literal
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import msgspec
 
@@ -17,6 +19,20 @@ REPORT_FORMAT = "streamrepair.report/1"
 REPORT_NAME = "streamrepair.json"
 
 Action = Literal["repaired", "copied", "kept_ft", "dropped"]
+
+
+def storable(path: str) -> str:
+    """A path as it stands in a file; one that is not UTF-8, as a file: URI of its bytes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "file:" + quote_from_bytes(os.fsencode(path))
+    return path
+
+
+def restored(text: str) -> str:
+    """The path that `storable` made the text of."""
+    return os.fsdecode(unquote_to_bytes(text.removeprefix("file:"))) if text.startswith("file:") else text
 
 
 class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +96,7 @@ class CheckpointSummary(msgspec.Struct, frozen=True, kw_only=True):
 
     given: str
     path: str
+    """Both as `storable` writes them."""
     shards: tuple[str, ...]
     tensors: int
     bytes: int
@@ -154,6 +171,8 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     """Shard path → size, mtime and header digest."""
     ft: dict[str, str]
     settings: Settings
+    device: str = ""
+    """Where the run began to compute; another one may go on, with a warning. "" in runs that did not note it."""
 
     def differences(self, other: Fingerprint) -> list[str]:
         """What changed from `other` to this, in words; empty if nothing did."""

@@ -161,13 +161,16 @@ def _print_cost(report: Report) -> None:
 
 def print_verified(result: Verified, out: Path) -> None:
     """What was checked and what was found."""
+    for damage in result.mended:
+        print(f"{shown(damage.where)}: {damage.what}: done again")
     for damage in result.damage:
         print(f"{shown(damage.where)}: {damage.what}")
     for check in result.deep:
+        beyond = f"off by {check.delta_error:.1e} beyond rounding" if check.delta_error else "right to within rounding"
         print(
             f"{shown(check.name)}: rank {check.rank_kept}, float64 SVD {check.rank_exact}; "
             f"{check.correctly_rounded:.4%} of values correctly rounded, the rest at most "
-            f"{check.largest_ulp:.2f} units in the last place off"
+            f"{check.largest_ulp:.2f} units in the last place off; delta {beyond}"
         )
     state = f"{len(result.damage)} faults" if result.damage else "whole"
     rate = result.bytes / result.seconds if result.seconds else 0.0

@@ -17,7 +17,7 @@ FLOORS = (
     ("terminal", "views"),
     ("__init__",),
     ("api",),
-    ("verify", "deep", "benchmark"),
+    ("verify", "deep", "mend", "origins", "benchmark"),
     ("engine",),
     ("decompose", "checkpoint"),
     ("spectral",),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,16 +93,18 @@ class ShardFile:
         if not sound:
             self.unseal()
         if not self.sealed:
+            osfile.refuse_linked(self._fd, self.partial)
             osfile.allocate(self._fd, self.layout.file_bytes, self.partial)
             osfile.pwrite_all(self._fd, memoryview(self.layout.prefix), 0, self.partial)
         return sound
 
     def _begins_right(self) -> bool:
         """Whether the file has the right length and header."""
-        if osfile.status(self._fd).st_size != self.layout.file_bytes:
-            return False
-        header = bytearray(len(self.layout.prefix))
-        osfile.pread_into(self._fd, memoryview(header), 0, self.path)
+        with osfile.reading_output():
+            if osfile.status(self._fd, self.path).st_size != self.layout.file_bytes:
+                return False
+            header = bytearray(len(self.layout.prefix))
+            osfile.pread_into(self._fd, memoryview(header), 0, self.path)
         return header == self.layout.prefix
 
     @property
@@ -123,10 +125,11 @@ class ShardFile:
         """Digest of a tensor's bytes as they are in the file now.
 
         Raises:
-            InputError: the file is shorter than its layout.
+            OutputError: they cannot be read back.
         """
         entry = self.layout.entries[name]
-        return digest_range(self._fd, entry.start, entry.nbytes, self.path)
+        with osfile.reading_output():
+            return digest_range(self._fd, entry.start, entry.nbytes, self.path)
 
     def sync(self) -> None:
         """Force the data to the device.
@@ -136,8 +139,10 @@ class ShardFile:
         """
         osfile.sync(self._fd, self.path)
 
-    def seal(self, digests: Mapping[str, str]) -> None:
+    def seal(self, digests: Mapping[str, str], *, check_stop: Callable[[], None] = lambda: None) -> None:
         """Read everything back, compare it with `digests`, sync, and give the shard its final name.
+
+        `check_stop` is called before each tensor; what it raises ends the sealing.
 
         Raises:
             DamageError: the file does not hold what was written.
@@ -149,6 +154,7 @@ class ShardFile:
                 "run the same command again"
             )
         for name in self.layout.entries:
+            check_stop()
             found = self.digest(name)
             if found != digests[name]:
                 raise DamageError(
@@ -166,6 +172,7 @@ class ShardFile:
         Raises:
             OutputError: the rename failed.
         """
+        osfile.refuse_linked(self._fd, self.final)
         osfile.rename(self.final, self.partial)
         osfile.sync_folder(self.final.parent)
         self.sealed = False

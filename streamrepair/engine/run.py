@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +15,7 @@ from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import copy_sidecars, sidecars
+from streamrepair.checkpoint.write import ShardFile
 from streamrepair.engine import budget, memory
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.local import LocalExecutor
@@ -23,7 +24,7 @@ from streamrepair.engine.plan import Plan, Task, fits_full
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, run_task
 from streamrepair.engine.workspace import Workspace, refuse_overlap
-from streamrepair.errors import InputError, shown
+from streamrepair.errors import InputError, OutputError, shown
 from streamrepair.report import (
     REPORT_NAME,
     Budget,
@@ -32,6 +33,7 @@ from streamrepair.report import (
     Report,
     TensorRecord,
     Timings,
+    storable,
 )
 from streamrepair.version import __version__
 
@@ -78,19 +80,30 @@ class _Run:
 
 
 def execute(
-    plan: Plan, out: Path, *, stop: StopRequest, watcher: Watcher, overwrite: bool = False, report: Path | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    stop: StopRequest,
+    watcher: Watcher,
+    overwrite: bool = False,
+    report: Path | None = None,
+    finished: Mapping[str, TensorRecord] | None = None,
 ) -> Report:
     """Carry out a plan and write OUT; continues an interrupted run of the same plan.
+
+    Args:
+        finished: records of OUT's report, which go where the journal has none: a finished result is to be mended.
 
     Raises:
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
+    stop.heeded = True
     refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, report)
     budget.reset_peak()
     workspace = Workspace(out, plan.layouts)
     run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [])
     try:
-        journalled = workspace.open(fingerprint(plan), overwrite=overwrite)
+        journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
             run.warn(f"{osfile.shown_path(path)}: length or header is damaged and is written again")
         return _execute(run, journalled, report)
@@ -117,9 +130,15 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         run.workspace.finish()
         _write_copy(finished, report_path)
         return finished
+    if done and (before := run.workspace.began_on) not in ("", fingerprint(plan).device):
+        run.warn(
+            f"{len(done)} tensors were finished on {before}, the rest is done on {plan.device}: "
+            "values may differ in the last place from a run on one device"
+        )
     unchanged = _unchanged_check(run)
-    committer = Committer(run.workspace, done, before_commit=unchanged)
+    committer = Committer(run.workspace, done, before_commit=unchanged, stop=run.stop)
     spent = _work(run, committer, [task for task in plan.tasks if task.name not in done])
+    run.stop.check_at_once()  # from here on it is a matter of moments
     unchanged()
     names = _write_beside(run)
     report = _report(run, committer.records, spent, names, time.perf_counter() - began)
@@ -144,7 +163,8 @@ def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRe
     for shard in run.workspace.shards:
         damaged = []
         for name in shard.layout.entries:
-            if name in journalled and shard.digest(name) == journalled[name].digest:
+            run.stop.check_at_once()
+            if name in journalled and _reads_as(shard, name, journalled[name].digest):
                 sound[name] = journalled[name]
             elif name in journalled or shard.sealed:
                 damaged.append(name)
@@ -154,6 +174,14 @@ def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRe
             if name in journalled:
                 run.warn(f"{shown(str(shard.path))}: tensor {shown(name)} is damaged and is done again")
     return sound
+
+
+def _reads_as(shard: ShardFile, name: str, digest: str | None) -> bool:
+    """Whether a tensor of OUT has its digest; one that cannot be read has not: writing it anew may cure the disk."""
+    try:
+        return shard.digest(name) == digest
+    except OutputError:
+        return False
 
 
 def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
@@ -196,7 +224,8 @@ def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
         for outcome in executor.run(tasks, lambda task, scratch: run_task(task, around, scratch)):
             if outcome is not None:
                 _take(run, committer, outcome, spent)
-            if committer.due:
+            # Once a stop is requested, all that is ready: at the end there may be no time for a large sync.
+            if committer.due or run.stop.requested:
                 committer.flush()
     except NonFiniteInputError:
         raise  # all of it is about to be removed
@@ -244,7 +273,8 @@ def _index(plan: Plan) -> bytes:
         "metadata": {**ft.index_metadata, "total_size": total},
         "weight_map": {name: layout.name for name, layout in placed.items()},
     }
-    return msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n"
+    # Not msgspec: metadata are FT's, and may hold integers of any length.
+    return (json.dumps(index, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def plan_warnings(plan: Plan) -> list[str]:
@@ -274,14 +304,19 @@ def plan_warnings(plan: Plan) -> list[str]:
 def fingerprint(plan: Plan) -> Fingerprint:
     """What must be unchanged for another run to continue this one."""
     return Fingerprint(
-        version=__version__, base=_identities(plan.base), ft=_identities(plan.ft), settings=plan.settings
+        version=__version__,
+        base=_identities(plan.base),
+        ft=_identities(plan.ft),
+        settings=plan.settings,
+        device=plan.device.partition(":")[0],
     )
 
 
 def _identities(checkpoint: Checkpoint) -> dict[str, str]:
+    shards = {storable(str(shard.path.resolve())): shard for shard in checkpoint.shards}
     return {
-        str(shard.path.resolve()): f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
-        for shard in checkpoint.shards
+        path: f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
+        for path, shard in shards.items()
     }
 
 
@@ -317,7 +352,7 @@ def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tu
             bytes_read=spent.bytes_read,
             bytes_written=spent.bytes_written,
         ),
-        sidecars=names,
+        sidecars=tuple(map(storable, names)),
         headers={layout.name: layout.header_digest for layout in plan.layouts},
         warnings=tuple(run.warnings),
         tensors=tensors,
@@ -325,14 +360,13 @@ def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tu
 
 
 def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
-    digest = hashlib.sha256("".join(shard.digest for shard in checkpoint.shards).encode())
     return CheckpointSummary(
-        given=checkpoint.given,
-        path=str(checkpoint.folder.resolve()),
+        given=storable(checkpoint.given),
+        path=storable(str(checkpoint.folder.resolve())),
         shards=tuple(shard.path.name for shard in checkpoint.shards),
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.total_bytes,
-        header_digest=f"sha256:{digest.hexdigest()}",
+        header_digest=checkpoint.header_digest,
         unindexed=checkpoint.unindexed,
-        stray_files=checkpoint.stray_files,
+        stray_files=tuple(map(storable, checkpoint.stray_files)),
     )
