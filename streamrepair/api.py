@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from streamrepair.checkpoint.layout import open_checkpoint
-from streamrepair.engine import budget
+from streamrepair.engine import budget, limits
+from streamrepair.engine.fit import gpus_of
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import Watcher, execute
 from streamrepair.engine.stop import StopRequest
@@ -63,18 +64,17 @@ def plan(
     """
     settings = settings or Settings()
     _check(settings, workers)
-    place = budget.resolve_device(device)
-    ram_bytes = _size(ram) if ram is not None else budget.default_ram_bytes()
+    devices = budget.resolve_devices(device)
+    ram_bytes = _size(ram) if ram is not None else limits.default_ram_bytes()
     vram_bytes = None
-    if place != "cpu":
-        vram_bytes = _size(vram) if vram is not None else budget.default_vram_bytes(place)
-    count = workers or (budget.default_workers() if place == "cpu" else 1)
+    if gpus := gpus_of(devices):
+        vram_bytes = _size(vram) if vram is not None else budget.default_vram_bytes(gpus)
     return make_plan(
         open_checkpoint(_text(base), side="BASE"),
         open_checkpoint(_text(ft), side="FT"),
         settings,
-        device=place,
-        workers=count,
+        devices=devices,
+        workers=workers or limits.default_workers(),
         ram_bytes=ram_bytes,
         vram_bytes=vram_bytes,
     )
@@ -99,12 +99,14 @@ def repair(
     on_nonfinite: Literal["refuse", "copy-ft"] = "refuse",
     overwrite: bool = False,
     report: Source | None = None,
+    trace: Source | None = None,
     watcher: Watcher | None = None,
     stop: StopRequest | None = None,
 ) -> Report:
     """Repair a fine-tuned checkpoint against its base and write the result to the folder `out`.
 
-    An interrupted call is continued by the same call. `report` writes a second copy of OUT/streamrepair.json.
+    An interrupted call is continued by the same call. `report` writes a second copy of OUT/streamrepair.json, `trace` a
+    timeline that Perfetto opens.
 
     Raises:
         StreamRepairError: by the tree in `streamrepair.errors`.
@@ -127,6 +129,7 @@ def repair(
         watcher=watcher or Silent(),
         overwrite=overwrite,
         report=None if report is None else Path(_text(report)),
+        trace=None if trace is None else Path(_text(trace)),
     )
 
 

@@ -6,6 +6,7 @@ peak the kernel saw. A projection is an upper bound on what is live at once; doc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from streamrepair.decompose.blocks import block_rows
@@ -19,6 +20,8 @@ WORKER_BYTES = 24_000_000
 """A worker's stacks, allocator arena and BLAS buffers."""
 CUDA_HOST_BYTES = 3_000_000_000
 """What CUDA's libraries and context add to the process's resident memory."""
+CUDA_FURTHER_BYTES = 500_000_000
+"""What each GPU after the first adds to it."""
 CUDA_CONTEXT_BYTES = 700_000_000
 """Device memory of the context and of the solver handles."""
 RING_SLOTS = 3
@@ -83,6 +86,10 @@ def full_bytes(shape: MatrixShape) -> int:
     return max(qr, svd)
 
 
+_WORK: dict[str, Callable[[MatrixShape], int]] = {"gram": gram_bytes, "full": full_bytes}
+"""Host bytes of each backend beside the panels: another backend adds its function."""
+
+
 def device_bytes(shape: MatrixShape, backend: str) -> int:
     """Peak on a GPU: G, its copy and vectors in `eigh` with cuSOLVER's workspace, and the block's conversions."""
     n, block = shape.cols, shape.block * shape.cols
@@ -94,19 +101,16 @@ def device_bytes(shape: MatrixShape, backend: str) -> int:
 def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: bool = False) -> int:
     """Host bytes of one repair; with `cuda` the matrices are on the device and only vectors and results pass here."""
     n = shape.cols
-    if cuda:
-        work = 16 * n * n + 16 * shape.block * n
-    else:
-        work = full_bytes(shape) if backend == "full" else gram_bytes(shape)
-    return panel_bytes(shape, panel_rows) + work + 2 * COPY_BYTES
+    work = 16 * n * n + 16 * shape.block * n if cuda else _WORK[backend](shape)
+    return panel_bytes(shape, panel_rows) + work + copy_bytes()
 
 
-def process_bytes(tensors: int, *, cuda: bool) -> int:
-    """Host bytes of the process before any task, with the records of so many tensors."""
-    return PROCESS_BYTES + TENSOR_BYTES * tensors + (CUDA_HOST_BYTES if cuda else 0)
+def copy_bytes() -> int:
+    """Host bytes of a task that only copies: a buffer of each side, and the one that lines writes up for the disk."""
+    return 3 * COPY_BYTES
 
 
-def run_bytes(task_bytes: list[int], workers: int, *, tensors: int, cuda: bool) -> int:
-    """Host bytes of a run at its fullest: the process, and the `workers` largest tasks at once."""
-    largest = sorted(task_bytes, reverse=True)[:workers]
-    return process_bytes(tensors, cuda=cuda) + workers * WORKER_BYTES + sum(largest)
+def run_bytes(workers: int, *, tensors: int, gpus: int) -> int:
+    """Host bytes of a run without its tasks: the process with the records of so many tensors, and its workers."""
+    cuda = CUDA_HOST_BYTES + (gpus - 1) * CUDA_FURTHER_BYTES if gpus else 0
+    return PROCESS_BYTES + TENSOR_BYTES * tensors + cuda + workers * WORKER_BYTES

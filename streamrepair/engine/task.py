@@ -19,10 +19,12 @@ from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.write import ShardFile, digest_text, new_digest
+from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.finite import first_nonfinite
 from streamrepair.engine.memory import COPY_BYTES
 from streamrepair.engine.plan import Task
+from streamrepair.engine.worker import Worker
 from streamrepair.errors import InputError, shown
 from streamrepair.report import Settings, TensorRecord
 
@@ -67,14 +69,17 @@ class Surroundings:
     settings: Settings
     files: InputFiles
     shards: tuple[ShardFile, ...]
-    device: str
     progress: Progress
     check_stop: Callable[[], None]
     """Raises InterruptedRunError when the task in hand is to be abandoned."""
     hold_threads: Callable[[], None]
     """Called before a thread computes."""
-    full_fits: Callable[[Task], bool]
-    """Whether the reference route would fit the budget for a task, should every cheaper one fail."""
+    fits: Callable[[Task, str], bool]
+    """Whether a dearer backend on the CPU would fit the budget for a task, should its own one fail."""
+    arithmetic: Callable[[str, Scratch], Arithmetic] | None = None
+    """How a device computes, in place of the usual."""
+    done_with: Callable[[Task], None] = lambda _task: None
+    """Told once a task needs its inputs no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,22 +99,29 @@ class Job:
 
     task: Task
     around: Surroundings
-    scratch: Scratch
+    worker: Worker
     spent: Spent = field(default_factory=Spent)
     told_bytes: int = 0
+
+    @property
+    def scratch(self) -> Scratch:
+        """The worker's working memory."""
+        return self.worker.scratch
 
     def read(self, side: Side, offset: int, buffer: memoryview, *, of_base: bool) -> None:
         """Fill `buffer` from byte `offset` of one side's tensor."""
         checkpoint = self.around.base if of_base else self.around.ft
         began = time.perf_counter()
-        self.around.files.read_into(checkpoint.shards[side.shard], side.entry.start + offset, buffer)
+        with self.worker.lane.file("read"):
+            self.around.files.read_into(checkpoint.shards[side.shard], side.entry.start + offset, buffer)
         self.spent.read_s += time.perf_counter() - began
         self.spent.bytes_read += len(buffer)
 
     def write(self, offset: int, data: memoryview) -> None:
         """Write bytes at `offset` of the output tensor."""
         began = time.perf_counter()
-        self.around.shards[self.task.shard].write(self.task.out.start + offset, data)
+        with self.worker.lane.file("write"):
+            self.around.shards[self.task.shard].write(self.task.out.start + offset, data)
         self.spent.write_s += time.perf_counter() - began
         self.spent.bytes_written += len(data)
 
@@ -121,8 +133,8 @@ class Job:
             self.told_bytes = done
 
 
-def run_task(task: Task, around: Surroundings, scratch: Scratch) -> Outcome:
-    """Do one task, in the calling worker's scratch memory.
+def run_task(task: Task, around: Surroundings, worker: Worker) -> Outcome:
+    """Do one task, on the calling worker's device and in its memory.
 
     Raises:
         InputError: an input is not finite, changed, or cannot be read.
@@ -131,9 +143,9 @@ def run_task(task: Task, around: Surroundings, scratch: Scratch) -> Outcome:
         InterruptedRunError: abandoned on request.
     """
     began = time.perf_counter()
-    job = Job(task, around, scratch)
+    job = Job(task, around, worker)
     if task.shape is not None:
-        scratch.begin(task.shape)
+        worker.scratch.begin(task.shape)
     nonfinite: str | None = None
     if task.shape is None:
         digest, nonfinite = copy(job)
@@ -141,6 +153,7 @@ def run_task(task: Task, around: Surroundings, scratch: Scratch) -> Outcome:
     else:
         record, nonfinite = _repair(job)
     job.tell(1.0)
+    around.done_with(task)
     record = _with_seconds(record, time.perf_counter() - began)
     record.check_finite(task.name)
     return Outcome(task, record, job.spent, nonfinite)
