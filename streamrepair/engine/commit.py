@@ -23,12 +23,18 @@ class Committer:
 
     Args:
         workspace: OUT. records: what is committed already. before_commit: raises if nothing may count now.
+        lets_go: the page cache need not keep sealed shards.
     """
 
     def __init__(
-        self, workspace: Workspace, records: Mapping[str, TensorRecord], *, before_commit: Callable[[], None]
+        self,
+        workspace: Workspace,
+        records: Mapping[str, TensorRecord],
+        *,
+        before_commit: Callable[[], None],
+        lets_go: bool = False,
     ) -> None:
-        self._workspace, self._before_commit = workspace, before_commit
+        self._workspace, self._before_commit, self._lets_go = workspace, before_commit, lets_go
         self.records = dict(records)
         self._pending: dict[str, tuple[int, TensorRecord]] = {}
         self._pending_bytes = 0
@@ -77,3 +83,5 @@ class Committer:
             if not missing and not shard.sealed:
                 self._before_commit()
                 shard.seal({name: self.records[name].digest or "" for name in shard.layout.entries})
+                if self._lets_go:
+                    shard.let_go()

@@ -6,6 +6,7 @@ float64 (measured on neither machine of the reader's): an estimate is right with
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -70,3 +71,17 @@ def stages(task: Task, place: str) -> Stages:
 def seconds(task: Task, place: str) -> float:
     """Seconds of computation of a task on one worker of a place."""
     return stages(task, place).total_s
+
+
+def estimate_s(tasks: Sequence[Task], lanes: Sequence[str]) -> float:
+    """About how long tasks take together: the slowest of the CPU's workers, the GPUs, and the files.
+
+    Args:
+        lanes: the device of each worker.
+    """
+    found = sum(task.read_once_bytes + task.out.nbytes for task in tasks) / DISK_BYTES_PER_S
+    for place in ("cpu", "cuda"):
+        here = [seconds(task, place) for task in tasks if task.place == place]
+        workers = max(1, sum((lane == "cpu") == (place == "cpu") for lane in lanes))
+        found = max(found, sum(here) / workers, max(here, default=0.0))
+    return found

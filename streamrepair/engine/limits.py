@@ -48,11 +48,16 @@ def default_ram_bytes(system: System | None = None, *, available_bytes: int | No
     Args:
         available_bytes: free on the machine; the kernel's own estimate by default.
     """
+    return int(RAM_SHARE * free_bytes(system, available_bytes=available_bytes))
+
+
+def free_bytes(system: System | None = None, *, available_bytes: int | None = None) -> int:
+    """What the machine, and every control group this process is in, have free."""
     free = psutil.virtual_memory().available if available_bytes is None else available_bytes
     for folder, version in _folders(system or System(), "memory"):
         with contextlib.suppress(OSError, ValueError):  # no such file at the root
             free = min(free, max(0, _limit(folder, version) - _used(folder, version)))
-    return int(RAM_SHARE * free)
+    return free
 
 
 def default_workers(system: System | None = None, *, processors: int | None = None) -> int:

@@ -12,7 +12,7 @@ from streamrepair.checkpoint.headers import ITEM_BITS, TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
 from streamrepair.checkpoint.write import ShardLayout, layout_like
-from streamrepair.engine import memory, schedule
+from streamrepair.engine import cost, memory, schedule
 from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, refuse_too_large
 from streamrepair.engine.memory import MatrixShape
 from streamrepair.engine.schedule import Place
@@ -129,6 +129,11 @@ class Plan:
         if not self.gpus:
             return None
         return memory.CUDA_CONTEXT_BYTES + max((t.vram_bytes for t in self.tasks), default=0)
+
+    @property
+    def estimated_s(self) -> float:
+        """About how long it takes, by `cost`."""
+        return cost.estimate_s(self.tasks, self.lanes)
 
     @property
     def out_bytes(self) -> int:

@@ -18,11 +18,12 @@ from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import copy_sidecars, sidecars
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
-from streamrepair.engine import budget, gpu, memory
+from streamrepair.engine import budget, gpu, limits, memory
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.fit import fits_climb
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.numeric_threads import NumericThreads
+from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, run_task
@@ -144,8 +145,13 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         _write_copy(finished, report_path)
         return finished
     unchanged = _unchanged_check(run)
-    committer = Committer(run.workspace, done, before_commit=unchanged)
-    spent = _work(run, committer, [task for task in plan.tasks if task.name not in done])
+    free_bytes = limits.free_bytes()
+    committer = Committer(run.workspace, done, before_commit=unchanged, lets_go=lets_go(plan, free_bytes))
+    cache = PageCache(plan, run.files, free_bytes=free_bytes)
+    try:
+        spent = _work(run, committer, cache, [task for task in plan.tasks if task.name not in done])
+    finally:
+        cache.close()
     unchanged()
     names = _write_beside(run)
     report = _report(
@@ -206,7 +212,7 @@ def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
     return report
 
 
-def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
+def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) -> Spent:
     """Run the tasks, committing as they finish; what is finished is committed however this ends."""
     plan, spent = run.plan, Spent()
     fits = {backend: fits_climb(plan, backend) for backend in ("full",)}
@@ -220,10 +226,13 @@ def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
         check_stop=run.stop.check,
         fits=lambda task, backend: fits[backend][task.name],
         arithmetic=run.arithmetic,
+        done_with=cache.done_with,
         hold_threads=run.threads.hold,
     )
     room = plan.ram_allowed_bytes - memory.run_bytes(plan.workers, tensors=plan.tensors, gpus=len(plan.gpus))
-    executor = LocalExecutor(lanes=plan.lanes, room_bytes=room, stop=run.stop, timeline=run.timeline)
+    executor = LocalExecutor(
+        lanes=plan.lanes, room_bytes=room, stop=run.stop, timeline=run.timeline, upcoming=cache.upcoming
+    )
     try:
         for outcome in executor.run(tasks, lambda task, worker: run_task(task, around, worker)):
             if outcome is not None:

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
@@ -27,6 +28,9 @@ from streamrepair.engine.plan import Task
 from streamrepair.engine.worker import Worker
 from streamrepair.errors import InputError, shown
 from streamrepair.report import Settings, TensorRecord
+
+_DIRECT_FROM_BYTES = 1 << 20
+"""Smaller tensors go through the page cache, which gathers them."""
 
 
 class NonFiniteInputError(InputError):
@@ -117,11 +121,12 @@ class Job:
         self.spent.read_s += time.perf_counter() - began
         self.spent.bytes_read += len(buffer)
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview, *, past_cache: bool = False) -> None:
         """Write bytes at `offset` of the output tensor."""
         began = time.perf_counter()
         with self.worker.lane.file("write"):
-            self.around.shards[self.task.shard].write(self.task.out.start + offset, data)
+            shard = self.around.shards[self.task.shard]
+            shard.write(self.task.out.start + offset, data, past_cache=past_cache)
         self.spent.write_s += time.perf_counter() - began
         self.spent.bytes_written += len(data)
 
@@ -195,16 +200,27 @@ def copy(job: Job) -> tuple[str, str | None]:
         return copy_widened(job)
     digest = new_digest()
     nonfinite: str | None = None
-    buffer = memoryview(bytearray(min(COPY_BYTES, entry.nbytes)))
+    buffer, past_cache = _copy_buffer(out)
     for offset, length in osfile.chunks(entry.nbytes, COPY_BYTES):
         job.around.check_stop()
         piece = buffer[:length]
         job.read(job.task.ft, offset, piece, of_base=False)
         nonfinite = nonfinite or met_nonfinite(job, piece, offset, of_base=False)
         digest.update(piece)
-        job.write(offset, piece)
+        job.write(offset, piece, past_cache=past_cache)
         job.tell((offset + length) / entry.nbytes)
     return digest_text(digest), nonfinite
+
+
+def _copy_buffer(out: TensorEntry) -> tuple[memoryview, bool]:
+    """A buffer for pieces of a tensor that is only copied, and whether they go past the page cache.
+
+    They do where that is worth it: the buffer then lies at pages as the tensor does in the file.
+    """
+    if out.nbytes < _DIRECT_FROM_BYTES:
+        return memoryview(bytearray(min(COPY_BYTES, out.nbytes))), False
+    lead = out.start % osfile.PAGE_BYTES
+    return osfile.page_aligned(lead + COPY_BYTES)[lead:], True
 
 
 def _copy_while_equal(job: Job) -> str | None:
@@ -218,10 +234,11 @@ def _copy_while_equal(job: Job) -> str | None:
     if base.entry.dtype != ft.entry.dtype or out.dtype != ft.entry.dtype:
         return None
     digest = new_digest()
-    buffers = [memoryview(bytearray(min(COPY_BYTES, out.nbytes))) for _ in range(2)]
+    base_buffer = memoryview(bytearray(min(COPY_BYTES, out.nbytes)))
+    ft_buffer, past_cache = _copy_buffer(out)
     for offset, length in osfile.chunks(out.nbytes, COPY_BYTES):
         job.around.check_stop()
-        base_piece, ft_piece = buffers[0][:length], buffers[1][:length]
+        base_piece, ft_piece = base_buffer[:length], ft_buffer[:length]
         if offset == 0:  # most pairs differ at once: a page tells
             head = min(length, 1 << 14)
             job.read(base, 0, base_piece[:head], of_base=True)
@@ -235,7 +252,7 @@ def _copy_while_equal(job: Job) -> str | None:
         if met_nonfinite(job, ft_piece, offset, of_base=False):
             return None
         digest.update(ft_piece)
-        job.write(offset, ft_piece)
+        job.write(offset, ft_piece, past_cache=past_cache)
         job.tell((offset + length) / out.nbytes)
     return digest_text(digest)
 

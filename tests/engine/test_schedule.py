@@ -17,7 +17,7 @@ from tests.engine.tasks import bf16_task
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 
-from architectures import ARCHITECTURES, tensors  # noqa: E402 – the shapes of real models, kept with the benchmarks
+from architectures import ARCHITECTURES, tensors
 
 SHARD_BYTES = 5_000_000_000
 PLENTY = 10**13
