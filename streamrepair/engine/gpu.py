@@ -1,4 +1,4 @@
-"""A GPU as its worker's thread has it: a stream of its own, page-locked buffers, a cap on its memory.
+"""A GPU as its worker's thread has it: a stream of its own, and a cap on its memory.
 
 Kernels and copies of one card then do not queue behind another thread's. Not measured on hardware with several cards.
 torch is imported late: nothing here is called with a device other than "cpu" unless a GPU is used.
@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-
-import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.engine.memory import CUDA_CONTEXT_BYTES
 
@@ -45,17 +42,6 @@ def release_memory() -> None:
         import torch
 
         torch.cuda.empty_cache()
-
-
-def page_locked(nbytes: int) -> NDArray[np.uint8]:
-    """Memory that a card reads without a copy in between; ordinary memory where none can be locked."""
-    if _available():
-        import torch
-
-        with contextlib.suppress(RuntimeError):
-            locked: NDArray[np.uint8] = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
-            return locked
-    return np.empty(nbytes, np.uint8)
 
 
 def _available() -> bool:

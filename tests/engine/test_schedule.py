@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
@@ -17,23 +18,10 @@ from tests.engine.tasks import bf16_task
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "bench"))
 
-from architectures import ARCHITECTURES, tensors
 
-SHARD_BYTES = 5_000_000_000
+from timeline import least_s, model, svg
+
 PLENTY = 10**13
-
-
-def model(name: str, place: Place = "cuda") -> list[Task]:
-    """A model's tasks, in shards of 5 GB."""
-    found: list[Task] = []
-    shard = used = 0
-    for spec in tensors(ARCHITECTURES[name]):
-        nbytes = 2 * spec.size
-        if used and used + nbytes > SHARD_BYTES:
-            shard, used = shard + 1, 0
-        used += nbytes
-        found.append(bf16_task(spec.name, spec.shape, shard=shard, place=place if len(spec.shape) == 2 else "cpu"))
-    return found
 
 
 def lanes_of(gpus: int, cpus: int = 1) -> list[str]:
@@ -51,11 +39,21 @@ def test_large_models_keep_every_device_or_the_disk_busy(name: str, gpus: int, d
     """Within 1.1 times what no schedule could undercut: the work shared out evenly, or every byte moved once."""
     tasks = model(name)
     result = simulated(tasks, lanes_of(gpus), disk_bytes_per_s=disk_bytes_per_s)
-    work_s = sum(cost.seconds(task, "cuda") for task in tasks if task.place == "cuda") / gpus
-    files_s = sum(task.read_once_bytes + task.out.nbytes for task in tasks) / disk_bytes_per_s
-    assert max(work_s, files_s) <= result.makespan_s <= 1.1 * max(work_s, files_s)
-    busy = sum(result.busy_s(f"cuda:{i}") for i in range(gpus))
-    assert busy == pytest.approx(work_s * gpus)
+    least = least_s(tasks, gpus, disk_bytes_per_s)
+    assert least <= result.makespan_s <= 1.1 * least
+    busy_s = sum(result.busy_s(f"cuda:{i}") for i in range(gpus))
+    assert busy_s == pytest.approx(sum(cost.seconds(task, "cuda") for task in tasks if task.place == "cuda"))
+
+
+def test_the_timeline_is_drawn_with_a_row_for_each_device() -> None:
+    """Well-formed, and nothing is drawn outside."""
+    root = ElementTree.fromstring(svg(simulated(model("llama-70b")[:40], lanes_of(2)), "a <title>"))
+    space = "{http://www.w3.org/2000/svg}"
+    assert {"a <title>", "cuda:0", "cuda:1", "cpu 0"} <= {text.text for text in root.iter(f"{space}text")}
+    bars = [bar for bar in root.iter(f"{space}rect") if bar.find(f"{space}title") is not None]
+    assert len(bars) > 20
+    assert all(0 <= float(bar.attrib["x"]) <= float(root.attrib["width"]) for bar in bars)
+    assert len({bar.attrib["y"] for bar in bars}) == 3
 
 
 def test_shards_seal_early() -> None:
