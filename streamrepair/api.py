@@ -9,7 +9,8 @@ from typing import Literal
 import msgspec
 
 from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
-from streamrepair.engine import budget
+from streamrepair.engine import budget, limits
+from streamrepair.engine.fit import gpus_of
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import Watcher, execute
 from streamrepair.engine.stop import StopRequest
@@ -80,18 +81,17 @@ def _planned(
     workers: int | None,
 ) -> Plan:
     _check(settings, workers)
-    place = budget.resolve_device(device)
-    ram_bytes = _size(ram) if ram is not None else budget.default_ram_bytes()
+    devices = budget.resolve_devices(device)
+    ram_bytes = _size(ram) if ram is not None else limits.default_ram_bytes()
     vram_bytes = None
-    if place != "cpu":
-        vram_bytes = _size(vram) if vram is not None else budget.default_vram_bytes(place)
-    count = workers or (budget.default_workers() if place == "cpu" else 1)
+    if gpus := gpus_of(devices):
+        vram_bytes = _size(vram) if vram is not None else budget.default_vram_bytes(gpus)
     return make_plan(
         base,
         ft,
         settings,
-        device=place,
-        workers=count,
+        devices=devices,
+        workers=workers or limits.default_workers(),
         ram_bytes=ram_bytes,
         vram_bytes=vram_bytes,
     )
@@ -116,12 +116,14 @@ def repair(
     on_nonfinite: Literal["refuse", "copy-ft"] = "refuse",
     overwrite: bool = False,
     report: Source | None = None,
+    trace: Source | None = None,
     watcher: Watcher | None = None,
     stop: StopRequest | None = None,
 ) -> Report:
     """Repair a fine-tuned checkpoint against its base and write the result to the folder `out`.
 
-    An interrupted call is continued by the same call. `report` writes a second copy of OUT/streamrepair.json.
+    An interrupted call is continued by the same call. `report` writes a second copy of OUT/streamrepair.json, `trace` a
+    timeline that Perfetto opens.
 
     Raises:
         StreamRepairError: by the tree in `streamrepair.errors`.
@@ -144,6 +146,7 @@ def repair(
         watcher=watcher or Silent(),
         overwrite=overwrite,
         report=None if report is None else Path(_text(report)),
+        trace=None if trace is None else Path(_text(trace)),
     )
 
 

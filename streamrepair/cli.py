@@ -37,8 +37,19 @@ Ram = Annotated[
     Parameter(group=_MEANS, help="Memory for the whole process, e.g. 16GB or 16GiB. Default: 80% of what is free."),
 ]
 Vram = Annotated[str | None, Parameter(group=_MEANS, help="Memory per GPU. Default: 90% of what is free.")]
-Device = Annotated[str, Parameter(group=_MEANS, help="auto, cpu, cuda or cuda:N.")]
-Workers = Annotated[int | None, Parameter(group=_MEANS, help="Matrices in work at once. Default: one per processor.")]
+Device = Annotated[
+    str,
+    Parameter(
+        group=_MEANS,
+        help="auto, cpu, cuda (all cards), or a list: cuda:0,cuda:1; with cpu in it the CPU takes small matrices.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    Parameter(
+        group=_MEANS, help="Threads on the CPU, a matrix each; every GPU has one more. Default: one per processor."
+    ),
+]
 Backend = Annotated[
     Literal["auto", "full", "gram", "randomized"],
     Parameter(
@@ -103,6 +114,7 @@ def repair(
     on_nonfinite: OnNonfinite = "refuse",
     overwrite: Annotated[bool, Parameter(group=_OUTPUT, negative=(), help="Replace what OUT holds.")] = False,
     report: Annotated[str | None, Parameter(group=_OUTPUT, help="Second copy of the report.")] = None,
+    trace: Annotated[str | None, Parameter(group=_OUTPUT, help="Timeline of the run, for ui.perfetto.dev.")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
@@ -130,6 +142,7 @@ def repair(
             on_nonfinite=on_nonfinite,
             overwrite=overwrite,
             report=report,
+            trace=trace,
             watcher=Bar(quiet=quiet),
             stop=stop,
         )

@@ -141,6 +141,20 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     write_s: float
     bytes_read: int
     bytes_written: int
+    cpu_s: float = 0.0
+    """Processor seconds of the whole process: over `wall_s` times the processors, the share that was busy."""
+
+
+class ResourceUse(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker's wall time ("cpu 0", "cuda:1"), or that in which any file was read, written or synced ("files")."""
+
+    name: str
+    busy_s: float
+    """Computing; for files, at work."""
+    waiting_s: dict[str, float]
+    """Waiting for what: read, write, memory."""
+    idle_s: float
+    """Without a task: before the first, after the last."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +169,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     workers: int
     budget: Budget
     timings: Timings
+    utilisation: tuple[ResourceUse, ...] = ()
+    """Each worker, then the files."""
     sidecars: tuple[str, ...]
     """Files copied from FT beside the weights."""
     headers: dict[str, str]

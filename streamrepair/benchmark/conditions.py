@@ -11,7 +11,7 @@ from streamrepair.benchmark.cases import Case, choose
 from streamrepair.decompose.convert import STORED_TYPE
 from streamrepair.decompose.ladder import Backend
 from streamrepair.decompose.randomized import Estimate
-from streamrepair.engine import budget
+from streamrepair.engine import budget, limits
 from streamrepair.errors import BudgetError, UsageError
 from streamrepair.units import format_bytes
 
@@ -65,8 +65,8 @@ def make_conditions(
     return Conditions(
         backends=tuple(chosen),
         dtype=DTYPES[stored],
-        device=budget.resolve_device(device),
-        threads=threads or budget.default_workers(),
+        device=budget.resolve_devices(device)[0],
+        threads=threads or limits.default_workers(),
         repeats=repeats,
         check=check,
     )
@@ -78,7 +78,7 @@ def refuse_too_large(cases: Sequence[Case], conditions: Conditions) -> None:
     Raises:
         BudgetError: the first such case, and what it needs.
     """
-    free_bytes = budget.default_ram_bytes()
+    free_bytes = limits.default_ram_bytes()
     for case in cases:
         m, n = max(case.shape), min(case.shape)
         # Base, FT and three outputs as stored; Δ, U, Δ* and what is held against it in float64; n × n of the SVDs.

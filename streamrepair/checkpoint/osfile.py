@@ -13,8 +13,10 @@ gate", 2018); the caller has to write the data again.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import stat
@@ -29,6 +31,8 @@ _REMEDIES = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), "name another OUT"),
 }
+PAGE_BYTES = 4096
+"""What direct reads and writes are aligned to; a device that wants more is written the usual way."""
 
 
 def shown_path(path: Path) -> str:
@@ -156,6 +160,18 @@ def pread_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
         done += count
 
 
+def read_ahead(fd: int, offset: int, nbytes: int) -> None:
+    """Ask the kernel to have a range in the page cache soon; a wish, which it may ignore."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def let_go(fd: int, offset: int, nbytes: int) -> None:
+    """Tell the kernel that a range's pages are not needed in the page cache; it keeps those not yet written."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
+
 def pwrite_all(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
     """Write all of `buffer` at `offset`.
 
@@ -172,6 +188,70 @@ def pwrite_all(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
             if count == 0:
                 raise OSError(errno.EIO, "the device takes nothing")
             done += count
+
+
+def page_aligned(nbytes: int) -> memoryview:
+    """A zeroed buffer that begins at a page, as the device wants it for what goes past the page cache."""
+    return memoryview(mmap.mmap(-1, max(1, nbytes)))[:nbytes]
+
+
+def open_direct(path: Path) -> int:
+    """A second descriptor of an output, past the page cache; −1 where the file system has no such thing."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
+    except OSError:
+        return -1
+
+
+def pwrite_direct(fd: int, direct_fd: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Write all of `buffer` at `offset`: whole pages past the page cache if they lie at pages in memory too.
+
+    Edges, and all of it where the file system refuses, go the usual way; the kernel keeps the two ways coherent.
+
+    Raises:
+        OutputError: the device refused.
+    """
+    head = min(len(buffer), -offset % PAGE_BYTES)
+    middle = (len(buffer) - head) // PAGE_BYTES * PAGE_BYTES
+    if direct_fd < 0 or middle == 0 or _address(buffer[head:]) % PAGE_BYTES:
+        pwrite_all(fd, buffer, offset, path)
+        return
+    pwrite_all(fd, buffer[:head], offset, path)
+    done = head
+    with _output(path, "written"):
+        while done < head + middle and done % PAGE_BYTES == head % PAGE_BYTES:
+            try:
+                count = os.pwrite(direct_fd, buffer[done : head + middle], offset + done)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                break
+            if count == 0:
+                break
+            done += count
+    pwrite_all(fd, buffer[done:], offset + done, path)
+
+
+def pread_direct(direct_fd: int, buffer: memoryview, offset: int, nbytes: int) -> memoryview | None:
+    """The `nbytes` bytes from `offset`, read past the page cache; None where that failed: read them the usual way.
+
+    Args:
+        buffer: page-aligned, two pages larger than `nbytes`.
+    """
+    lead = offset % PAGE_BYTES
+    whole = -(-(lead + nbytes) // PAGE_BYTES) * PAGE_BYTES
+    try:
+        count = os.preadv(direct_fd, [buffer[:whole]], offset - lead)
+    except OSError:
+        return None
+    return buffer[lead : lead + nbytes] if count >= lead + nbytes else None
+
+
+def _address(buffer: memoryview) -> int:
+    """Where a buffer lies; −1, which is no page, for one that cannot be written to."""
+    return -1 if buffer.readonly else ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def allocate(fd: int, size_bytes: int, path: Path) -> None:

@@ -36,6 +36,11 @@ class HostArithmetic:
     def __init__(self, scratch: Scratch | None = None) -> None:
         self._scratch = scratch or Scratch()
 
+    @property
+    def scratch(self) -> Scratch:
+        """Its working memory."""
+        return self._scratch
+
     def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
         """G by ?syrk, block by block in a fixed order; float32 products are summed in float64."""
         n = source.cols

@@ -25,6 +25,7 @@ class Committer:
     Args:
         workspace: OUT. records: what is committed already. before_commit: raises if nothing may count now.
         stop: once it is requested no shard is sealed any more: reading one back may take longer than there is time.
+        lets_go: the page cache need not keep sealed shards.
     """
 
     def __init__(
@@ -34,8 +35,10 @@ class Committer:
         *,
         before_commit: Callable[[], None],
         stop: StopRequest,
+        lets_go: bool = False,
     ) -> None:
         self._workspace, self._before_commit, self._stop = workspace, before_commit, stop
+        self._lets_go = lets_go
         self.records = dict(records)
         self._pending: dict[str, tuple[int, TensorRecord]] = {}
         self._pending_bytes = 0
@@ -86,3 +89,5 @@ class Committer:
                 self._before_commit()
                 digests = {name: self.records[name].digest or "" for name in shard.layout.entries}
                 shard.seal(digests, check_stop=self._stop.check_at_once)
+                if self._lets_go:
+                    shard.let_go()

@@ -17,9 +17,9 @@ from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.convert import STORED_TYPE, Raw, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
-from streamrepair.decompose.scratch import Scratch
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
 from streamrepair.engine.memory import COPY_BYTES
+from streamrepair.engine.short_memory import Patient, ReservedHost
 from streamrepair.engine.task import Job, copy, find_nonfinite, met_nonfinite, passed_through
 from streamrepair.engine.view import MatrixView, StoredMatrix
 from streamrepair.errors import NumericalError, shown
@@ -39,8 +39,9 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     view = _view(job)
     settings = job.around.settings
     rule = HardThreshold(scale=settings.scale, sigma=settings.sigma)
-    arithmetic = _arithmetic(job.around.device, job.scratch)
-    fits = job.around.full_fits(job.task)
+    host = ReservedHost(job)
+    arithmetic = _arithmetic(job, host)
+    fits = job.around.fits(job.task, "full")
     sharp = job.task.out.dtype not in ("BF16", "F16")
     began = time.perf_counter()
     try:
@@ -52,6 +53,7 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
             sharp=sharp,
             full_fits=fits,
             estimate=settings.noise_estimate,
+            host=host,
         )
     except NonFiniteDeltaError as error:
         where = find_nonfinite(job)
@@ -62,7 +64,7 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     except NumericalError as error:
         raise _failed(job, error) from error
     job.spent.decompose_s += time.perf_counter() - began
-    record = _written(job, view, truncation, arithmetic)
+    record = _written(job, view, truncation, arithmetic, host)
     job.spent.read_s += view.stats.seconds
     job.spent.bytes_read += view.stats.bytes
     return record, None
@@ -75,7 +77,9 @@ def _failed(job: Job, error: Exception) -> NumericalError:
     )
 
 
-def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic) -> TensorRecord:
+def _written(
+    job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic, host: HostArithmetic
+) -> TensorRecord:
     if truncation.frob_delta_in == 0.0:
         digest, _ = copy(job)
         return passed_through(job.task, "copied", "delta is zero", digest)
@@ -83,7 +87,7 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
         digest, _ = copy(job)
         reason = "delta has exactly low rank (its median singular value is zero): there is no noise to estimate"
         return passed_through(job.task, "kept_ft", reason, digest)
-    merged = _merged(job, view, truncation, arithmetic)
+    merged = _merged(job, view, truncation, arithmetic, host)
     threshold, out = truncation.threshold, truncation.frob_delta_out
     gap = threshold.nearest_gap
     return TensorRecord(
@@ -108,7 +112,9 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
     )
 
 
-def _merged(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic) -> _Merged:
+def _merged(
+    job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic, host: HostArithmetic
+) -> _Merged:
     """The second pass, done; on the CPU if the device has no memory left for it."""
     merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
     try:
@@ -116,7 +122,11 @@ def _merged(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arit
     except RuntimeError:  # torch's OutOfMemoryError is one
         if isinstance(arithmetic, HostArithmetic):
             raise
-        merged = _Merged(job, view, HostArithmetic(job.scratch).merger(truncation.vh, job.task.out.dtype))
+        try:
+            merger = host.merger(truncation.vh, job.task.out.dtype)
+        except NumericalError as error:
+            raise _failed(job, error) from error
+        merged = _Merged(job, view, merger)
         merged.run()
     return merged
 
@@ -211,12 +221,15 @@ def copy_widened(job: Job) -> tuple[str, str | None]:
     return digest_text(digest), nonfinite
 
 
-def _arithmetic(device: str, scratch: Scratch) -> Arithmetic:
-    if device == "cpu":
-        return HostArithmetic(scratch)
+def _arithmetic(job: Job, host: HostArithmetic) -> Arithmetic:
+    if job.around.arithmetic is not None:
+        chosen = job.around.arithmetic(job.worker.device, job.scratch)
+        return chosen if isinstance(chosen, HostArithmetic) else Patient(chosen)
+    if job.worker.device == "cpu":
+        return host
     from streamrepair.decompose.device import DeviceArithmetic  # torch is loaded for a GPU only
 
-    return DeviceArithmetic(device)
+    return Patient(DeviceArithmetic(job.worker.device))
 
 
 def _view(job: Job) -> MatrixView:
@@ -237,4 +250,5 @@ def _view(job: Job) -> MatrixView:
         panel_rows=task.panel_rows,
         check_stop=around.check_stop,
         advance=advance,
+        lane=job.worker.lane,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -16,13 +17,20 @@ from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import copy_sidecars, sidecars
 from streamrepair.checkpoint.write import ShardFile
-from streamrepair.engine import budget, memory
+from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.scratch import Scratch
+from streamrepair.engine import budget, gpu, limits, memory
 from streamrepair.engine.commit import Committer
+from streamrepair.engine.fit import fits_climb
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.numeric_threads import NumericThreads
-from streamrepair.engine.plan import Plan, Task, fits_full
+from streamrepair.engine.pagecache import PageCache, lets_go
+from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, run_task
+from streamrepair.engine.timeline import Timeline
+from streamrepair.engine.trace import chrome_trace
+from streamrepair.engine.worker import lane_names
 from streamrepair.engine.workspace import Workspace, refuse_overlap
 from streamrepair.errors import InputError, OutputError, shown
 from streamrepair.report import (
@@ -73,6 +81,8 @@ class _Run:
     files: InputFiles
     threads: NumericThreads
     warnings: list[str]
+    timeline: Timeline
+    arithmetic: Callable[[str, Scratch], Arithmetic] | None
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
@@ -88,20 +98,27 @@ def execute(
     overwrite: bool = False,
     report: Path | None = None,
     finished: Mapping[str, TensorRecord] | None = None,
+    trace: Path | None = None,
+    arithmetic: Callable[[str, Scratch], Arithmetic] | None = None,
 ) -> Report:
     """Carry out a plan and write OUT; continues an interrupted run of the same plan.
 
     Args:
+        report: a second copy of the report. trace: a timeline in Chrome's format, however the run ends.
+        arithmetic: how a device computes, in place of the usual.
         finished: records of OUT's report, which go where the journal has none: a finished result is to be mended.
 
     Raises:
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
     stop.heeded = True
-    refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, report)
+    for beside in (report, trace):
+        refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
     budget.reset_peak()
+    gpu.cap_memory(plan.gpus, plan.vram_allowed_bytes)
     workspace = Workspace(out, plan.layouts)
-    run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [])
+    timeline = Timeline(keep=trace is not None)
+    run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [], timeline, arithmetic)
     try:
         journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
@@ -113,13 +130,15 @@ def execute(
         raise
     finally:
         watcher.end()
+        if trace is not None:
+            osfile.write_atomic(trace, chrome_trace(timeline, lane_names(plan.lanes)))
         run.files.close()
         run.threads.release()
         workspace.close()
 
 
 def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path | None) -> Report:
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     plan = run.plan
     for message in plan_warnings(plan):
         run.warn(message)
@@ -136,12 +155,26 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
             "values may differ in the last place from a run on one device"
         )
     unchanged = _unchanged_check(run)
-    committer = Committer(run.workspace, done, before_commit=unchanged, stop=run.stop)
-    spent = _work(run, committer, [task for task in plan.tasks if task.name not in done])
+    free_bytes = limits.free_bytes()
+    committer = Committer(
+        run.workspace, done, before_commit=unchanged, stop=run.stop, lets_go=lets_go(plan, free_bytes)
+    )
+    cache = PageCache(plan, run.files, free_bytes=free_bytes)
+    try:
+        spent = _work(run, committer, cache, [task for task in plan.tasks if task.name not in done])
+    finally:
+        cache.close()
     run.stop.check_at_once()  # from here on it is a matter of moments
     unchanged()
     names = _write_beside(run)
-    report = _report(run, committer.records, spent, names, time.perf_counter() - began)
+    report = _report(
+        run,
+        committer.records,
+        spent,
+        names,
+        wall_s=time.perf_counter() - began,
+        cpu_s=time.process_time() - began_cpu,
+    )
     osfile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
     _write_copy(report, report_path)
@@ -201,39 +234,47 @@ def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
     return report
 
 
-def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
+def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) -> Spent:
     """Run the tasks, committing as they finish; what is finished is committed however this ends."""
     plan, spent = run.plan, Spent()
-    full_fits = fits_full(plan)
+    fits = {backend: fits_climb(plan, backend) for backend in ("full",)}
     around = Surroundings(
         base=plan.base,
         ft=plan.ft,
         settings=plan.settings,
         files=run.files,
         shards=run.workspace.shards,
-        device=plan.device,
         progress=run.watcher,
         check_stop=run.stop.check,
-        full_fits=lambda task: full_fits[task.name],
+        fits=lambda task, backend: fits[backend][task.name],
+        arithmetic=run.arithmetic,
+        done_with=cache.done_with,
         hold_threads=run.threads.hold,
     )
-    fixed = memory.run_bytes([], plan.workers, tensors=plan.tensors, cuda=plan.device != "cpu")
-    room = plan.ram_allowed_bytes - fixed
-    executor = LocalExecutor(workers=plan.workers, room_bytes=room, stop=run.stop)
+    room = plan.ram_allowed_bytes - memory.run_bytes(plan.workers, tensors=plan.tensors, gpus=len(plan.gpus))
+    executor = LocalExecutor(
+        lanes=plan.lanes, room_bytes=room, stop=run.stop, timeline=run.timeline, upcoming=cache.upcoming
+    )
     try:
-        for outcome in executor.run(tasks, lambda task, scratch: run_task(task, around, scratch)):
+        for outcome in executor.run(tasks, lambda task, worker: run_task(task, around, worker)):
             if outcome is not None:
                 _take(run, committer, outcome, spent)
             # Once a stop is requested, all that is ready: at the end there may be no time for a large sync.
             if committer.due or run.stop.requested:
-                committer.flush()
+                with _committing(run):
+                    committer.flush()
     except NonFiniteInputError:
         raise  # all of it is about to be removed
     except BaseException:
         committer.flush()
         raise
-    committer.flush()
+    with _committing(run):
+        committer.flush()
     return spent
+
+
+def _committing(run: _Run) -> contextlib.AbstractContextManager[None]:
+    return run.timeline.span("commits", "sync", "sync, read back, seal", file=True)
 
 
 def _take(run: _Run, committer: Committer, outcome: Outcome, spent: Spent) -> None:
@@ -320,7 +361,15 @@ def _identities(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tuple[str, ...], wall_s: float) -> Report:
+def _report(
+    run: _Run,
+    records: dict[str, TensorRecord],
+    spent: Spent,
+    names: tuple[str, ...],
+    *,
+    wall_s: float,
+    cpu_s: float,
+) -> Report:
     plan = run.plan
     tensors = {name: records[name] for layout in plan.layouts for name in layout.entries}
     for pairing in plan.dropped:
@@ -342,7 +391,7 @@ def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tu
             ram_measured_bytes=budget.peak_bytes(),
             vram_allowed_bytes=plan.vram_allowed_bytes,
             vram_projected_bytes=plan.vram_projected_bytes,
-            vram_measured_bytes=budget.device_peak_bytes(plan.device),
+            vram_measured_bytes=budget.device_peak_bytes(plan.gpus),
         ),
         timings=Timings(
             wall_s=round(wall_s, 4),
@@ -351,7 +400,9 @@ def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tu
             write_s=round(spent.write_s, 4),
             bytes_read=spent.bytes_read,
             bytes_written=spent.bytes_written,
+            cpu_s=round(cpu_s, 4),
         ),
+        utilisation=run.timeline.uses(lane_names(plan.lanes), wall_s),
         sidecars=tuple(map(storable, names)),
         headers={layout.name: layout.header_digest for layout in plan.layouts},
         warnings=tuple(run.warnings),

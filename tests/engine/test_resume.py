@@ -125,7 +125,7 @@ def test_a_failed_sync_is_not_repeated(small: Pair, tmp_path: Path, monkeypatch:
 def _interrupted(pair: Pair, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that ended at the last matrix but one of its plan."""
     repair = task._repair
-    names = [t.name for t in api.plan(pair.base, pair.ft).tasks if t.shape]
+    names = [t.name for t in api.plan(pair.base, pair.ft, workers=1).tasks if t.shape]
 
     def failing(job: task.Job) -> object:
         if job.task.name == names[-2]:
