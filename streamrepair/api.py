@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
-from streamrepair.engine import budget, limits
+from streamrepair.engine import budget, limits, rates
 from streamrepair.engine.fit import gpus_of
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import Watcher, execute
@@ -94,6 +94,7 @@ def _planned(
         workers=workers or limits.default_workers(),
         ram_bytes=ram_bytes,
         vram_bytes=vram_bytes,
+        rates=rates.load() or rates.CPU,
     )
 
 

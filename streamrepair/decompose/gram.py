@@ -15,6 +15,7 @@ import numpy as np
 
 from streamrepair.decompose import certify, randomized, single
 from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Precision
+from streamrepair.decompose.choose import Estimate
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError, decide, mixing
@@ -34,7 +35,7 @@ def truncate(
     arithmetic: Arithmetic,
     precision: Precision,
     krylov: bool = False,
-    estimate: randomized.Estimate = "exact",
+    estimate: Estimate = "exact",
 ) -> Truncation:
     """Decide and factor one delta through its Gram matrix.
 

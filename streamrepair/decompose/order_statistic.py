@@ -66,21 +66,22 @@ def locate(
                 return found
             c = found
         else:
-            c = _next(c, stride * (place - below + 0.5), slope, low, high)
-            stride *= 3.0  # the density may be wrong by any factor
+            # The density may be wrong by any factor: it is trusted less with every step that did not arrive.
+            c = _next(c, (place + 0.5, below), slope / stride, low, high)
+            stride *= 3.0
     raise UnresolvedError(f"{_MOST_SHIFTS} factorisations did not come near the median eigenvalue")
 
 
-def _next(c: float, missing: float, slope: float, low: tuple[float, int], high: tuple[float, int]) -> float:
-    """The next shift: between two counts once there are two, by the given slope before."""
+def _next(c: float, places: tuple[float, int], slope: float, low: tuple[float, int], high: tuple[float, int]) -> float:
+    """The next shift, given the wanted place and the present one: between two counts if there are two, else by slope."""
+    place, below = places
     if np.isfinite(low[0]) and np.isfinite(high[0]):
-        place = missing + (low[1] if c == low[0] else high[1])
         # Kept off both ends, where the secant of a curved distribution would stick.
         part = float(np.clip((place - low[1]) / max(1, high[1] - low[1]), 0.1, 0.9))
         return low[0] + part * (high[0] - low[0])
     if slope <= 0.0:
         raise UnresolvedError("no eigenvalues were seen near the estimated median")
-    return c + missing / slope
+    return c + (place - below) / slope
 
 
 def _nearby(matrix: SymmetricPair, c: float, steps: int, tolerance: float, probes: Doubles) -> Located | float:
