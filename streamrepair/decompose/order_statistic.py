@@ -24,7 +24,7 @@ REACH = 14
 """Neighbours of a shift that are found rather than shifted to; further away a second factorisation is cheaper."""
 _BLOCK = 16
 _MOST_STEPS = 20
-_MOST_SHIFTS = 8
+_MOST_SHIFTS = 10
 _SEED = 0x5EED
 
 
@@ -43,7 +43,7 @@ def locate(
     """The eigenvalue with `place` eigenvalues below it.
 
     Args:
-        guess: where to begin. slope: eigenvalues per unit there, roughly.
+        guess: where to begin, positive. slope: eigenvalues per unit there, roughly.
         tolerance: largest bound that will do, absolute.
         probes: (p, n) for the measurement of the factors' error.
 
@@ -73,15 +73,16 @@ def locate(
 
 
 def _next(c: float, places: tuple[float, int], slope: float, low: tuple[float, int], high: tuple[float, int]) -> float:
-    """The next shift, given the wanted place and the present one: between two counts if there are two, else by slope."""
+    """The next shift, from the wanted place and the one at c: between two counts where there are two, else by slope."""
     place, below = places
     if np.isfinite(low[0]) and np.isfinite(high[0]):
         # Kept off both ends, where the secant of a curved distribution would stick.
-        part = float(np.clip((place - low[1]) / max(1, high[1] - low[1]), 0.1, 0.9))
+        part = float(np.clip((place - low[1]) / max(1, high[1] - low[1]), 0.2, 0.8))
         return low[0] + part * (high[0] - low[0])
     if slope <= 0.0:
         raise UnresolvedError("no eigenvalues were seen near the estimated median")
-    return c + (place - below) / slope
+    # Squared singular values are positive: a factor at a time, however wrong the slope.
+    return float(np.clip(c + (place - below) / slope, 0.25 * c, 4.0 * c))
 
 
 def _nearby(matrix: SymmetricPair, c: float, steps: int, tolerance: float, probes: Doubles) -> Located | float:
