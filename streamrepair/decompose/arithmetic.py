@@ -1,23 +1,65 @@
 """What a place of computation has to offer the backends: `host` is NumPy and LAPACK, `device` is torch on a GPU.
 
-The backends decide; an arithmetic only computes. Small results (values, kept vectors, probes) always come back as NumPy
-arrays, so that decisions and checks are made by the same code wherever the work was done.
+The backends decide; an arithmetic only computes. Small results (values, probes) always come back as NumPy arrays, so
+that decisions and checks are made by the same code wherever the work was done. Kept vectors stay where they were made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from streamrepair.decompose.convert import Raw
 from streamrepair.decompose.operator import Panel, PanelSource
 
 Precision = Literal["float32", "float64"]
 Doubles = NDArray[np.float64]
+
+
+class ResidentVectors(Protocol):
+    """(k, n) float64 vectors as rows in a device's memory; NumPy reads them as an array, by way of a copy."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(k, n)."""
+        ...
+
+    def __len__(self) -> int:
+        """k."""
+        ...
+
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Doubles:
+        """A copy in host memory."""
+        ...
+
+    def times(self, columns: Doubles) -> Doubles:
+        """(k, p) inner products with the rows of (p, n) `columns`."""
+        ...
+
+    def orthonormality(self) -> float:
+        """Largest entry of |VVᵀ − I|; NaN if a vector is not finite."""
+        ...
+
+
+Vectors = Doubles | ResidentVectors
+"""(k, n) vectors as rows, in whichever memory they were made."""
+
+
+def on_host(vectors: Vectors) -> Doubles:
+    """The vectors in host memory; as they are if they lie there."""
+    return np.asarray(vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many eigenvalues exceed a shift, as far as that was proven."""
+
+    at_least: int
+    at_most: int
 
 
 class Spectrum(Protocol):
@@ -32,11 +74,18 @@ class Spectrum(Protocol):
         """The factors multiplied with (p, n) probes: what the factorised matrix makes of them."""
         ...
 
-    def count_above(self, shift: float) -> int:
-        """Eigenvalues above `shift`, counted another way than by looking at `values` where there is one."""
+    def count_above(self, shift: float, bound: float) -> Count:
+        """Eigenvalues above `shift`, counted another way than by looking at `values`.
+
+        Args:
+            bound: how far any of `values` may be off; those nearer to the shift may be left open by the count.
+
+        Raises:
+            NumericalError: nothing could be proven.
+        """
         ...
 
-    def top(self, count: int) -> Doubles:
+    def top(self, count: int) -> Vectors:
         """(count, n) eigenvectors of the largest values, as rows, in the order of `values`."""
         ...
 
@@ -57,6 +106,23 @@ class Gram:
     """(n, n) G itself, C upper triangle, where it is in host memory: for methods that need no full factorisation."""
 
 
+class Merger(Protocol):
+    """The second pass over one matrix: W_base + (Δ·Vᵀ)·V, rounded once."""
+
+    def merged(self, panel: Panel) -> Iterator[tuple[Panel, Raw]]:
+        """Each block of a panel with its result, oriented as stored; a result is valid until the next is asked for."""
+        ...
+
+    def lost(self) -> float:
+        """Squared rounding error of all blocks so far, ‖·‖_F²; not finite if a value overflowed."""
+        ...
+
+    @property
+    def climbed(self) -> tuple[str, ...]:
+        """Why work was moved to another place, if it was."""
+        ...
+
+
 class Arithmetic(Protocol):
     """Streaming linear algebra on one device."""
 
@@ -75,9 +141,6 @@ class Arithmetic(Protocol):
         """U, s (descending) and Vᵀ of a square matrix by the named driver ("default" or "gesvd")."""
         ...
 
-    def merger(self, vh: Doubles, out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
-        """A function from a block to its rounded W_base + (Δ·Vᵀ)·V, oriented as stored, and its squared rounding error.
-
-        Formed in float32 for 16-bit outputs, in float64 for wider ones; rounded once.
-        """
+    def merger(self, vh: Vectors, out_dtype: str) -> Merger:
+        """The merge of a delta's kept part, formed in float32 for 16-bit outputs and in float64 for wider ones."""
         ...

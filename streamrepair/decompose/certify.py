@@ -5,7 +5,8 @@ A backend's answer is used only when these pass. They cost O(n²) per probe wher
 - *Gram error*: for probes X with independent ±1 entries, E‖EX‖² per probe is ‖E‖_F² with E = G − ΔᵀΔ (Hutchinson 1990).
 - *Factor error*: the same with E = G − Q·T·Qᵀ (or V·Λ·Vᵀ), which covers every eigenvalue at once: by Weyl, no ordered
   eigenvalue is off by more than ‖E‖₂.
-- *Count*: a Sturm sequence on T at τ² counts the values above it independently of the eigenvalue solver (Sylvester).
+- *Count*: a Sturm sequence on T at τ² counts the values above it independently of the eigenvalue solver (Sylvester);
+  where there is no T, see `cholesky_count`.
 - *Vectors*: ‖VᵀV − I‖ in full, and the residual VᵀG − ΛVᵀ on the probes.
 
 Source: Hutchinson 1990; Halko, Martinsson & Tropp 2011, section 4.3 (a posteriori bounds from random probes);
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from streamrepair.decompose.arithmetic import Vectors
 from streamrepair.errors import NumericalError
 
 PROBES = 8
@@ -82,7 +84,7 @@ def check_factor(difference: NDArray[np.float64], largest: float, *, tolerance: 
 
 
 def check_vectors(
-    vectors: NDArray[np.float64],
+    vectors: Vectors,
     values: NDArray[np.float64],
     probes: NDArray[np.float64],
     images: NDArray[np.float64],
@@ -93,7 +95,7 @@ def check_vectors(
     """(orthonormality, residual) of eigenvectors given as rows.
 
     Args:
-        vectors: (k, n) eigenvectors. values: (k,) their eigenvalues.
+        vectors: (k, n) eigenvectors, wherever they are. values: (k,) their eigenvalues.
         probes: (PROBES, n) X. images: (PROBES, n) G·X.
         orthonormal, belonging: the largest defect and residual that pass; the defaults are for float64.
 
@@ -105,17 +107,24 @@ def check_vectors(
     defect = orthonormality(vectors)
     if not defect <= orthonormal:
         raise NumericalError(f"singular vectors are not orthonormal (off by {defect:.1e})")
-    difference = vectors @ images.T - values[:, None] * (vectors @ probes.T)
+    difference = times(vectors, images) - values[:, None] * times(vectors, probes)
     residual = float(np.linalg.norm(difference)) / (PROBES**0.5 * float(values.max()))
     if not residual <= belonging:
         raise NumericalError(f"singular vectors do not belong to their values (residual {residual:.1e})")
     return defect, residual
 
 
-def orthonormality(vectors: NDArray[np.float64]) -> float:
+def times(vectors: Vectors, columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(k, p) inner products of (k, n) vectors with the rows of (p, n) `columns`."""
+    return vectors @ columns.T if isinstance(vectors, np.ndarray) else vectors.times(columns)
+
+
+def orthonormality(vectors: Vectors) -> float:
     """Largest entry of |VᵀV − I| of vectors given as rows; NaN if they are not finite."""
     if len(vectors) == 0:
         return 0.0
+    if not isinstance(vectors, np.ndarray):
+        return vectors.orthonormality()
     product = vectors @ vectors.T
     product.flat[:: len(vectors) + 1] -= 1.0
     return float(max(product.max(), -product.min()))

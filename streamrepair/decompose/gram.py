@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from streamrepair.decompose import certify, randomized, single
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Precision
+from streamrepair.decompose.arithmetic import Arithmetic, Count, Doubles, Gram, Precision
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError, decide, mixing
@@ -82,7 +82,9 @@ def _by_all_values(
         raise UnresolvedError(f"{close} values within {bound:.1e} of the squared threshold")
     if precision == "float32" and (turned := mixing(values, threshold.rank_kept, bound)) > _MOST_MIXING:
         raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
-    certify.check_count(spectrum.count_above(threshold.tau**2), threshold.rank_kept, close)
+    close = _checked_count(spectrum.count_above(threshold.tau**2, bound), threshold.rank_kept, close)
+    if precision == "float32" and close:
+        raise UnresolvedError(f"a count leaves {close} values near the squared threshold open")
     vectors = spectrum.top(threshold.rank_kept)
     kept = values[len(values) - threshold.rank_kept :]
     orthonormality, residual = certify.check_vectors(vectors, kept, probes, gram.images)
@@ -95,3 +97,15 @@ def _by_all_values(
         certificate=certify.Certificate(bound, orthonormality, residual),
         undecidable=close,
     )
+
+
+def _checked_count(counted: Count, rank: int, close: int) -> int:
+    """How many values are undecidable: those within the bound of τ², or what the count leaves open if that is more.
+
+    Raises:
+        NumericalError: the count is another one.
+    """
+    close = max(close, counted.at_most - counted.at_least)
+    for found in (counted.at_least, counted.at_most):
+        certify.check_count(found, rank, close)
+    return close

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from streamrepair.decompose.arithmetic import Vectors
 from streamrepair.decompose.certify import Certificate
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
@@ -37,8 +38,8 @@ class Truncation:
     """Singular values, ascending: all n, or those above τ where a backend needs no others."""
     threshold: Threshold
     """σ̂, τ and the kept rank."""
-    vh: NDArray[np.float64]
-    """(rank_kept, n) right singular vectors (of the tall orientation) as rows."""
+    vh: Vectors
+    """(rank_kept, n) right singular vectors (of the tall orientation) as rows, in the memory they were made in."""
     frob_delta_in: float
     """‖Δ‖_F."""
     backend: str

@@ -6,14 +6,13 @@ Loaded when the first tensor that differs is met: a run that only copies needs n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import numpy as np
 
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.write import digest_text, new_digest
 from streamrepair.decompose import ladder
-from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.arithmetic import Arithmetic, Merger
 from streamrepair.decompose.convert import STORED_TYPE, Raw, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
@@ -77,7 +76,8 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
         digest, _ = copy(job)
         reason = "delta has exactly low rank (its median singular value is zero): there is no noise to estimate"
         return passed_through(job.task, "kept_ft", reason, digest)
-    merged = _merged(job, view, truncation, arithmetic)
+    merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
+    merged.run()
     threshold, out = truncation.threshold, truncation.frob_delta_out
     gap = threshold.nearest_gap
     return TensorRecord(
@@ -91,52 +91,57 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
         threshold=threshold.tau,
         frob_delta_in=truncation.frob_delta_in,
         frob_delta_out=out,
-        rounding_loss=merged.lost_square**0.5 / out if out > 0 else 0.0,
+        rounding_loss=merged.lost() ** 0.5 / out if out > 0 else 0.0,
         nearest_sigma_gap=gap if gap < float("inf") else None,
         undecidable=truncation.undecidable,
         backend=truncation.backend,
-        climbed=truncation.climbed,
+        climbed=truncation.climbed + merged.climbed,
         digest=merged.digest,
     )
-
-
-def _merged(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic) -> _Merged:
-    """The second pass, done; on the CPU if the device has no memory left for it."""
-    merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
-    try:
-        merged.run()
-    except RuntimeError:  # torch's OutOfMemoryError is one
-        if isinstance(arithmetic, HostArithmetic):
-            raise
-        merged = _Merged(job, view, HostArithmetic(job.scratch).merger(truncation.vh, job.task.out.dtype))
-        merged.run()
-    return merged
 
 
 class _Merged:
     """The second pass over a matrix: W_base + Δ* block by block, rounded once, written, digested."""
 
-    def __init__(self, job: Job, view: MatrixView, merger: Callable[[Panel], tuple[Raw, float]]) -> None:
+    def __init__(self, job: Job, view: MatrixView, merger: Merger) -> None:
         self._job, self._view, self._merger = job, view, merger
         # Column blocks are not consecutive in the file: such a tensor's digest is taken from the file afterwards.
         self._running = None if view.wide and view.panel_rows < view.rows else new_digest()
-        self.lost_square = 0.0
-        """‖round(W_base + Δ*) − (W_base + Δ*)‖_F²."""
         self.digest = ""
         """Of the tensor's bytes, after `run`."""
+
+    @property
+    def climbed(self) -> tuple[str, ...]:
+        """Why a device was left half-way, if it was."""
+        return self._merger.climbed
+
+    def lost(self) -> float:
+        """‖round(W_base + Δ*) − (W_base + Δ*)‖_F².
+
+        Raises:
+            NumericalError: a value overflows the output dtype.
+        """
+        lost = self._merger.lost()
+        if not lost < float("inf"):
+            raise NumericalError(
+                f"tensor {shown(self._job.task.name)}: a repaired value overflows {self._job.task.out.dtype}: "
+                "write the result with --out-dtype float32"
+            )
+        return lost
 
     def run(self) -> None:
         """Do the pass.
 
         Raises:
-            NumericalError: a value overflows the output dtype.
+            NumericalError: a value overflows the output dtype, or a device failed.
         """
         for panel in self._view.panels():
             if panel.wide:
                 self._write_columns(panel)
             else:
-                for block in panel.blocks():
-                    self._write_rows(block.start, self._merged(block))
+                for block, rounded in self._merger.merged(panel):
+                    self._write(block.start * self._view.cols * rounded.itemsize, rounded)
+            self.lost()  # once a panel: on a device this waits for it
             done = (panel.start + panel.rows) / self._view.rows
             self._job.tell(_FIRST_PASS_SHARE + (1 - _FIRST_PASS_SHARE) * done)
         if self._running is None:
@@ -144,24 +149,10 @@ class _Merged:
         else:
             self.digest = digest_text(self._running)
 
-    def _merged(self, block: Panel) -> Raw:
-        rounded, lost = self._merger(block)
-        if not lost < float("inf"):
-            raise NumericalError(
-                f"tensor {shown(self._job.task.name)}: a repaired value overflows {self._job.task.out.dtype}: "
-                "write the result with --out-dtype float32"
-            )
-        self.lost_square += lost
-        return rounded
-
-    def _write_rows(self, start: int, rounded: Raw) -> None:
-        self._write(start * self._view.cols * rounded.itemsize, rounded)
-
     def _write_columns(self, panel: Panel) -> None:
         """A stretch of each stored row of a wide tensor; all of it at once if the panel is the whole tensor."""
         rounded: Raw | None = None
-        for block in panel.blocks():
-            merged = self._merged(block)
+        for block, merged in self._merger.merged(panel):
             if rounded is None:
                 rounded = self._job.scratch.array("gathered", (self._view.cols, panel.rows), merged.dtype)
             start = block.start - panel.start

@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 
 from streamrepair.decompose import full, ladder, lapack, twisted
-from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.arithmetic import Arithmetic, on_host
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
@@ -39,7 +39,7 @@ def _is_right(truncation: Truncation, source: ArraySource) -> bool:
     u, s, vh = np.linalg.svd(delta, full_matrices=False)
     k = RULE.estimate(s, *delta.shape).rank_kept
     star = (u[:, :k] * s[:k]) @ vh[:k]
-    mine = delta @ truncation.vh.T @ truncation.vh
+    mine = delta @ on_host(truncation.vh).T @ on_host(truncation.vh)
     return truncation.threshold.rank_kept == k and bool(np.linalg.norm(mine - star) <= 1e-4 * np.linalg.norm(star))
 
 
