@@ -14,6 +14,7 @@ from streamrepair.decompose import full, gram, ladder
 from streamrepair.decompose.arithmetic import Arithmetic, Precision, on_host
 from streamrepair.decompose.convert import widened
 from streamrepair.decompose.device import DeviceArithmetic
+from streamrepair.decompose.device.rates import Rates
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.truncation import TAU_RESOLUTION, Truncation, UnresolvedError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
@@ -22,7 +23,10 @@ from tests.decompose.sources import ArraySource, fine_tuned, from_delta, low_ran
 Doubles = NDArray[np.float64]
 
 RULE = HardThreshold()
-ARITHMETICS: dict[str, Arithmetic] = {"host": HostArithmetic(), "device": DeviceArithmetic("cpu")}
+ARITHMETICS: dict[str, Arithmetic] = {
+    "host": HostArithmetic(),
+    "device": DeviceArithmetic("cpu", measured=Rates(1.0, 1.0)),
+}
 ROUTES = ["gram-float32", "gram-float64", "full", "auto"]
 RESOLUTION = 1e-5
 """Nearer to τ than this, in units of τ, the kept rank is not promised."""

@@ -130,9 +130,9 @@ class DeviceMerger(Merger):
         del delta
         rounded = merged.to(self._target)
         lost = self._loss(merged, rounded)
+        total = lost if self._lost is None else self._lost + lost
         crossing = self._download.send(rounded, self._out_dtype)
-        # Last, so that a block that failed on the way is not counted twice.
-        self._lost = lost if self._lost is None else self._lost + lost
+        self._lost = total  # only now: a block that fails on the way is merged again
         return crossing
 
     def _loss(self, exact: Tensor, rounded: Tensor) -> Tensor:

@@ -60,13 +60,15 @@ class GramMatrix(cholesky_count.Symmetric):
         self._gram = gram
 
     def residual(self, vectors: Vectors, values: Doubles) -> tuple[float, float]:
-        """‖VG − ΛV‖_F and ‖VVᵀ − I‖_F, formed in full."""
+        """√‖RRᵀ‖_F of R = VG − ΛV, and ‖VVᵀ − I‖_F, formed in full."""
         rows = rows_on(vectors, self._gram.device)
         theta = to_device(values, self._gram.device)
         residual = torch.addmm(theta[:, None] * rows, rows, self._gram, beta=-1.0)
-        norms = torch.stack([torch.linalg.vector_norm(residual), torch.linalg.vector_norm(_defect(rows))])
-        off, defect = norms.tolist()
-        return float(off), float(defect)
+        scale = residual.abs().max().clamp_min(torch.finfo(torch.float64).tiny)  # fourth powers could leave the range
+        residual /= scale
+        off = scale * torch.linalg.vector_norm(residual @ residual.T).sqrt()
+        found: list[float] = torch.stack([off, torch.linalg.vector_norm(_defect(rows))]).tolist()
+        return found[0], found[1]
 
     def deflated(self, shift: float, vectors: Vectors, values: Doubles, probes: Doubles) -> tuple[bool, Doubles]:
         """By cuSOLVER's potrf; its answer is trusted only if the factor's diagonal is finite and positive too."""
@@ -124,7 +126,7 @@ class EighSpectrum(Spectrum):
         Raises:
             NumericalError: values or vectors are not G's, or no memory is left.
         """
-        top = cholesky_count.window(self._values, shift, bound).at_most
+        top = cholesky_count.deflation(self._values, shift, bound).count
         try:
             return cholesky_count.prove(GramMatrix(self._gram), self._values, self._top(top), shift, bound)
         except RuntimeError as error:

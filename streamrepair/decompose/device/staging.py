@@ -30,8 +30,8 @@ _UPLOAD_SLOTS = 4
 """Two blocks of two sides: one computed on, one crossing."""
 _DOWNLOAD_SLOTS = 2
 """One handed to the caller, one crossing."""
-_LEAST_PIECE_ROWS = 16
-"""Of a block that does not fit whole."""
+_MOST_PIECES = 256
+"""Of a block that does not fit whole: then a few hundred kilobytes are missing, and the CPU will do."""
 
 
 class _Slot:
@@ -80,7 +80,7 @@ class Upload:
         """`out` ← Δ of a block as stored (of its shape), subtracted in the dtype of `out`, or in float64 if a side is.
 
         Raises:
-            torch.OutOfMemoryError: the device has no memory, not even for a piece of a few rows.
+            torch.OutOfMemoryError: the device has no memory, not even for a small piece.
         """
         self._in_pieces(len(block.ft), lambda rows: self._subtract(block, rows, out[rows]))
         return out
@@ -103,7 +103,7 @@ class Upload:
         while start < rows:
             height = -(-rows // self._pieces)
             piece = slice(start, min(rows, start + height))
-            if _fits(step, piece, last=height <= _LEAST_PIECE_ROWS):
+            if _fits(step, piece, last=height == 1 or self._pieces >= _MOST_PIECES):
                 start = piece.stop
                 continue
             self._pieces *= 4
@@ -171,7 +171,6 @@ class Download:
     def send(self, values: Tensor, out_dtype: str) -> Crossing:
         """Queue the copy of contiguous `values`, stored as `out_dtype`."""
         slot = self._slots[self._next]
-        self._next = (self._next + 1) % len(self._slots)
         stored = values.view(-1).view(torch.uint8)
         slot.grow(len(stored))
         host = slot.host[: len(stored)]
@@ -180,6 +179,7 @@ class Download:
             host.copy_(stored, non_blocking=True)
         slot.copied.record(self._stream)
         _used_on(self._stream, values)
+        self._next = (self._next + 1) % len(self._slots)  # only now: a result on its way is never overwritten
         return Crossing(values, host, slot.copied, np.dtype(STORED_TYPE[out_dtype]))
 
 
