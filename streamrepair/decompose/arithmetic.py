@@ -6,7 +6,7 @@ that decisions and checks are made by the same code wherever the work was done. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -15,6 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from streamrepair.decompose.convert import Raw
 from streamrepair.decompose.operator import Panel, PanelSource
+from streamrepair.errors import NumericalError
 
 Precision = Literal["float32", "float64"]
 Doubles = NDArray[np.float64]
@@ -104,6 +105,31 @@ class Gram:
     """Factorise G, in place: to be called once."""
     matrix: Doubles | None = None
     """(n, n) G itself, C upper triangle, where it is in host memory: for methods that need no full factorisation."""
+
+
+class GramBatch(Protocol):
+    """Gram matrices of one n, not yet factorised."""
+
+    @property
+    def members(self) -> list[Gram]:
+        """Each with what its checks need; its `factorise` is for it alone."""
+        ...
+
+    def factorise(self, which: list[int]) -> list[Spectrum | NumericalError]:
+        """Factorise some members at once; an error for each one that could not be."""
+        ...
+
+
+class BatchArithmetic(Protocol):
+    """A place that takes many matrices of one shape at once."""
+
+    def grams(self, sources: Sequence[PanelSource], probes: Doubles, precision: Precision) -> GramBatch:
+        """The Gram matrices of equally large deltas, in one pass over all of them.
+
+        Raises:
+            NumericalError: no memory for so many.
+        """
+        ...
 
 
 class Merger(Protocol):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from streamrepair.decompose.arithmetic import Doubles, Gram, Precision, Vectors
+from streamrepair.decompose.device.batch import DeviceGrams
 from streamrepair.decompose.device.faults import reason
 from streamrepair.decompose.device.merge import DeviceMerger
 from streamrepair.decompose.device.rates import Rates, ieee_products, rates
@@ -63,6 +66,18 @@ class DeviceArithmetic:
         images = (x @ total).cpu().numpy()
         trace = float(total.trace())
         return Gram(images, exact.T.cpu().numpy().copy(), trace, lambda: EighSpectrum.of(total))
+
+    def grams(self, sources: Sequence[PanelSource], probes: Doubles, precision: Precision) -> DeviceGrams:
+        """One batched product per block of all sources.
+
+        Raises:
+            NumericalError: no memory on the device.
+        """
+        try:
+            with ieee_products():
+                return DeviceGrams.of(sources, probes, precision, upload=self._upload)
+        except RuntimeError as error:
+            raise NumericalError(reason(error)) from error
 
     def _delta(self, block: Panel, held: Tensor) -> Tensor:
         """Δ of a block, (rows, n), in `held`; a transposed view for a wide one."""

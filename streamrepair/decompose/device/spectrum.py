@@ -90,11 +90,12 @@ class EighSpectrum(Spectrum):
     Args:
         gram: (n, n) float64, the full symmetric matrix; kept for the count.
         values: (n,), ascending, and vectors: (n, n), as columns: what `eigh` made of it.
+        on_host: the values again, if they have been fetched.
     """
 
-    def __init__(self, gram: Tensor, values: Tensor, vectors: Tensor) -> None:
+    def __init__(self, gram: Tensor, values: Tensor, vectors: Tensor, *, on_host: Doubles | None = None) -> None:
         self._gram, self._device_values, self._vectors = gram, values, vectors
-        self._values: Doubles = values.cpu().numpy()
+        self._values: Doubles = values.cpu().numpy() if on_host is None else on_host
 
     @classmethod
     def of(cls, gram: Tensor) -> Self:

@@ -70,7 +70,7 @@ class Upload:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._stream = _stream(device)
         self._slots = [_Slot(device) for _ in range(_UPLOAD_SLOTS)]
         self._next = 0
@@ -112,18 +112,18 @@ class Upload:
 
     def _subtract(self, block: Panel, rows: slice, out: Tensor) -> None:
         wider = "F64" in (block.ft_dtype, block.base_dtype) and out.dtype != torch.float64
-        work = torch.empty(out.shape, dtype=torch.float64, device=self._device) if wider else out
+        work = torch.empty(out.shape, dtype=torch.float64, device=self.device) if wider else out
         self._widen(block.ft[rows], block.ft_dtype, work)
         slot, stored = self._cross(block.base[rows], block.base_dtype)
         work.sub_(stored)  # widened as it is read, exactly
-        slot.consumed.record(_current(self._device))
+        slot.consumed.record(_current(self.device))
         if wider:
             out.copy_(work)
 
     def _widen(self, raw: Raw, dtype: str, out: Tensor) -> None:
         slot, stored = self._cross(raw, dtype)
         out.copy_(stored)
-        slot.consumed.record(_current(self._device))
+        slot.consumed.record(_current(self.device))
 
     def _cross(self, raw: Raw, dtype: str) -> tuple[_Slot, Tensor]:
         """Stored numbers on the device, for work queued on the current stream until the slot is marked consumed."""
@@ -134,10 +134,10 @@ class Upload:
         _fill(slot.host[: raw.nbytes], raw)
         twin = slot.twin[: raw.nbytes]
         self._stream.wait_event(slot.consumed)
-        with _streams(self._device).stream(self._stream):
+        with _streams(self.device).stream(self._stream):
             twin.copy_(slot.host[: raw.nbytes], non_blocking=True)
         slot.copied.record(self._stream)
-        _current(self._device).wait_event(slot.copied)
+        _current(self.device).wait_event(slot.copied)
         return slot, twin.view(TORCH_TYPE[dtype]).view(raw.shape)
 
 
