@@ -55,7 +55,7 @@ def merged_delta(source: MemorySource, vh: Vectors, arithmetic: Arithmetic) -> D
     """(m, n) Δ* as a backend's merge makes it, unrounded: the float64 sum W_base + Δ*, less W_base."""
     star = np.empty((source.rows, source.cols))
     merge = arithmetic.merger(vh, "F64")
-    for block, merged in (result for panel in source.panels() for result in merge.merged(panel)):
+    for block, merged in merge.merged(source.panels()):
         base = np.empty(block.base.shape)
         widened(block.base, block.base_dtype, base)
         difference = merged - base

@@ -206,7 +206,7 @@ class _Worker:
             sharp=self._source.dtype not in ("BF16", "F16"),
         )
         merge = self.arithmetic.merger(truncation.vh, self._source.dtype)
-        for block, merged in (result for panel in self._source.panels() for result in merge.merged(panel)):
+        for block, merged in merge.merged(self._source.panels()):
             rows = slice(block.start, block.start + block.rows)
             self._out[(slice(None), rows) if block.wide else rows] = merged
         return truncation

@@ -6,7 +6,7 @@ that decisions and checks are made by the same code wherever the work was done. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -135,8 +135,11 @@ class BatchArithmetic(Protocol):
 class Merger(Protocol):
     """The second pass over one matrix: W_base + (Δ·Vᵀ)·V, rounded once."""
 
-    def merged(self, panel: Panel) -> Iterator[tuple[Panel, Raw]]:
-        """Each block of a panel with its result, oriented as stored; a result is valid until the next is asked for."""
+    def merged(self, panels: Iterable[Panel]) -> Iterator[tuple[Panel, Raw]]:
+        """Each block of the panels with its result, oriented as stored and valid until the next is asked for.
+
+        The next panel may be asked for before the last result of the one before is given.
+        """
         ...
 
     def lost(self) -> float:

@@ -6,7 +6,7 @@ vectors of the few values that the threshold keeps. That is where the time of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import scipy.linalg
@@ -122,12 +122,13 @@ class HostMerger(Merger):
         """Squared rounding error of all blocks so far."""
         return self._lost
 
-    def merged(self, panel: Panel) -> Iterator[tuple[Panel, Raw]]:
+    def merged(self, panels: Iterable[Panel]) -> Iterator[tuple[Panel, Raw]]:
         """Each block with its result, in an array that the next one overwrites."""
-        for block in panel.blocks():
-            raw, lost = self._merged(block)
-            self._lost += lost
-            yield block, raw
+        for panel in panels:
+            for block in panel.blocks():
+                raw, lost = self._merged(block)
+                self._lost += lost
+                yield block, raw
 
     def _merged(self, block: Panel) -> tuple[Raw, float]:
         delta = self._delta(block, self._real)

@@ -98,7 +98,7 @@ def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: boo
     """Host bytes of one repair; with `cuda` the matrices are on the device and only vectors and results pass here."""
     n = shape.cols
     if cuda:
-        # Pinned buffers (four up, two down; torch rounds each up to a power of two), and vectors on their way to the CPU.
+        # Pinned buffers (four up, two down; torch rounds each up to a power of two); vectors on their way to the CPU.
         sides = 4 * max(shape.base_item_bytes, shape.ft_item_bytes) + 2 * shape.out_item_bytes
         work = 16 * n * n + 2 * sides * shape.block * n
     else:

@@ -135,24 +135,28 @@ class _Merged:
         Raises:
             NumericalError: a value overflows the output dtype, or a device failed.
         """
-        for panel in self._view.panels():
-            if panel.wide:
+        if self._view.wide:
+            for panel in self._view.panels():
                 self._write_columns(panel)
-            else:
-                for block, rounded in self._merger.merged(panel):
-                    self._write(block.start * self._view.cols * rounded.itemsize, rounded)
-            self.lost()  # once a panel: on a device this waits for it
-            done = (panel.start + panel.rows) / self._view.rows
-            self._job.tell(_FIRST_PASS_SHARE + (1 - _FIRST_PASS_SHARE) * done)
+                self._tell(panel)
+        else:
+            for block, rounded in self._merger.merged(self._view.panels()):
+                self._write(block.start * self._view.cols * rounded.itemsize, rounded)
+                self._tell(block)
+        self.lost()
         if self._running is None:
             self.digest = self._job.around.shards[self._job.task.shard].digest(self._job.task.name)
         else:
             self.digest = digest_text(self._running)
 
+    def _tell(self, done: Panel) -> None:
+        share = (done.start + done.rows) / self._view.rows
+        self._job.tell(_FIRST_PASS_SHARE + (1 - _FIRST_PASS_SHARE) * share)
+
     def _write_columns(self, panel: Panel) -> None:
         """A stretch of each stored row of a wide tensor; all of it at once if the panel is the whole tensor."""
         rounded: Raw | None = None
-        for block, merged in self._merger.merged(panel):
+        for block, merged in self._merger.merged([panel]):
             if rounded is None:
                 rounded = self._job.scratch.array("gathered", (self._view.cols, panel.rows), merged.dtype)
             start = block.start - panel.start

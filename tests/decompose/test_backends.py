@@ -45,7 +45,7 @@ def _merged(source: ArraySource, truncation: Truncation, arithmetic: Arithmetic,
     """W_base + Δ* of the whole source, tall."""
     merge = arithmetic.merger(truncation.vh, out_dtype)
     out = np.empty((source.rows, source.cols))
-    for block, raw in (result for panel in source.panels() for result in merge.merged(panel)):
+    for block, raw in merge.merged(source.panels()):
         wide = np.empty(raw.shape)
         widened(raw, out_dtype, wide)
         out[block.start : block.start + block.rows] = wide.T if source.wide else wide
@@ -278,8 +278,7 @@ def test_merging_rounds_once_and_reports_what_it_lost(arithmetic: str, out_dtype
     if out_dtype in ("BF16", "F16"):
         assert np.mean(out != expected) < 1e-3
         merge = ARITHMETICS[arithmetic].merger(truncation.vh, out_dtype)
-        for panel in source.panels():
-            assert list(merge.merged(panel))
+        assert list(merge.merged(source.panels()))
         assert merge.lost() == pytest.approx(float(np.sum((exact - expected) ** 2)), rel=1e-3)
 
 

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -76,8 +78,7 @@ def test_float32_products_are_never_tf32(allowed: Any) -> None:
     with Operations() as seen:
         arithmetic.gram(source, certify.probe_vectors(50), "float32")
         merger = arithmetic.merger(np.eye(50)[:4], "BF16")
-        for panel in source.panels():
-            assert list(merger.merged(panel))
+        assert list(merger.merged(source.panels()))
     assert len(seen.settings) >= 4
     assert set(seen.settings) == {"ieee"}
     assert device_rates._get_product_setting() == "tf32"
@@ -189,23 +190,48 @@ def test_no_result_is_waited_for_inside_the_loops() -> None:
         with Operations() as seen:
             arithmetic.gram(source, certify.probe_vectors(40), "float64")
             merger = arithmetic.merger(np.eye(40)[:4], "BF16")
-            for panel in source.panels():
-                assert len(list(merger.merged(panel))) == blocks
+            assert len(list(merger.merged(source.panels()))) == blocks
             merger.lost()
         fetched[blocks] = seen.names.count("_local_scalar_dense")
         assert seen.names.count("addmm_") == 2 * blocks
     assert fetched[2] == fetched[9] == 2
 
 
-def test_the_merge_is_one_block_ahead_of_its_reader() -> None:
-    source = fine_tuned(low_rank_plus_noise(2048 * 4, 40, 3), "BF16", panel_blocks=100)
+@pytest.mark.parametrize("panel_blocks", [1, 3, 100])
+def test_the_merge_is_one_block_ahead_of_its_reader(panel_blocks: int) -> None:
+    source = fine_tuned(low_rank_plus_noise(2048 * 4, 40, 3), "BF16", panel_blocks=panel_blocks)
     merger = DeviceArithmetic("cpu", measured=FAST).merger(np.eye(40)[:4], "BF16")
-    (panel,) = source.panels()
     with Operations() as seen:
-        results = merger.merged(panel)
+        results = merger.merged(source.panels())
         for ahead in (2, 3, 4, 4):
             next(results)
             assert seen.names.count("addmm_") == ahead
+
+
+class Reusing(ArraySource):
+    """Panels in one buffer that each overwrites, as the engine's ring does after three."""
+
+    def panels(self) -> Iterator[Panel]:
+        base, ft = (np.empty_like(raw) for raw in (self.base, self.ft))
+        for panel in super().panels():
+            rows = panel.rows
+            base[:rows], ft[:rows] = panel.base, panel.ft
+            yield replace(panel, base=base[:rows], ft=ft[:rows])
+            base[...], ft[...] = 0x7FC0, 0x7FC0  # NaN
+
+
+def test_nothing_of_a_panel_is_read_after_the_next_was_asked_for() -> None:
+    source = fine_tuned(low_rank_plus_noise(2048 * 4, 40, 3), "BF16")
+    reusing = Reusing(source.base, source.ft, "BF16")
+    arithmetic = DeviceArithmetic("cpu", measured=FAST)
+    probes = certify.probe_vectors(40)
+    one, other = (arithmetic.gram(place, probes, "float64").images for place in (source, reusing))
+    np.testing.assert_array_equal(one, other)
+    results = []
+    for place in (source, reusing):
+        merger = arithmetic.merger(np.eye(40)[:4], "BF16")
+        results.append([raw.copy() for _, raw in merger.merged(place.panels())])
+    np.testing.assert_array_equal(results[0], results[1])
 
 
 def test_float32_products_are_summed_in_float64() -> None:
@@ -230,7 +256,7 @@ def test_kept_vectors_merge_alike_from_the_device_and_from_the_host(out_dtype: s
     results = []
     for vectors in (resident, np.asarray(resident), host):
         merger = arithmetic.merger(vectors, out_dtype)
-        results.append([raw.copy() for panel in source.panels() for _, raw in merger.merged(panel)])
+        results.append([raw.copy() for _, raw in merger.merged(source.panels())])
     for one, other, third in zip(*results, strict=True):
         np.testing.assert_array_equal(one, other)
         assert np.mean(one != third) < 1e-3 or out_dtype in ("F32", "F64")
@@ -242,6 +268,5 @@ def test_overflow_shows_in_what_was_lost(size: float) -> None:
     for arithmetic in (DeviceArithmetic("cpu", measured=FAST), HostArithmetic()):
         merger = arithmetic.merger(np.eye(20), "F16" if size < 1e38 else "F32")  # type: ignore[attr-defined]
         with np.errstate(over="ignore", invalid="ignore"):
-            for panel in source.panels():
-                assert list(merger.merged(panel))
+            assert list(merger.merged(source.panels()))
         assert not merger.lost() < np.inf

@@ -34,11 +34,10 @@ def _merged(source: ArraySource, merger: Merger) -> Raw:
     """The whole result as stored; every row exactly once."""
     out = np.zeros(source.ft.shape, np.uint16)
     seen = np.zeros(source.rows, np.int64)
-    for panel in source.panels():
-        for block, raw in merger.merged(panel):
-            rows = slice(block.start, block.start + block.rows)
-            out[(slice(None), rows) if block.wide else rows] = raw
-            seen[rows] += 1
+    for block, raw in merger.merged(source.panels()):
+        rows = slice(block.start, block.start + block.rows)
+        out[(slice(None), rows) if block.wide else rows] = raw
+        seen[rows] += 1
     assert np.all(seen == 1)
     return out
 

@@ -7,7 +7,7 @@ handed over stay as they are, since every row of the result is its own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -63,28 +63,31 @@ class DeviceMerger(Merger):
         except RuntimeError as error:
             raise NumericalError(reason(error)) from error
 
-    def merged(self, panel: Panel) -> Iterator[tuple[Panel, Raw]]:
-        """Each block with its result; the next one is computed meanwhile.
+    def merged(self, panels: Iterable[Panel]) -> Iterator[tuple[Panel, Raw]]:
+        """Each block with its result; the next one is computed meanwhile, across panels too.
 
         Raises:
             NumericalError: the device failed, and results or vectors on it are lost.
         """
-        waiting: deque[Panel] = deque(panel.blocks())
         sent: tuple[Panel, Crossing] | None = None
-        while waiting and self._host is None:
-            block = self._bounded(waiting)
-            crossing = self._try(block)
-            if crossing is None:  # smaller, or on the CPU
-                waiting.appendleft(block)
-                continue
-            if sent is not None:
-                yield sent[0], _arrived(sent[1])
-            sent = block, crossing
+        for panel in panels:
+            waiting = deque(panel.blocks())
+            while waiting and self._host is None:
+                block = self._bounded(waiting)
+                crossing = self._try(block)
+                if crossing is None:  # smaller, or on the CPU
+                    waiting.appendleft(block)
+                    continue
+                if sent is not None:
+                    yield sent[0], _arrived(sent[1])
+                sent = block, crossing
+            if self._host is not None:
+                if sent is not None:
+                    yield sent[0], _arrived(sent[1])
+                    sent = None
+                yield from self._host.merged(waiting)
         if sent is not None:
             yield sent[0], _arrived(sent[1])
-        for block in waiting:
-            assert self._host is not None
-            yield from self._host.merged(block)
 
     def _bounded(self, waiting: deque[Panel]) -> Panel:
         """The next block, cut to as many rows as were found to fit."""
