@@ -94,7 +94,7 @@ class EighSpectrum(Spectrum):
     """
 
     def __init__(self, gram: Tensor, values: Tensor, vectors: Tensor, *, on_host: Doubles | None = None) -> None:
-        self._gram, self._device_values, self._vectors = gram, values, vectors
+        self.gram, self._device_values, self._vectors = gram, values, vectors
         self._values: Doubles = values.cpu().numpy() if on_host is None else on_host
 
     @classmethod
@@ -129,7 +129,7 @@ class EighSpectrum(Spectrum):
         """
         top = cholesky_count.deflation(self._values, shift, bound).count
         try:
-            return cholesky_count.prove(GramMatrix(self._gram), self._values, self._top(top), shift, bound)
+            return cholesky_count.prove(GramMatrix(self.gram), self._values, self._top(top), shift, bound)
         except RuntimeError as error:
             raise NumericalError(reason(error)) from error
 
