@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,14 @@ from tests.engine.test_run import _check
 from tests.pairs import Pair, read_tensors, rounded_share, values, write_pair
 
 SHAPES = {"tall": (5_000, 64), "wide": (64, 5_000), "square": (96, 96), "norm": (64,)}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

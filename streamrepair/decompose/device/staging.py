@@ -39,7 +39,7 @@ class _Slot:
 
     def __init__(self, device: torch.device) -> None:
         self._place = device
-        self.host = torch.empty(0, dtype=torch.uint8)
+        self.host = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.twin = torch.empty(0, dtype=torch.uint8, device=device)
         self.copied = _streams(device).Event()
         self.consumed = _streams(device).Event()
@@ -52,13 +52,13 @@ class _Slot:
         if twin_on is not None:
             self.twin = torch.empty(nbytes, dtype=torch.uint8, device=self._place)
             _used_on(twin_on, self.twin)
-        self.host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._place.type == "cuda")
+        self.host = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self._place.type == "cuda")
 
     def let_go(self) -> None:
         """Hold nothing any more."""
         if len(self.host) and self._place.type == "cuda":
             torch.cuda.synchronize(self._place)  # another stream may still be at it
-        self.host = torch.empty(0, dtype=torch.uint8)
+        self.host = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.twin = torch.empty(0, dtype=torch.uint8, device=self._place)
 
 
@@ -185,7 +185,7 @@ class Download:
 
 def to_device(array: Doubles, device: torch.device) -> Tensor:
     """A float64 array on the device, as a copy."""
-    tensor = torch.empty(array.shape, dtype=torch.float64)
+    tensor = torch.empty(array.shape, dtype=torch.float64, device="cpu")  # whatever the program's default
     tensor.numpy()[...] = array
     return tensor.to(device)
 
