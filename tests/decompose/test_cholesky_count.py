@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamrepair.decompose import certify
+from streamrepair.decompose import certify, gram
 from streamrepair.decompose.arithmetic import Count, Vectors, on_host
 from streamrepair.decompose.cholesky_count import Symmetric, deflation, prove
 from streamrepair.errors import NumericalError
@@ -185,3 +185,13 @@ def test_what_is_left_open_is_less_than_is_promised_for_large_matrices(
         values[4000] = 1.0 - gap
         others = np.count_nonzero(values > 1.0)
         assert deflation(np.sort(values), 1.0, 0.0).count == others + taken
+
+
+def test_a_rank_must_lie_where_the_count_does() -> None:
+    """Values that a count leaves open are undecidable; a count that misses the rank by more is a fault."""
+    assert gram._checked_count(Count(5, 5), 5, 0) == 0
+    assert gram._checked_count(Count(4, 6), 5, 0) == 2
+    assert gram._checked_count(Count(4, 4), 5, 1) == 1
+    for counted in (Count(4, 4), Count(6, 6)):
+        with pytest.raises(NumericalError, match="another count finds"):
+            gram._checked_count(counted, 5, 0)
