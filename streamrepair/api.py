@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from streamrepair.checkpoint.layout import open_checkpoint
-from streamrepair.engine import budget
+import msgspec
+
+from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
+from streamrepair.engine import budget, limits
+from streamrepair.engine.fit import gpus_of
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import Watcher, execute
 from streamrepair.engine.stop import StopRequest
@@ -63,18 +66,32 @@ def plan(
     """
     settings = settings or Settings()
     _check(settings, workers)
-    place = budget.resolve_device(device)
-    ram_bytes = _size(ram) if ram is not None else budget.default_ram_bytes()
+    sides = open_checkpoint(_text(base), side="BASE"), open_checkpoint(_text(ft), side="FT")
+    return _planned(*sides, settings, ram=ram, vram=vram, device=device, workers=workers)
+
+
+def _planned(
+    base: Checkpoint,
+    ft: Checkpoint,
+    settings: Settings,
+    *,
+    ram: Size | None,
+    vram: Size | None,
+    device: str,
+    workers: int | None,
+) -> Plan:
+    _check(settings, workers)
+    devices = budget.resolve_devices(device)
+    ram_bytes = _size(ram) if ram is not None else limits.default_ram_bytes()
     vram_bytes = None
-    if place != "cpu":
-        vram_bytes = _size(vram) if vram is not None else budget.default_vram_bytes(place)
-    count = workers or (budget.default_workers() if place == "cpu" else 1)
+    if gpus := gpus_of(devices):
+        vram_bytes = _size(vram) if vram is not None else budget.default_vram_bytes(gpus)
     return make_plan(
-        open_checkpoint(_text(base), side="BASE"),
-        open_checkpoint(_text(ft), side="FT"),
+        base,
+        ft,
         settings,
-        device=place,
-        workers=count,
+        devices=devices,
+        workers=workers or limits.default_workers(),
         ram_bytes=ram_bytes,
         vram_bytes=vram_bytes,
     )
@@ -89,8 +106,9 @@ def repair(
     vram: Size | None = None,
     device: str = "auto",
     workers: int | None = None,
-    backend: Literal["auto", "full", "gram"] = "auto",
+    backend: Literal["auto", "full", "gram", "randomized"] = "auto",
     sigma: Literal["median", "tail"] = "median",
+    noise_estimate: Literal["exact", "fast"] = "exact",
     scale: float = 1.0,
     include: str | None = None,
     exclude: str | None = None,
@@ -98,18 +116,21 @@ def repair(
     on_nonfinite: Literal["refuse", "copy-ft"] = "refuse",
     overwrite: bool = False,
     report: Source | None = None,
+    trace: Source | None = None,
     watcher: Watcher | None = None,
     stop: StopRequest | None = None,
 ) -> Report:
     """Repair a fine-tuned checkpoint against its base and write the result to the folder `out`.
 
-    An interrupted call is continued by the same call. `report` writes a second copy of OUT/streamrepair.json.
+    An interrupted call is continued by the same call. `report` writes a second copy of OUT/streamrepair.json, `trace` a
+    timeline that Perfetto opens.
 
     Raises:
         StreamRepairError: by the tree in `streamrepair.errors`.
     """
     settings = Settings(
         sigma=sigma,
+        noise_estimate=noise_estimate,
         scale=scale,
         include=include,
         exclude=exclude,
@@ -125,22 +146,48 @@ def repair(
         watcher=watcher or Silent(),
         overwrite=overwrite,
         report=None if report is None else Path(_text(report)),
+        trace=None if trace is None else Path(_text(trace)),
     )
 
 
-def verify(out: Source, *, deep: bool = False, sample: int = 5) -> Verified:
+def verify(
+    out: Source,
+    *,
+    deep: bool = False,
+    sample: int = 5,
+    repair: bool = False,
+    ram: Size | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    watcher: Watcher | None = None,
+    stop: StopRequest | None = None,
+) -> Verified:
     """Check that a result is whole: structure, completeness, and the digest of every tensor.
 
     Args:
         deep: also recompute `sample` tensors in float64 from BASE and FT.
+        repair: do damaged tensors again, from BASE and FT, with the settings of the report; what follows is for that.
 
     Raises:
         DamageError: `out` holds no finished result. Damage to a finished one is returned, not raised.
         UsageError: `sample` is no positive number.
+        StreamRepairError: with `repair`, the work failed.
     """
     if sample < 1:
         raise UsageError(f"--sample is {sample}, expected at least 1")
-    return verify_folder(Path(_text(out)), deep=deep, sample=sample)
+    folder = Path(_text(out))
+    found = verify_folder(folder, deep=deep and not repair, sample=sample)
+    if not repair:
+        return found
+    from streamrepair.mend import mend
+
+    def planned(base: Checkpoint, ft: Checkpoint, settings: Settings) -> Plan:
+        return _planned(base, ft, settings, ram=ram, vram=None, device=device, workers=workers)
+
+    mended = mend(folder, found, planned, watcher=watcher or Silent(), stop=stop or StopRequest())
+    if deep:
+        return msgspec.structs.replace(verify_folder(folder, deep=True, sample=sample), mended=mended.mended)
+    return mended
 
 
 def _text(path: Source) -> str:

@@ -27,6 +27,7 @@ from streamrepair.version import __version__
 _NUMBERS = Group("What is computed", sort_key=1)
 _MEANS = Group("With what", sort_key=2)
 _OUTPUT = Group("Output", sort_key=3)
+_LISTED = 5  # faults in the one line of a failure; all of them are on stdout
 
 Base = Annotated[str, Parameter(help="Base checkpoint: a folder, a .safetensors file, an index.json, or a Hub id.")]
 Ft = Annotated[str, Parameter(help="Fine-tuned checkpoint, likewise.")]
@@ -36,11 +37,33 @@ Ram = Annotated[
     Parameter(group=_MEANS, help="Memory for the whole process, e.g. 16GB or 16GiB. Default: 80% of what is free."),
 ]
 Vram = Annotated[str | None, Parameter(group=_MEANS, help="Memory per GPU. Default: 90% of what is free.")]
-Device = Annotated[str, Parameter(group=_MEANS, help="auto, cpu, cuda or cuda:N.")]
-Workers = Annotated[int | None, Parameter(group=_MEANS, help="Matrices in work at once. Default: one per processor.")]
+Device = Annotated[
+    str,
+    Parameter(
+        group=_MEANS,
+        help="auto, cpu, cuda (all cards), or a list: cuda:0,cuda:1; with cpu in it the CPU takes small matrices.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    Parameter(
+        group=_MEANS, help="Threads on the CPU, a matrix each; every GPU has one more. Default: one per processor."
+    ),
+]
 Backend = Annotated[
-    Literal["auto", "full", "gram"],
-    Parameter(group=_MEANS, help="auto and gram: eigenvalues of ΔᵀΔ, certified; full: float64 QR and SVD, slow."),
+    Literal["auto", "full", "gram", "randomized"],
+    Parameter(
+        group=_MEANS,
+        help="gram: all eigenvalues of ΔᵀΔ, certified; randomized: block Krylov first, gram where it loses; "
+        "full: float64 QR and SVD, slow; auto: the quicker of the first two.",
+    ),
+]
+NoiseEstimate = Annotated[
+    Literal["exact", "fast"],
+    Parameter(
+        group=_NUMBERS,
+        help="exact, or fast: large matrices that keep little get an interval for τ instead of the exact median.",
+    ),
 ]
 Sigma = Annotated[
     Literal["median", "tail"], Parameter(group=_NUMBERS, help="Noise estimate: median (Gavish–Donoho) or tail.")
@@ -83,6 +106,7 @@ def repair(
     workers: Workers = None,
     backend: Backend = "auto",
     sigma: Sigma = "median",
+    noise_estimate: NoiseEstimate = "exact",
     scale: Scale = 1.0,
     include: Include = None,
     exclude: Exclude = None,
@@ -90,6 +114,7 @@ def repair(
     on_nonfinite: OnNonfinite = "refuse",
     overwrite: Annotated[bool, Parameter(group=_OUTPUT, negative=(), help="Replace what OUT holds.")] = False,
     report: Annotated[str | None, Parameter(group=_OUTPUT, help="Second copy of the report.")] = None,
+    trace: Annotated[str | None, Parameter(group=_OUTPUT, help="Timeline of the run, for ui.perfetto.dev.")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
@@ -109,6 +134,7 @@ def repair(
             workers=workers,
             backend=backend,
             sigma=sigma,
+            noise_estimate=noise_estimate,
             scale=scale,
             include=include,
             exclude=exclude,
@@ -116,6 +142,7 @@ def repair(
             on_nonfinite=on_nonfinite,
             overwrite=overwrite,
             report=report,
+            trace=trace,
             watcher=Bar(quiet=quiet),
             stop=stop,
         )
@@ -139,6 +166,7 @@ def plan(
     workers: Workers = None,
     backend: Backend = "auto",
     sigma: Sigma = "median",
+    noise_estimate: NoiseEstimate = "exact",
     scale: Scale = 1.0,
     include: Include = None,
     exclude: Exclude = None,
@@ -151,7 +179,13 @@ def plan(
     from streamrepair.views import plan_view
 
     settings = Settings(
-        sigma=sigma, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype, backend=backend
+        sigma=sigma,
+        noise_estimate=noise_estimate,
+        scale=scale,
+        include=include,
+        exclude=exclude,
+        out_dtype=out_dtype,
+        backend=backend,
     )
     planned = api.plan(base, ft, ram=ram, vram=vram, device=device, workers=workers, settings=settings)
     with _reader_may_leave():
@@ -171,23 +205,38 @@ def verify(
         bool, Parameter(negative=(), help="Also recompute a sample of tensors in float64 from BASE and FT.")
     ] = False,
     sample: Annotated[int, Parameter(help="How many tensors --deep recomputes.")] = 5,
+    repair: Annotated[
+        bool, Parameter(negative=(), help="Do damaged tensors again, and nothing else; then verify once more.")
+    ] = False,
+    ram: Ram = None,
+    device: Device = "auto",
+    workers: Workers = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Check that OUT is whole: structure, completeness, and the digest of every tensor."""
-    from streamrepair import api
-    from streamrepair.terminal import print_json, print_verified
+    """Check that OUT is whole: structure, completeness, and the digest of every tensor.
 
-    result = api.verify(out, deep=deep, sample=sample)
+    --ram, --device and --workers are for --repair.
+    """
+    stop = StopRequest()
+    with _signals(stop) if repair else contextlib.nullcontext():
+        from streamrepair import api
+        from streamrepair.terminal import Bar, print_json, print_verified
+
+        result = api.verify(
+            out, deep=deep, sample=sample, repair=repair, ram=ram, device=device, workers=workers,
+            watcher=Bar(quiet=quiet), stop=stop,
+        )  # fmt: skip
     with _reader_may_leave():
         if json:
             print_json(result)
         elif not quiet:
             print_verified(result, Path(out))
     if result.damage:
-        first = result.damage[0]
-        more = f" and {len(result.damage) - 1} more" if len(result.damage) > 1 else ""
-        raise DamageError(f"{shown(out)}: {shown(first.where)}: {first.what}{more}: run the repair again")
+        listed = "; ".join(f"{shown(d.where)}: {d.what}" for d in result.damage[:_LISTED])
+        more = f"; and {len(result.damage) - _LISTED} more" if len(result.damage) > _LISTED else ""
+        remedy = "remove what is not the result's" if repair else "do it again with verify --repair"
+        raise DamageError(f"{shown(out)}: {len(result.damage)} faults: {listed}{more}: {remedy}")
     return 0
 
 
@@ -345,9 +394,16 @@ def _say(message: str) -> None:
 
 @contextlib.contextmanager
 def _signals(stop: StopRequest) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed)."""
+    """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed).
+
+    Before the run has begun (imports, headers, a download from the Hub) the first one does.
+    """
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        if not stop.heeded:
+            name = signal.Signals(number).name
+            os.write(2, f"error: interrupted by {name} before any work: the same command begins again\n".encode())
+            os._exit(InterruptedRunError.exit_status)
         if stop.requested:
             os.write(
                 2, b"error: interrupted again: ended at once; finished work is kept: the same command continues it\n"

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from streamrepair.decompose.convert import Raw
+from streamrepair.decompose.convert import Raw, Real
 from streamrepair.decompose.operator import Panel, PanelSource
 from streamrepair.errors import NumericalError
 
@@ -46,11 +46,11 @@ class ResidentVectors(Protocol):
         ...
 
 
-Vectors = Doubles | ResidentVectors
-"""(k, n) vectors as rows, in whichever memory they were made."""
+Vectors = Real | ResidentVectors
+"""(k, n) vectors as rows, in whichever memory they were made; float64, or float32 from a float32 reduction."""
 
 
-def on_host(vectors: Vectors) -> Doubles:
+def on_host(vectors: Vectors) -> Real:
     """The vectors in host memory; as they are if they lie there."""
     return np.asarray(vectors)
 

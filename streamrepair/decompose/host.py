@@ -36,6 +36,11 @@ class HostArithmetic:
     def __init__(self, scratch: Scratch | None = None) -> None:
         self._scratch = scratch or Scratch()
 
+    @property
+    def scratch(self) -> Scratch:
+        """Its working memory."""
+        return self._scratch
+
     def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
         """G by ?syrk, block by block in a fixed order; float32 products are summed in float64."""
         n = source.cols
@@ -107,7 +112,7 @@ class HostMerger(Merger):
         delta: gives Δ of a block, tall, in the scratch's one place for it.
     """
 
-    def __init__(self, vh: Doubles, out_dtype: str, scratch: Scratch, delta: Callable[[Panel, RealType], Real]) -> None:
+    def __init__(self, vh: Real, out_dtype: str, scratch: Scratch, delta: Callable[[Panel, RealType], Real]) -> None:
         self._real: RealType = np.float32 if out_dtype in ("BF16", "F16") else np.float64
         self._basis: Real = vh.astype(self._real, copy=False)
         self._out_dtype, self._scratch, self._delta = out_dtype, scratch, delta

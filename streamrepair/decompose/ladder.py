@@ -43,12 +43,14 @@ def decompose(
     sharp: bool = False,
     full_fits: bool = True,
     estimate: randomized.Estimate = "exact",
+    host: HostArithmetic | None = None,
 ) -> Truncation:
     """The truncated delta of one matrix, by the first backend that can prove its answer.
 
     Args:
         sharp: whether the output's dtype could tell float32 products from float64 ones.
         full_fits: whether the memory budget has room for the reference route.
+        host: the CPU that a device's work falls back to; a fresh one by default.
 
     Raises:
         NonFiniteDeltaError: an input holds NaN or Inf.
@@ -56,7 +58,8 @@ def decompose(
     """
     failures: list[str] = []
     too_blunt = False
-    rungs = _rungs(source, rule, arithmetic, backend, sharp=sharp, full_fits=full_fits, estimate=estimate)
+    host = host or HostArithmetic()
+    rungs = _rungs(source, rule, arithmetic, backend, host, sharp=sharp, full_fits=full_fits, estimate=estimate)
     for name, attempt in rungs:
         if name == _GRAM_ON_CPU and too_blunt:
             continue  # it would be as blunt: it is there for a device without memory or with a faulty solver
@@ -78,6 +81,7 @@ def _rungs(
     rule: HardThreshold,
     arithmetic: Arithmetic,
     backend: Backend,
+    host: HostArithmetic,
     *,
     sharp: bool,
     full_fits: bool,
@@ -99,14 +103,14 @@ def _rungs(
                 )
                 rungs.append((f"gram-{precision}", attempt))
         if not isinstance(arithmetic, HostArithmetic):
-            attempt = partial(gram.truncate, source, rule, arithmetic=HostArithmetic(), precision="float64")
+            attempt = partial(gram.truncate, source, rule, arithmetic=host, precision="float64")
             rungs.append((_GRAM_ON_CPU, attempt))
         rungs.append(("rows", partial(_mostly_empty, source, rule)))
     if not full_fits:
         return [*rungs, ("full", _too_large)]
     rungs.append(("full", partial(full.truncate, source, rule, arithmetic=arithmetic)))
     if not isinstance(arithmetic, HostArithmetic):
-        rungs.append(("full-cpu", partial(full.truncate, source, rule, arithmetic=HostArithmetic())))
+        rungs.append(("full-cpu", partial(full.truncate, source, rule, arithmetic=host)))
     return rungs
 
 

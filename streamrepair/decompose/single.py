@@ -98,16 +98,23 @@ class SingleTridiagonal:
         images: Doubles = rotated.astype(np.float64) * self._scale
         return images
 
-    def vectors(self, places: NDArray[np.intp]) -> Singles:
-        """(k, n) eigenvectors of the values at these places, as rows.
+    def check_count(self, at: float) -> None:
+        """Hold that as many values lie above `at` as a Sturm sequence of T finds there.
 
         Raises:
-            UnresolvedError: clusters; float64 has another method for them.
+            NumericalError: they do not.
         """
-        found = twisted.vectors(self._diagonal, self._off, self._values[places])
-        if not certify.orthonormality(found) <= certify.ORTHONORMALITY:
-            raise UnresolvedError("clustered values: their vectors are not orthonormal")
-        rows = found.astype(np.float32)
+        place = int(np.clip(np.searchsorted(self.values, at), 1, len(self.values) - 1))
+        between = 0.5 * float(self._values[place - 1] + self._values[place])  # nowhere near a value
+        counted = certify.sturm_count(self._diagonal, self._off, between)
+        certify.check_count(counted, len(self.values) - place, close=0)
+
+    def vectors(self, places: NDArray[np.intp]) -> Singles:
+        """(k, n) eigenvectors of the values at these places, as rows; not orthonormal where values are clustered."""
+        rows: Singles = np.empty((len(places), len(self._values)), np.float32)
+        for start in range(0, len(places), twisted.AT_ONCE):
+            batch = places[start : start + twisted.AT_ONCE]
+            rows[start : start + len(batch)] = twisted.vectors(self._diagonal, self._off, self._values[batch])
         lapack.rotate_back(self._reflectors, self._scales, rows)
         return rows
 
@@ -161,7 +168,8 @@ class _Windows:
     def mixing(self, cut: float) -> float:
         """‖Δ*′ − Δ*‖/‖Δ*‖ to expect of what Ritz vectors on either side of τ² have of each other.
 
-        As `truncation.mixing` has it. Both errors are taken as spread: that of the products over n places, that of the span over those of the windows.
+        As `truncation.mixing` has it. Both errors are taken as spread: that of the products over n places, that of the
+        span over those of the windows.
         """
         n, w = self.vectors.shape[1], len(self.values)
         each = self.slack / (2.0 * n**0.5) + (self.error(cut) - self.slack) / w**0.5
@@ -260,9 +268,12 @@ class _Basis:
         """By the float32 values and the threshold that they give.
 
         Raises:
-            UnresolvedError: windows would have to be too wide, or values are clustered.
+            UnresolvedError: windows would have to be too wide.
+            NumericalError: the values are not those of T.
         """
         t, n = form.values, len(form.values)
+        form.check_count(first.s_median**2)
+        form.check_count(first.tau**2)
         middle, edge = _window(t, first.s_median**2, error), _window(t, first.tau**2, error)
         places = np.unique(np.concatenate([middle, edge, np.arange(max(0, n - _LARGEST), n)]))
         wanted = np.union1d(places, np.arange(edge[0], n))
@@ -315,9 +326,9 @@ def _ritz(products: Products, slack: float, basis: _Basis) -> _Windows:
     return _Windows(values, vectors, worst, slack, basis.outside, basis.error + worst)
 
 
-def _assembled(windows: _Windows, basis: _Basis, values: Doubles, rank: int) -> Doubles:
+def _assembled(windows: _Windows, basis: _Basis, values: Doubles, rank: int) -> Singles:
     """(rank, n) kept vectors in the order of `values`: exact ones where there are, float32 ones elsewhere."""
-    vectors = np.empty((rank, basis.rows.shape[1]))
+    vectors: Singles = np.empty((rank, basis.rows.shape[1]), np.float32)
     exact = np.isin(values[len(values) - rank :], windows.values)
     plain = basis.rows[~basis.windowed]
     vectors[exact] = windows.vectors[len(windows.values) - int(exact.sum()) :]

@@ -39,7 +39,10 @@ class Truncation:
     threshold: Threshold
     """σ̂, τ and the kept rank."""
     vh: Vectors
-    """(rank_kept, n) right singular vectors (of the tall orientation) as rows, in the memory they were made in."""
+    """(rank_kept, n) right singular vectors (of the tall orientation) as rows, in the memory they were made in.
+
+    float32 where the output is no wider.
+    """
     frob_delta_in: float
     """‖Δ‖_F."""
     backend: str

@@ -16,9 +16,9 @@ from streamrepair.decompose.arithmetic import Arithmetic, Merger
 from streamrepair.decompose.convert import STORED_TYPE, Raw, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
-from streamrepair.decompose.scratch import Scratch
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
 from streamrepair.engine.memory import COPY_BYTES
+from streamrepair.engine.short_memory import Patient, ReservedHost
 from streamrepair.engine.task import Job, copy, find_nonfinite, met_nonfinite, passed_through
 from streamrepair.engine.view import MatrixView, StoredMatrix
 from streamrepair.errors import NumericalError, shown
@@ -38,13 +38,21 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     view = _view(job)
     settings = job.around.settings
     rule = HardThreshold(scale=settings.scale, sigma=settings.sigma)
-    arithmetic = _arithmetic(job.around.device, job.scratch)
-    fits = job.around.full_fits(job.task)
+    host = ReservedHost(job)
+    arithmetic = _arithmetic(job, host)
+    fits = job.around.fits(job.task, "full")
     sharp = job.task.out.dtype not in ("BF16", "F16")
     began = time.perf_counter()
     try:
         truncation = ladder.decompose(
-            view, rule, arithmetic=arithmetic, backend=settings.backend, sharp=sharp, full_fits=fits
+            view,
+            rule,
+            arithmetic=arithmetic,
+            backend=settings.backend,
+            sharp=sharp,
+            full_fits=fits,
+            estimate=settings.noise_estimate,
+            host=host,
         )
     except NonFiniteDeltaError as error:
         where = find_nonfinite(job)
@@ -55,7 +63,7 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     except NumericalError as error:
         raise _failed(job, error) from error
     job.spent.decompose_s += time.perf_counter() - began
-    record = _written(job, view, truncation, arithmetic)
+    record = _written(job, view, truncation, arithmetic, host)
     job.spent.read_s += view.stats.seconds
     job.spent.bytes_read += view.stats.bytes
     return record, None
@@ -68,7 +76,9 @@ def _failed(job: Job, error: Exception) -> NumericalError:
     )
 
 
-def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic) -> TensorRecord:
+def _written(
+    job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic, host: HostArithmetic
+) -> TensorRecord:
     if truncation.frob_delta_in == 0.0:
         digest, _ = copy(job)
         return passed_through(job.task, "copied", "delta is zero", digest)
@@ -76,8 +86,7 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
         digest, _ = copy(job)
         reason = "delta has exactly low rank (its median singular value is zero): there is no noise to estimate"
         return passed_through(job.task, "kept_ft", reason, digest)
-    merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
-    merged.run()
+    merged = _merged(job, view, truncation, arithmetic, host)
     threshold, out = truncation.threshold, truncation.frob_delta_out
     gap = threshold.nearest_gap
     return TensorRecord(
@@ -94,10 +103,30 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
         rounding_loss=merged.lost() ** 0.5 / out if out > 0 else 0.0,
         nearest_sigma_gap=gap if gap < float("inf") else None,
         undecidable=truncation.undecidable,
+        threshold_interval=truncation.interval,
+        within_interval=truncation.within if truncation.interval else None,
         backend=truncation.backend,
         climbed=truncation.climbed + merged.climbed,
         digest=merged.digest,
     )
+
+
+def _merged(
+    job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic, host: HostArithmetic
+) -> _Merged:
+    """The second pass, done; anew on the CPU if a device fails in a way that it does not see to itself."""
+    try:
+        merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
+        try:
+            merged.run()
+        except RuntimeError:
+            if isinstance(arithmetic, HostArithmetic):
+                raise
+            merged = _Merged(job, view, host.merger(truncation.vh, job.task.out.dtype))
+            merged.run()
+    except NumericalError as error:
+        raise _failed(job, error) from error
+    return merged
 
 
 class _Merged:
@@ -133,7 +162,7 @@ class _Merged:
         """Do the pass.
 
         Raises:
-            NumericalError: a value overflows the output dtype, or a device failed.
+            NumericalError: a device failed, and the CPU has no room for its work.
         """
         if self._view.wide:
             for panel in self._view.panels():
@@ -143,7 +172,6 @@ class _Merged:
             for block, rounded in self._merger.merged(self._view.panels()):
                 self._write(block.start * self._view.cols * rounded.itemsize, rounded)
                 self._tell(block)
-        self.lost()
         if self._running is None:
             self.digest = self._job.around.shards[self._job.task.shard].digest(self._job.task.name)
         else:
@@ -198,12 +226,15 @@ def copy_widened(job: Job) -> tuple[str, str | None]:
     return digest_text(digest), nonfinite
 
 
-def _arithmetic(device: str, scratch: Scratch) -> Arithmetic:
-    if device == "cpu":
-        return HostArithmetic(scratch)
+def _arithmetic(job: Job, host: HostArithmetic) -> Arithmetic:
+    if job.around.arithmetic is not None:
+        chosen = job.around.arithmetic(job.worker.device, job.scratch)
+        return chosen if isinstance(chosen, HostArithmetic) else Patient(chosen)
+    if job.worker.device == "cpu":
+        return host
     from streamrepair.decompose.device import DeviceArithmetic  # torch is loaded for a GPU only
 
-    return DeviceArithmetic(device)
+    return Patient(DeviceArithmetic(job.worker.device, host=host))
 
 
 def _view(job: Job) -> MatrixView:
@@ -224,4 +255,5 @@ def _view(job: Job) -> MatrixView:
         panel_rows=task.panel_rows,
         check_stop=around.check_stop,
         advance=advance,
+        lane=job.worker.lane,
     )

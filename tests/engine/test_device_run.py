@@ -1,4 +1,4 @@
-"""Repairs by the GPU's route, which torch's CPU can take too: it is planned as "cpu:0", a device that torch knows."""
+"""Repairs by the GPU's route, planned for a card and done by torch on the CPU."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 
 from streamrepair import api
 from streamrepair.checkpoint.layout import open_checkpoint
+from streamrepair.decompose.device import DeviceArithmetic
+from streamrepair.decompose.device.rates import Rates
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
@@ -41,7 +43,7 @@ def _plan(pair: Pair, ram_bytes: int) -> Plan:
         open_checkpoint(str(pair.base), side="BASE"),
         open_checkpoint(str(pair.ft), side="FT"),
         Settings(),
-        device="cpu:0",
+        devices=("cuda:0",),
         workers=1,
         ram_bytes=ram_bytes,
         vram_bytes=2_000_000_000,
@@ -49,7 +51,13 @@ def _plan(pair: Pair, ram_bytes: int) -> Plan:
 
 
 def _repaired(pair: Pair, out: Path, *, ram_bytes: int = 4_000_000_000) -> Report:
-    return execute(_plan(pair, ram_bytes), out, stop=StopRequest(), watcher=api.Silent())
+    return execute(
+        _plan(pair, ram_bytes),
+        out,
+        stop=StopRequest(),
+        watcher=api.Silent(),
+        arithmetic=lambda _device, _scratch: DeviceArithmetic("cpu", measured=Rates(1.0, 1.0)),
+    )
 
 
 def _smallest_budget(pair: Pair) -> int:
@@ -103,7 +111,7 @@ def test_a_merge_without_memory_is_finished_on_the_cpu(
     _check(pair, tmp_path / "out", report)
     assert not api.verify(tmp_path / "out").damage
     left = [name for name, record in report.tensors.items() if "merge: CUDA out of memory." in record.climbed]
-    assert set(left) == {"tall", "wide", "square"}
+    assert {"tall", "wide"} <= set(left) <= {"tall", "wide", "square"}  # the smallest may have been done before
     found, before = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "sound")
     for name in ("tall", "wide", "square"):
         assert rounded_share(values(found[name]), values(before[name]), "BF16") >= 0.999

@@ -15,6 +15,7 @@ from streamrepair.decompose.device.merge import DeviceMerger
 from streamrepair.decompose.device.rates import Rates, ieee_products, rates
 from streamrepair.decompose.device.spectrum import EighSpectrum
 from streamrepair.decompose.device.staging import Upload, to_device
+from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.errors import NumericalError
 
@@ -25,12 +26,13 @@ class DeviceArithmetic:
     Args:
         device: such as "cuda:0"; "cpu" too, for tests of this route.
         measured: its rates; taken by a short measurement, once per process, if not given.
+        host: the CPU that goes on with a merge where the device cannot; a fresh one by default.
     """
 
-    def __init__(self, device: str, *, measured: Rates | None = None) -> None:
+    def __init__(self, device: str, *, measured: Rates | None = None, host: HostArithmetic | None = None) -> None:
         self.device = torch.device(device)
         self.precisions: tuple[Precision, ...] = (measured or rates(self.device)).precisions
-        self._upload = Upload(self.device)
+        self._upload, self._host = Upload(self.device), host
 
     def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
         """G by matrix products; float32 products are summed in float64, block by block.
@@ -38,13 +40,10 @@ class DeviceArithmetic:
         The host waits for the device once, at the end.
 
         Raises:
-            NumericalError: no memory on the device.
+            RuntimeError: torch's, such as OutOfMemoryError.
         """
-        try:
-            with ieee_products():
-                return self._gram(source, probes, precision)
-        except RuntimeError as error:
-            raise NumericalError(reason(error)) from error
+        with ieee_products():
+            return self._gram(source, probes, precision)
 
     def _gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
         n, dtype = source.cols, torch.float32 if precision == "float32" else torch.float64
@@ -88,20 +87,17 @@ class DeviceArithmetic:
         """R by sequential TSQR (Demmel, Grigori, Hoemmen & Langou 2012).
 
         Raises:
-            NumericalError: no memory on the device.
+            RuntimeError: torch's, such as OutOfMemoryError.
         """
         n = source.cols
         r = torch.zeros((0, n), dtype=torch.float64, device=self.device)
-        try:
-            for block in blocks(source):
-                held = torch.empty(block.ft.size, dtype=torch.float64, device=self.device)
-                stacked = torch.cat([r, self._delta(block, held)])
-                # A QR of a matrix with NaN need not return: worth waiting for the device.
-                if not bool(torch.isfinite(stacked).all()):
-                    return np.full((n, n), np.nan)
-                r = torch.linalg.qr(stacked, mode="r").R
-        except RuntimeError as error:
-            raise NumericalError(reason(error)) from error
+        for block in blocks(source):
+            held = torch.empty(block.ft.size, dtype=torch.float64, device=self.device)
+            stacked = torch.cat([r, self._delta(block, held)])
+            # A QR of a matrix with NaN need not return: worth waiting for the device.
+            if not bool(torch.isfinite(stacked).all()):
+                return np.full((n, n), np.nan)
+            r = torch.linalg.qr(stacked, mode="r").R
         result: Doubles = r.cpu().numpy()
         return result
 
@@ -120,4 +116,4 @@ class DeviceArithmetic:
 
     def merger(self, vh: Vectors, out_dtype: str) -> DeviceMerger:
         """Two products per block, on this device as long as its memory lasts."""
-        return DeviceMerger(vh, out_dtype, device=self.device, upload=self._upload)
+        return DeviceMerger(vh, out_dtype, device=self.device, upload=self._upload, host=self._host)

@@ -32,10 +32,18 @@ class DeviceMerger(Merger):
 
     Args:
         vh: (k, n) kept vectors; those on the device are used where they are.
-        upload: the way of blocks to the device.
+        upload: the way of blocks to the device. host: the CPU for when the device fails; a fresh one by default.
     """
 
-    def __init__(self, vh: Vectors, out_dtype: str, *, device: torch.device, upload: Upload) -> None:
+    def __init__(
+        self,
+        vh: Vectors,
+        out_dtype: str,
+        *,
+        device: torch.device,
+        upload: Upload,
+        host: HostArithmetic | None = None,
+    ) -> None:
         self._vh, self._out_dtype, self._device, self._upload = vh, out_dtype, device, upload
         self._target = TORCH_TYPE[out_dtype]
         self._dtype = torch.float32 if out_dtype in ("BF16", "F16") else torch.float64
@@ -43,6 +51,7 @@ class DeviceMerger(Merger):
         self._lost: Tensor | None = None
         self._download = Download(device)
         self._rows: int | None = None
+        self._fallback = host
         self._host: Merger | None = None
         self._climbed: list[str] = []
 
@@ -118,7 +127,7 @@ class DeviceMerger(Merger):
             vectors = on_host(self._vh)
         except RuntimeError as error:
             raise NumericalError(f"the kept vectors are lost with their device ({reason(error)})") from error
-        self._host = HostArithmetic().merger(vectors, self._out_dtype)
+        self._host = (self._fallback or HostArithmetic()).merger(vectors, self._out_dtype)
 
     def _queued(self, block: Panel) -> Crossing:
         if self._basis is None:

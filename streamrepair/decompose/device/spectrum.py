@@ -71,7 +71,7 @@ class GramMatrix(cholesky_count.Symmetric):
         return found[0], found[1]
 
     def deflated(self, shift: float, vectors: Vectors, values: Doubles, probes: Doubles) -> tuple[bool, Doubles]:
-        """By cuSOLVER's potrf; its answer is trusted only if the factor's diagonal is positive too, which NaN is not."""
+        """By cuSOLVER's potrf; it is believed only if the factor's diagonal is positive too, which NaN is not."""
         rows = rows_on(vectors, self._gram.device)
         theta = to_device(values, self._gram.device)
         formed = torch.addmm(self._gram, rows.T, theta[:, None] * rows, beta=-1.0)
