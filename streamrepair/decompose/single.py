@@ -57,6 +57,8 @@ _MOST_MIXING = 3e-5
 """‖Δ*′ − Δ*‖/‖Δ*‖ to expect at most; 1e-4 is the promise, and what is expected may be met by three times."""
 _MOST_SLACK = 1e-5
 """Error of G, in units of the median eigenvalue, up to which it serves in place of another pass over Δ."""
+_MEDIAN = 2e-5
+"""Widest bound of the median eigenvalue, relative: half of it is what τ may be off by."""
 _LEAST_VALUE = 1e-28
 """Squares below this could have met float32's underflow."""
 
@@ -214,6 +216,8 @@ def _decided(basis: _Basis, by: tuple[Products, float], matrix: _Matrix) -> Trun
     source, rule, gram, probes = matrix
     windows, n = _ritz(*by, basis), source.cols
     median, off = windows.place((n - 1) // 2)
+    if not off <= _MEDIAN * median:
+        raise UnresolvedError(f"the median eigenvalue is known to {off / median:.1e} only")
     values = np.sort(np.concatenate([windows.values, windows.outside]))
     threshold = rule.estimate(_roots(values), source.rows, n)
     cut = threshold.tau**2

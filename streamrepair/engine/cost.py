@@ -61,7 +61,7 @@ def predicted(shape: MatrixShape, method: str, rates: Rates, kept: float = KEPT_
         method: "gram", "randomized", "fast" or "full". kept: share of the rank.
     """
     m, n = float(shape.rows), float(shape.cols)
-    k, single = kept * n, shape.out_item_bytes == 2 and method != "full"
+    k, single = kept * n, rates.float32_first and shape.out_item_bytes == 2 and method != "full"
     item, product = (4, rates.float32_flops_per_s) if single else (8, rates.float64_flops_per_s)
     double, convert = rates.float64_flops_per_s, 0.5 * _CONVERT_S * m * n
     gram = m * n * n * (2 if method == "full" else 1) / product + convert

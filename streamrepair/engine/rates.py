@@ -34,19 +34,27 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """Of a symmetric matrix that fits the cache, read by matrix-vector products."""
     memory_bytes_per_s: float
     """The same from memory."""
+    float32_first: bool
+    """Whether 16-bit outputs are tried in float32."""
     start_s: float
     """Of each repair, whatever its size."""
 
 
 CPU = Rates(
-    float32_flops_per_s=95e9, float64_flops_per_s=48e9, cache_bytes_per_s=28e9, memory_bytes_per_s=14e9, start_s=0.004
+    float32_flops_per_s=95e9,
+    float64_flops_per_s=48e9,
+    cache_bytes_per_s=28e9,
+    memory_bytes_per_s=14e9,
+    float32_first=True,
+    start_s=0.004,
 )
 """One core with AVX-512 and 16 MB of cache for itself."""
 CUDA = Rates(
     float32_flops_per_s=40e12,
     float64_flops_per_s=25e12,
-    cache_bytes_per_s=0.4e12,
-    memory_bytes_per_s=0.3e12,
+    cache_bytes_per_s=0.2e12,
+    memory_bytes_per_s=0.2e12,
+    float32_first=False,
     start_s=0.05,
 )
 """One data-centre GPU with fast float64; not measured."""
@@ -117,6 +125,7 @@ def measure() -> Rates:
         float64_flops_per_s=double,
         cache_bytes_per_s=cached,
         memory_bytes_per_s=min(beyond, cached),
+        float32_first=True,
         start_s=CPU.start_s,
     )
 
