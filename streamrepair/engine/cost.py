@@ -1,7 +1,7 @@
 """How long a task will take: what the schedule, the plan's estimate and the simulation go by. Pure.
 
 Counted are products, the reduction to tridiagonal form (half products, half memory traffic), factorisations, and what
-grows with the kept rank. No number of a result depends on it; docs/performance.md holds it against measurement.
+grows with the kept rank; what is bound by memory scales with its speed. No number of a result depends on it; docs/performance.md holds it against measurement.
 """
 
 from __future__ import annotations
@@ -63,10 +63,13 @@ def predicted(shape: MatrixShape, method: str, rates: Rates, kept: float = KEPT_
     m, n = float(shape.rows), float(shape.cols)
     k, single = kept * n, rates.float32_first and shape.out_item_bytes == 2 and method != "full"
     item, product = (4, rates.float32_flops_per_s) if single else (8, rates.float64_flops_per_s)
-    double, convert = rates.float64_flops_per_s, 0.5 * _CONVERT_S * m * n
+    double, slow = rates.float64_flops_per_s, CPU.memory_bytes_per_s / rates.memory_bytes_per_s
+    convert = 0.5 * _CONVERT_S * slow * m * n
     gram = m * n * n * (2 if method == "full" else 1) / product + convert
     if method == "gram":
-        factor = _reduction_s(n, item, rates) + _VALUES_S * n * n + _VECTORS_S * n * k + 3 * n * n * k / product
+        factor = (
+            _reduction_s(n, item, rates) + slow * (_VALUES_S * n * n + _VECTORS_S * n * k) + 3 * n * n * k / product
+        )
         factor += 4 * n * n * _WINDOWS / double if single else 0.0
     elif method == "full":
         factor = 9 * n**3 / (_SVD * double)
