@@ -1,7 +1,8 @@
 """How long a task will take: what the schedule, the plan's estimate and the simulation go by. Pure.
 
 Counted are products, the reduction to tridiagonal form (half products, half memory traffic), factorisations, and what
-grows with the kept rank; what is bound by memory scales with its speed. No number of a result depends on it; docs/performance.md holds it against measurement.
+grows with the kept rank; what is bound by memory scales with its speed. No number of a result depends on it;
+docs/performance.md holds it against measurement.
 """
 
 from __future__ import annotations
