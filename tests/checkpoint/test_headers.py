@@ -257,12 +257,14 @@ def test_a_million_tensors_take_bounded_time_and_memory(tmp_path: Path) -> None:
     assert int(peak_kib) * 1024 < 1_500_000_000
 
 
+def _process_s(path: Path) -> float:
+    start_s = time.process_time()
+    read_header(path)
+    return time.process_time() - start_s
+
+
 def test_time_grows_linearly_with_the_number_of_tensors(tmp_path: Path) -> None:
     """Ten times the tensors take no more than thirty times as long: no step compares each tensor with all others."""
     paths = [_write_many(tmp_path / str(count), count) for count in (2_000, 20_000)]
-    took_s = []
-    for path in paths:
-        start_s = time.process_time()
-        read_header(path)
-        took_s.append(time.process_time() - start_s)
+    took_s = [min(_process_s(path) for _ in range(3)) for path in paths]
     assert took_s[1] < 30 * max(took_s[0], 0.01)

@@ -125,6 +125,8 @@ class Recording:
 
     top: Path
     operations: list[Operation] = field(default_factory=list)
+    past_cache: int = 0
+    """Writes among them that went past the page cache; they too are lost, as a device has a cache of its own."""
 
     def after(self, count: int) -> State:
         """The disk after so many operations."""
@@ -140,6 +142,7 @@ class Recorder:
     def __init__(self, recording: Recording) -> None:
         self._recording = recording
         self._paths: dict[int, Path] = {}
+        self._direct: set[int] = set()
         self._one = threading.Lock()
 
     def __getattr__(self, name: str) -> object:
@@ -156,6 +159,8 @@ class Recorder:
             fd = os.open(path, flags, mode)
             if self._known(path):
                 self._paths[fd] = path
+                if flags & os.O_DIRECT:
+                    self._direct.add(fd)
                 if flags & os.O_CREAT:
                     self._note(lambda state: _ignore(state.file(path)))
             return fd
@@ -163,11 +168,13 @@ class Recorder:
     def close(self, fd: int) -> None:
         with self._one:
             self._paths.pop(fd, None)
+            self._direct.discard(fd)
             os.close(fd)
 
     def pwrite(self, fd: int, data: memoryview, offset: int) -> int:
         with self._one:
             done = os.pwrite(fd, data, offset)
+            self._recording.past_cache += fd in self._direct
             path, content = self._paths[fd], bytes(data[:done])
             self._note(lambda state: state.file(path).pending.append(("write", offset, content)))
             return done

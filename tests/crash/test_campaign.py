@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from streamrepair.checkpoint import osfile
+from streamrepair.engine import task
+from tests.builders import bf16
 from tests.crash import powercut
 from tests.crash.campaign import FAULTS, SHAPES, one_fault, one_kill, operations
 from tests.crash.judge import Undisturbed, undisturbed
@@ -57,3 +62,18 @@ def test_a_power_cut_after_any_operation(reference: Undisturbed, tmp_path: Path,
     kept = [powercut.one_cut(reference, disk, n, tmp_path / str(n), mode=mode, rng=random.Random(n)) for n in points]
     assert kept[0] == 0
     assert kept[-1] == len(SHAPES)
+
+
+def test_a_power_cut_with_writes_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of large tensors; where the file system has no such writes this is the test above once more."""
+    monkeypatch.setattr(task, "_DIRECT_FROM_BYTES", 8192)
+    large = bf16(np.random.default_rng(0).standard_normal((128, 96)))
+    pair = write_pair(tmp_path, SHAPES, shards=(1, 2), extra={"large": large})
+    reference = undisturbed(pair, tmp_path / "undisturbed")
+    disk = powercut.recorded(reference, tmp_path / "recorded")
+    probe = osfile.open_direct(pair.ft / "config.json")
+    assert (disk.past_cache > 0) == (probe >= 0)
+    osfile.close(probe)
+    for number, mode in itertools.product(range(0, len(disk.operations) + 1, 5), powercut.MODES[::2]):
+        out = tmp_path / f"{number} {mode}"
+        powercut.one_cut(reference, disk, number, out, mode=mode, rng=random.Random(number))
