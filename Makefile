@@ -40,12 +40,19 @@ lint: $(DEV)
 
 check: lint test
 
-# Half an hour, most of it the plain in-memory way that is measured against. Pairs are made in the system's temporary
-# folder (BENCH_WORK=DIR for another) and removed; the largest takes 6 GB there.
+# An hour, most of it the plain in-memory way that is measured against. Pairs are made in the system's temporary folder
+# (BENCH_WORK=DIR for another) and removed; the largest takes 17 GB there.
 bench: $(DEMO)
+	$(BIN)/python bench/per_matrix.py --repeats 3 --out bench/results/per-matrix-small.json \
+	  --shape 896x896 --shape 2048x2048 --shape 4864x896 --shape 8192x2048
+	$(BIN)/python bench/per_matrix.py --repeats 1 --out bench/results/per-matrix-large.json \
+	  --shape 4096x4096 --shape 14336x4096
 	$(BENCH) --arch llama-135m --spectrum heavy --name end-to-end-llama-135m-heavy --check
 	$(BENCH) --arch llama-135m --spectrum gapped --name end-to-end-llama-135m-gapped --check
+	$(BENCH) --arch qwen-0.5b --spectrum heavy --name end-to-end-qwen-0.5b-heavy --check --sample 40
+	$(BENCH) --arch qwen-0.5b --spectrum gapped --name end-to-end-qwen-0.5b-gapped --check --sample 40
 	$(BENCH) --arch qwen-0.5b --copy --name copy-qwen-0.5b-zero
+	$(BENCH) --arch llama-8b --layers 8 --spectrum heavy --skip-reference --name 8b-8-layers
 	$(BENCH) --arch llama-70b-layer --skip-reference --name 70b-layer-4GB -- --ram 4GB
 	$(BIN)/python bench/tables.py
 

@@ -1,6 +1,6 @@
 """Times one matrix at a time, every backend against torch.linalg.svd, on the repository's own list of shapes.
 
-    python bench/per_matrix.py [--shape 896x896 …] [--threads N] [--repeats 3] [--out FILE]
+    python bench/per_matrix.py [--shape 896x896 …] [--backend auto …] [--threads N] [--repeats 3] [--out FILE]
 
 What `streamrepair bench` does for anyone, with the shapes and the place of the result fixed:
 bench/results/per-matrix.json, in the format `streamrepair.bench/1`. The whole list takes long, mostly for float64 SVDs.
@@ -21,12 +21,14 @@ from streamrepair.benchmark.measure import measure
 from streamrepair.benchmark.table import render
 from streamrepair.checkpoint.osfile import write_atomic
 
-SHAPES = ("896x896", "2048x2048", "4096x4096", "4864x896", "8192x2048")
+SHAPES = ("896x896", "2048x2048", "4096x4096", "4864x896", "8192x2048", "14336x4096")
+BACKENDS = ("gram", "randomized", "fast", "auto")
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", action="append", help="instead of the list")
+    parser.add_argument("--backend", action="append", help=f"instead of {', '.join(BACKENDS)}")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="one per processor if not given")
     parser.add_argument("--repeats", type=int, default=3)
@@ -39,7 +41,7 @@ def main() -> int:
     """Measures, writes the JSON, prints the table; 1 if a backend was wrong."""
     arguments = _arguments()
     conditions = make_conditions(
-        backends=(),
+        backends=arguments.backend or BACKENDS,
         dtype="bf16",
         device=arguments.device,
         threads=arguments.threads,

@@ -7,6 +7,8 @@ A table goes between the lines `<!-- bench:NAME -->` and `<!-- /bench -->`, NAME
 - copy: pairs with Δ = 0, against cp;
 - memory: allowed, projected and measured memory of every run;
 - exact: what `end_to_end.py --check` found;
+- per_matrix: what `per_matrix.py` measured, one matrix at a time;
+- choices: the same, as to whether "auto" took the quicker backend, and how far predicted times are off;
 - campaign: the runs of `python -m tests.crash.campaign`;
 - recovery: `resume_cost.py` and `verify_speed.py`.
 The first four take what `end_to_end.py` writes. `--check` writes nothing and ends with 1 if a table is not what the
@@ -23,6 +25,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from streamrepair.engine import cost
+from streamrepair.engine.memory import MatrixShape
+from streamrepair.engine.rates import CPU
 from streamrepair.units import format_bytes, format_seconds
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -135,11 +140,64 @@ def named(pattern: str) -> list[Record]:
     return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{pattern}.json"))]
 
 
+def per_matrix() -> list[Row]:
+    """Seconds and speed-ups of each backend over torch.linalg.svd."""
+    head = [
+        "matrix",
+        "spectrum",
+        "kept",
+        "`torch.linalg.svd`",
+        "backend",
+        "alone",
+        "two at once",
+        "rank",
+        "Δ\\* off by",
+    ]
+    rows: list[Row] = []
+    for record in named("per-matrix*"):
+        for case in record["cases"]:
+            m, n = case["shape"]
+            plain = case["reference"]
+            for run in case["runs"]:
+                check = run.get("check")
+                rank = "–" if check is None else "equal" if check["rank_agrees"] else "WRONG"
+                error = "–" if check is None else f"{check['delta_error']:.0e}"
+                both = f"{run['pair_speedup']:.1f}×" if run.get("pair_speedup") else "–"
+                alone = f"{format_seconds(run['seconds'])}, {run['speedup']:.1f}×"
+                kept, name = f"{run['rank_kept'] / min(m, n):.0%}", f"{run['name']} ({run['decided_by']})"
+                reference = f"{format_seconds(plain['seconds'])}, {plain['threads']} thr."
+                rows.append([f"{m} × {n}", case["spectrum"], kept, reference, name, alone, both, rank, error])
+    return [head, *rows] if rows else []
+
+
+def choices() -> list[Row]:
+    """For each matrix: what auto took, what was quickest, what the difference cost, and what was predicted."""
+    head = ["matrix", "spectrum", "auto took", "seconds", "quickest", "seconds", "cost", "predicted"]
+    rows: list[Row] = []
+    for record in named("per-matrix*"):
+        for case in record["cases"]:
+            runs = {run["name"]: run for run in case["runs"]}
+            if "auto" not in runs:
+                continue
+            own = {name: run for name, run in runs.items() if name in ("gram", "randomized")}
+            best = min(own.values(), key=lambda run: run["seconds"])
+            auto, (m, n) = runs["auto"], case["shape"]
+            method = "randomized" if auto["decided_by"].startswith("randomized") else "gram"
+            shape = MatrixShape(max(m, n), min(m, n), 2, 2, 2)
+            guess = cost.predicted(shape, method, CPU, auto["rank_kept"] / min(m, n)).total_s
+            took, least = auto["seconds"], best["seconds"]
+            rows.append([f"{m} × {n}", case["spectrum"], auto["decided_by"], format_seconds(took), best["decided_by"],
+                         format_seconds(least), f"{max(0.0, took / least - 1):.0%}", format_seconds(guess)])  # fmt: skip
+    return [head, *rows] if rows else []
+
+
 TABLES: dict[str, Callable[[list[Record]], list[Row]]] = {
     "end_to_end": end_to_end,
     "copy": copy,
     "memory": memory,
     "exact": exact,
+    "per_matrix": lambda _: per_matrix(),
+    "choices": lambda _: choices(),
     "campaign": lambda _: campaign(),
     "recovery": lambda _: recovery(),
 }
@@ -171,6 +229,14 @@ def _machines(records: Iterable[Record]) -> list[str]:
     return lines
 
 
+def _bench_machine(record: Record) -> str:
+    """The line of a result of `streamrepair bench`."""
+    m = record["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items() if version)
+    load = f"load average before {record['load_before']:.1f}"
+    return f"{m['cpu']}, {m['cores']} cores; {versions}; {record['dtype']}; {record['date'][:10]}; {load}.\n"
+
+
 def section(name: str, records: list[Record]) -> str:
     """The text between the markers of table `name`, its last newline included."""
     rows = TABLES[name](records)
@@ -182,6 +248,8 @@ def section(name: str, records: list[Record]) -> str:
     if name in ("campaign", "recovery"):
         records = named("crash-campaign" if name == "campaign" else "[rv]e*-*")
         return f"{table}\n\n" + "".join(f"{line}.\n" for line in _machines(records))
+    if name in ("per_matrix", "choices"):
+        return f"{table}\n\n{''.join(sorted({_bench_machine(r) for r in named('per-matrix*')}))}"
     shown = {row[0] for row in body}
     return f"{table}\n\n" + "".join(f"{line}.\n" for line in _machines(r for r in records if _label(r) in shown))
 
