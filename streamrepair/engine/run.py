@@ -14,12 +14,13 @@ import msgspec
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
-from streamrepair.checkpoint.sidecars import copy_sidecars, sidecars
+from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
 from streamrepair.engine import budget, memory
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.plan import Plan, Task, fits_full
+from streamrepair.engine.side_files import check_report_path
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, run_task
 from streamrepair.engine.workspace import Workspace, refuse_overlap
@@ -86,6 +87,9 @@ def execute(
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
     refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, report)
+    if report is not None:
+        check_report_path(report, out)
+    check_sidecars(plan.ft)
     budget.reset_peak()
     workspace = Workspace(out, plan.layouts)
     run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [])
@@ -216,7 +220,7 @@ def _take(run: _Run, committer: Committer, outcome: Outcome, spent: Spent) -> No
     elif record.action == "kept_ft" and task.pairing.intent == "repair":
         run.warn(f"tensor {shown(task.name)} is kept as fine-tuned: {record.reason}")
     for reason in record.climbed:
-        if not reason.startswith(("gram-float32", "empty")):
+        if not reason.startswith(("gram-float32", "rows")):  # meant to be tried and left
             run.warn(f"tensor {shown(task.name)}: {reason}; decided by {record.backend}")
 
 

@@ -349,6 +349,20 @@ def test_a_delta_of_exactly_low_rank_is_kept_with_a_warning(tmp_path: Path) -> N
     assert read_tensors(tmp_path / "out") == read_tensors(ft)
 
 
+def test_what_is_meant_to_be_left_is_not_warned_of(tmp_path: Path) -> None:
+    """A spectrum too wide for Gram matrices: the search for zero rows is a step on the way, and no fault."""
+    rng = np.random.default_rng(0)
+    delta = rng.standard_normal((64, 64)) + 1e9 * np.outer(rng.standard_normal(64), rng.standard_normal(64))
+    base = write_split(tmp_path / "base", {"w": np.zeros((64, 64))}, 1)
+    ft = write_split(tmp_path / "ft", {"w": delta}, 1)
+    report = api.repair(base, ft, tmp_path / "out")
+    record = report.tensors["w"]
+    assert (record.action, record.backend) == ("repaired", "full")
+    assert any(reason.startswith("rows: ") for reason in record.climbed)
+    assert len(report.warnings) == 1
+    assert report.warnings[0].startswith("tensor w: gram-float64: ")
+
+
 def test_the_report_is_whole_and_finite(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, SHAPES)
     report = api.repair(pair.base, pair.ft, tmp_path / "out", report=tmp_path / "copy.json", ram="2GB")
