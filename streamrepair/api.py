@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -12,13 +11,10 @@ from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import Watcher, execute
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import UsageError
+from streamrepair.options import Size, Source, check_count, path_text, size_bytes
 from streamrepair.report import Report, Settings
-from streamrepair.units import parse_bytes
-from streamrepair.verify import Verified
-from streamrepair.verify import verify as verify_folder
-
-Source = str | os.PathLike[str]
-Size = int | str
+from streamrepair.verification import Verified
+from streamrepair.verification import verify as verify_folder
 
 
 class Silent:
@@ -48,6 +44,13 @@ def plan(
     vram: Size | None = None,
     device: str = "auto",
     workers: int | None = None,
+    backend: Literal["auto", "full", "gram"] = "auto",
+    sigma: Literal["median", "tail"] = "median",
+    scale: float = 1.0,
+    include: str | None = None,
+    exclude: str | None = None,
+    out_dtype: Literal["same", "float32"] = "same",
+    on_nonfinite: Literal["refuse", "copy-ft"] = "refuse",
     settings: Settings | None = None,
 ) -> Plan:
     """Plan a repair from headers alone: reads no weights, writes nothing.
@@ -55,27 +58,56 @@ def plan(
     Args:
         base, ft: a folder, one .safetensors file, an index.json, or a Hub id.
         ram, vram: memory allowed, in bytes or as text such as "16GB"; by default a share of what is free.
+        device: with `vram` given, a GPU that this machine need not have.
+        settings: in place of `backend` to `on_nonfinite`, as a report has them.
 
     Raises:
         InputError: a checkpoint is malformed, or the two have nothing in common.
         BudgetError: a tensor does not fit the memory even alone.
         UsageError: an option has no meaning.
     """
-    settings = settings or Settings()
-    _check(settings, workers)
-    place = budget.resolve_device(device)
-    ram_bytes = _size(ram) if ram is not None else budget.default_ram_bytes()
-    vram_bytes = None
-    if place != "cpu":
-        vram_bytes = _size(vram) if vram is not None else budget.default_vram_bytes(place)
-    count = workers or (budget.default_workers() if place == "cpu" else 1)
+    named = Settings(
+        sigma=sigma,
+        scale=scale,
+        include=include,
+        exclude=exclude,
+        out_dtype=out_dtype,
+        backend=backend,
+        on_nonfinite=on_nonfinite,
+    )
+    if settings is not None and named != Settings():
+        raise UsageError("settings are given twice, as an object and by name: give one of them")
+    return _plan(base, ft, settings or named, ram=ram, vram=vram, device=device, workers=workers, only_plan=True)
+
+
+def _plan(
+    base: Source,
+    ft: Source,
+    settings: Settings,
+    *,
+    ram: Size | None,
+    vram: Size | None,
+    device: str,
+    workers: int | None,
+    only_plan: bool = False,
+) -> Plan:
+    settings.check()
+    if workers is not None:
+        check_count("workers", workers)
+    ram_bytes = None if ram is None else size_bytes("ram", ram)
+    vram_bytes = None if vram is None else size_bytes("vram", vram)
+    place = budget.resolve_device(device, absent=only_plan and vram_bytes is not None)
+    if place == "cpu":
+        vram_bytes = None
+    elif vram_bytes is None:
+        vram_bytes = budget.default_vram_bytes(place)
     return make_plan(
-        open_checkpoint(_text(base), side="BASE"),
-        open_checkpoint(_text(ft), side="FT"),
+        open_checkpoint(path_text("BASE", base), side="BASE"),
+        open_checkpoint(path_text("FT", ft), side="FT"),
         settings,
         device=place,
-        workers=count,
-        ram_bytes=ram_bytes,
+        workers=workers or (budget.default_workers() if place == "cpu" else 1),
+        ram_bytes=budget.default_ram_bytes() if ram_bytes is None else ram_bytes,
         vram_bytes=vram_bytes,
     )
 
@@ -117,14 +149,16 @@ def repair(
         backend=backend,
         on_nonfinite=on_nonfinite,
     )
-    planned = plan(base, ft, ram=ram, vram=vram, device=device, workers=workers, settings=settings)
+    out_path = Path(path_text("OUT", out))
+    report_path = None if report is None else Path(path_text("--report", report))
+    planned = _plan(base, ft, settings, ram=ram, vram=vram, device=device, workers=workers)
     return execute(
         planned,
-        Path(_text(out)),
+        out_path,
         stop=stop or StopRequest(),
         watcher=watcher or Silent(),
         overwrite=overwrite,
-        report=None if report is None else Path(_text(report)),
+        report=report_path,
     )
 
 
@@ -138,21 +172,5 @@ def verify(out: Source, *, deep: bool = False, sample: int = 5) -> Verified:
         DamageError: `out` holds no finished result. Damage to a finished one is returned, not raised.
         UsageError: `sample` is no positive number.
     """
-    if sample < 1:
-        raise UsageError(f"--sample is {sample}, expected at least 1")
-    return verify_folder(Path(_text(out)), deep=deep, sample=sample)
-
-
-def _text(path: Source) -> str:
-    return os.fspath(path)
-
-
-def _size(size: Size) -> int:
-    return size if isinstance(size, int) else parse_bytes(size)
-
-
-def _check(settings: Settings, workers: int | None) -> None:
-    if not 0.0 < settings.scale < float("inf"):
-        raise UsageError(f"--scale is {settings.scale}, expected a positive number")
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers is {workers}, expected at least 1")
+    check_count("sample", sample)
+    return verify_folder(Path(path_text("OUT", out)), deep=deep, sample=sample)

@@ -15,7 +15,7 @@ from streamrepair.engine.view import MatrixView, StoredMatrix
 from streamrepair.errors import InputError
 from streamrepair.report import Report
 from streamrepair.spectral.threshold import HardThreshold
-from streamrepair.verify import DeepCheck
+from streamrepair.verification import DeepCheck
 
 _SIGNIFICAND_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 _LEAST_EXPONENT = {"BF16": -126, "F16": -14, "F32": -126, "F64": -1022}

@@ -7,11 +7,11 @@ written: JSON has no NaN.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import msgspec
 
-from streamrepair.errors import NumericalError, shown
+from streamrepair.errors import NumericalError, UsageError, shown
 
 REPORT_FORMAT = "streamrepair.report/1"
 REPORT_NAME = "streamrepair.json"
@@ -97,6 +97,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     out_dtype: Literal["same", "float32"] = "same"
     backend: Literal["auto", "full", "gram"] = "auto"
     on_nonfinite: Literal["refuse", "copy-ft"] = "refuse"
+
+    def check(self) -> None:
+        """Refuse values that mean nothing: whoever calls from Python may pass any.
+
+        Raises:
+            UsageError: an option has no meaning.
+        """
+        for name, kind in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(kind)
+            option = f"--{name.replace('_', '-')}"
+            if kind is float:
+                number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+                if not 0.0 < number < math.inf:
+                    raise UsageError(f"{option} is {shown(repr(value))}, expected a positive number")
+            elif str in choices:
+                if not isinstance(value, str | None):
+                    raise UsageError(f"{option} is {shown(repr(value))}, expected a regular expression as text")
+            elif value not in choices:
+                raise UsageError(f"{option} is {shown(repr(value))}, expected {' or '.join(map(str, choices))}")
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):

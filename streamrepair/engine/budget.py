@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from streamrepair.errors import UsageError
+from streamrepair.errors import UsageError, shown
 
 RAM_SHARE = 0.8
 """Share of the memory that is free now which a run may take when --ram is not given."""
@@ -49,8 +49,11 @@ def default_workers() -> int:
     return max(1, len(os.sched_getaffinity(0)))
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str, *, absent: bool = False) -> str:
     """ "cpu" or a CUDA device from what the user asked for.
+
+    Args:
+        absent: whether a device that is named need not be here.
 
     Raises:
         UsageError: no such device here.
@@ -59,15 +62,17 @@ def resolve_device(device: str) -> str:
         return device
     if device == "auto" and not _driver_present():
         return "cpu"  # without loading torch to be told so
+    name, colon, index = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if device != "auto" and (name != "cuda" or (colon and not (index.isascii() and index.isdigit()))):
+        raise UsageError(f"--device {shown(repr(device))} is not understood: use auto, cpu, cuda or cuda:N")
+    number = int(index or 0)
+    if absent and device != "auto":
+        return f"cuda:{number}"
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "auto":
         return "cuda:0" if count else "cpu"
-    name, _, index = device.partition(":")
-    if name != "cuda" or (index and not index.isdigit()):
-        raise UsageError(f"--device {device!r} is not understood: use auto, cpu, cuda or cuda:N")
-    number = int(index or 0)
     if number >= count:
         raise UsageError(f"--device {device}: this machine has {count} CUDA devices that torch can use")
     return f"cuda:{number}"
