@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -20,7 +22,15 @@ from cyclopts import App, Group, Parameter
 from cyclopts.exceptions import CycloptsError
 
 from streamrepair.engine.stop import StopRequest
-from streamrepair.errors import DamageError, InterruptedRunError, NumericalError, StreamRepairError, UsageError, shown
+from streamrepair.errors import (
+    DamageError,
+    InterruptedRunError,
+    NumericalError,
+    OutputError,
+    StreamRepairError,
+    UsageError,
+    shown,
+)
 from streamrepair.report import Settings
 from streamrepair.version import __version__
 
@@ -56,7 +66,9 @@ OnNonfinite = Annotated[
     Parameter(group=_NUMBERS, help="Where an input holds NaN or Inf: refuse the pair, or pass that tensor through."),
 ]
 Json = Annotated[bool, Parameter(group=_OUTPUT, negative=(), help="Machine-readable result on stdout.")]
-Quiet = Annotated[bool, Parameter(group=_OUTPUT, negative=(), help="No progress and no summary.")]
+Quiet = Annotated[
+    bool, Parameter(group=_OUTPUT, negative=(), help="No progress, warnings or summary; errors are still said.")
+]
 
 app = App(
     name="streamrepair",
@@ -95,7 +107,7 @@ def repair(
 ) -> int:
     """Repair FT against BASE and write OUT; an interrupted run is continued by the same command."""
     stop = StopRequest()
-    with _signals(stop):
+    with _signals(stop, quiet=quiet):
         from streamrepair import api
         from streamrepair.terminal import Bar, print_json, print_summary
 
@@ -119,7 +131,7 @@ def repair(
             watcher=Bar(quiet=quiet),
             stop=stop,
         )
-    with _reader_may_leave():
+    with _printing():
         if json:
             print_json(result)
         elif not quiet:
@@ -143,18 +155,28 @@ def plan(
     include: Include = None,
     exclude: Exclude = None,
     out_dtype: OutDtype = "same",
+    on_nonfinite: OnNonfinite = "refuse",
     json: Json = False,
 ) -> int:
     """Say what a repair would do and need, from headers alone; reads no weights, writes nothing."""
     from streamrepair import api
-    from streamrepair.terminal import print_json, print_plan
+    from streamrepair.engine.run import plan_warnings
+    from streamrepair.terminal import Bar, print_json, print_plan
     from streamrepair.views import plan_view
 
     settings = Settings(
-        sigma=sigma, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype, backend=backend
+        sigma=sigma,
+        scale=scale,
+        include=include,
+        exclude=exclude,
+        out_dtype=out_dtype,
+        backend=backend,
+        on_nonfinite=on_nonfinite,
     )
     planned = api.plan(base, ft, ram=ram, vram=vram, device=device, workers=workers, settings=settings)
-    with _reader_may_leave():
+    for message in plan_warnings(planned):
+        Bar(quiet=False).warn(message)
+    with _printing():
         if json:
             print_json(plan_view(planned))
         else:
@@ -179,7 +201,7 @@ def verify(
     from streamrepair.terminal import print_json, print_verified
 
     result = api.verify(out, deep=deep, sample=sample)
-    with _reader_may_leave():
+    with _printing():
         if json:
             print_json(result)
         elif not quiet:
@@ -244,7 +266,7 @@ def bench(
         backends=backend or (), dtype=dtype, device=device, threads=threads, repeats=repeats, check=check
     )
     result = measure(cases, conditions, tell=Bar(quiet=False).note)
-    with _reader_may_leave():
+    with _printing():
         if json:
             print_json(result)
         else:
@@ -267,28 +289,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        with _reader_may_leave():
-            return _run(tokens or ["--help"])
-        return 0
-    except InterruptedRunError as error:
+        return _run(tokens or ["--help"])
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    """Say in one line what ended the command; returns the exit status."""
+    if isinstance(error, InterruptedRunError):
         _say(f"{error}; finished work is kept: the same command continues it")
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         # Workers may be deep in LAPACK; what they do is not needed and what is on disk is consistent.
         os._exit(error.exit_status)
-    except StreamRepairError as error:
-        if debug:
-            raise
+    if isinstance(error, StreamRepairError):
         _say(str(error))
         return error.exit_status
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         _say("interrupted by SIGINT")
         return InterruptedRunError.exit_status
-    except Exception as error:
-        if debug:
-            raise
-        _say(f"unexpected {type(error).__name__}: {error}: this is a bug; --debug shows where")
-        return 1
+    _say(f"unexpected {type(error).__name__}: {error}: this is a bug; --debug shows where")
+    return 1
 
 
 def _fill_standard_descriptors() -> None:
@@ -305,19 +329,37 @@ def _fill_standard_descriptors() -> None:
 
 
 @contextlib.contextmanager
-def _reader_may_leave() -> Iterator[None]:
-    """Nobody reading our output any more is no failure: the work itself is done."""
+def _printing() -> Iterator[None]:
+    """Nobody reading our output any more is no failure: the work itself is done.
+
+    Raises:
+        OutputError: standard output cannot take it, for lack of space for example.
+    """
     try:
         yield
     except BrokenPipeError:
-        # What is still buffered would fail once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_standard_output()
+    except OSError as error:
+        if isinstance(error, StreamRepairError):
+            raise
+        _drop_standard_output()
+        raise OutputError(
+            f"standard output cannot be written ({error.strerror}): the work itself is done: send the output elsewhere"
+        ) from error
+
+
+def _drop_standard_output() -> None:
+    """What is still buffered would fail once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(tokens: list[str]) -> int:
     _hint_near_miss(tokens)
+    asks = not {"--help", "-h", "--version"}.isdisjoint(tokens)  # then all that happens is printing
     try:
-        result = app(tokens, print_error=False, exit_on_error=False)
+        with _printing() if asks else contextlib.nullcontext():
+            result = app(_joined(tokens), print_error=False, exit_on_error=False)
+            sys.stdout.flush()
     except CycloptsError as error:
         raise UsageError(f"{' '.join(str(error).split())} (streamrepair --help lists the options)") from error
     except SystemExit:
@@ -325,13 +367,28 @@ def _run(tokens: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _joined(tokens: list[str]) -> list[str]:
+    """`--ram -5GB` as `--ram=-5GB`: what is wrong is then said of the size, and not of a missing one."""
+    joined: list[str] = []
+    for token in tokens:
+        if joined and joined[-1] in ("--ram", "--vram") and re.match(r"-[0-9.]", token):
+            joined[-1] += f"={token}"
+        else:
+            joined.append(token)
+    return joined
+
+
 def _hint_near_miss(tokens: list[str]) -> None:
     """`verfy OUT` would be read as a BASE called verfy.
 
     Raises:
-        UsageError: the first word is nearly a command and names nothing on disk.
+        UsageError: the first word is nearly a command, or one of later versions, and names nothing on disk.
     """
     word = tokens[0]
+    if word == "inspect" and not os.path.lexists(word):
+        raise UsageError(
+            "the command inspect is not in this version: verify --deep compares a result with float64 SVDs"
+        )
     commands = ["repair", "plan", "verify", "bench"]
     close = difflib.get_close_matches(word, commands, n=1, cutoff=0.6)
     if word not in commands and close and not os.path.lexists(word):
@@ -344,8 +401,9 @@ def _say(message: str) -> None:
 
 
 @contextlib.contextmanager
-def _signals(stop: StopRequest) -> Iterator[None]:
+def _signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed)."""
+    answer = b"stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends at once\n"
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if stop.requested:
@@ -354,6 +412,9 @@ def _signals(stop: StopRequest) -> Iterator[None]:
             )
             os._exit(InterruptedRunError.exit_status)
         stop.request(f"interrupted by {signal.Signals(number).name}")
+        if not quiet:
+            with contextlib.suppress(OSError):
+                os.write(2, (b"\n" if sys.stderr.isatty() else b"") + answer)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from streamrepair.engine.plan import Plan, Task
+from streamrepair.engine.run import plan_warnings
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ def plan_view(plan: Plan) -> dict[str, object]:
             "read_bytes": plan.read_bytes,
             "flops": sum(t.flops for t in plan.tasks),
         },
+        "warnings": plan_warnings(plan),
         "tensors": {t.name: _task_view(t) for t in plan.tasks}
         | {p.name: {"intent": "drop", "reason": p.reason} for p in plan.dropped},
     }
