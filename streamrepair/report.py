@@ -50,6 +50,8 @@ class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
     digest: str | None = None
     """XXH3-128 of the tensor's bytes in the output."""
+    warnings: tuple[str, ...] = ()
+    """What was said of it while it was done."""
 
     def check_finite(self, name: str) -> None:
         """Refuse to let NaN or infinity into a file.
@@ -119,7 +121,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory allowed, projected and measured, in bytes; VRAM figures are per GPU, null without one."""
+    """Memory allowed, projected and measured, in bytes; VRAM figures are per GPU, null without one.
+
+    Measured is the highest of all sessions; allowed and projected are the last one's.
+    """
 
     ram_allowed_bytes: int
     ram_projected_bytes: int
@@ -130,7 +135,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds and bytes; read, decompose and write are summed over workers and may exceed the wall time."""
+    """Seconds and bytes of all sessions; read, decompose and write are summed over workers, and may exceed `wall_s`."""
 
     wall_s: float
     read_s: float
@@ -138,6 +143,16 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     write_s: float
     bytes_read: int
     bytes_written: int
+
+
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """What one start of the command did for a result."""
+
+    timings: Timings
+    ram_measured_bytes: int
+    vram_measured_bytes: int | None = None
+    warnings: tuple[str, ...] = ()
+    """Of no tensor that it did: damage that it found."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,6 +167,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     workers: int
     budget: Budget
     timings: Timings
+    sessions: int = 1
+    """How often the command was started for this result; more than once after an interruption or damage."""
     sidecars: tuple[str, ...]
     """Files copied from FT beside the weights."""
     headers: dict[str, str]

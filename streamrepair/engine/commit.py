@@ -23,12 +23,18 @@ class Committer:
 
     Args:
         workspace: OUT. records: what is committed already. before_commit: raises if nothing may count now.
+        after_commit: called once pending tensors count.
     """
 
     def __init__(
-        self, workspace: Workspace, records: Mapping[str, TensorRecord], *, before_commit: Callable[[], None]
+        self,
+        workspace: Workspace,
+        records: Mapping[str, TensorRecord],
+        *,
+        before_commit: Callable[[], None],
+        after_commit: Callable[[], None],
     ) -> None:
-        self._workspace, self._before_commit = workspace, before_commit
+        self._workspace, self._before_commit, self._after_commit = workspace, before_commit, after_commit
         self.records = dict(records)
         self._pending: dict[str, tuple[int, TensorRecord]] = {}
         self._pending_bytes = 0
@@ -69,6 +75,8 @@ class Committer:
         for name, (shard, record) in pending.items():
             self.records[name] = record
             self._missing[shard].discard(name)
+        if pending:
+            self._after_commit()
         self._seal_whole()
         self._since = time.monotonic()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from streamrepair.checkpoint import osfile
@@ -76,7 +77,13 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
     if truncation.noise_free:
         digest, _ = copy(job)
         reason = "delta has exactly low rank (its median singular value is zero): there is no noise to estimate"
-        return passed_through(job.task, "kept_ft", reason, digest)
+        return msgspec.structs.replace(
+            passed_through(job.task, "kept_ft", reason, digest),
+            rank_total=view.cols,
+            frob_delta_in=truncation.frob_delta_in,
+            backend=truncation.backend,
+            climbed=truncation.climbed,
+        )
     merged = _merged(job, view, truncation, arithmetic)
     threshold, out = truncation.threshold, truncation.frob_delta_out
     gap = threshold.nearest_gap

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,7 @@ from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
 from streamrepair.engine import budget, memory
+from streamrepair.engine.accounts import summed
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.numeric_threads import NumericThreads
@@ -31,8 +32,8 @@ from streamrepair.report import (
     CheckpointSummary,
     Fingerprint,
     Report,
+    Session,
     TensorRecord,
-    Timings,
 )
 from streamrepair.version import __version__
 
@@ -72,10 +73,24 @@ class _Run:
     files: InputFiles
     threads: NumericThreads
     warnings: list[str]
+    """Those of no single tensor's work: its own stand in its record, so that they survive an interruption."""
+    spent: Spent = field(default_factory=Spent)
+    began: float = field(default_factory=time.perf_counter)
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
         self.watcher.warn(message)
+
+    def record_session(self) -> None:
+        """Write down what this start of the command has taken so far."""
+        self.workspace.accounts.record(
+            Session(
+                timings=self.spent.timings(time.perf_counter() - self.began),
+                ram_measured_bytes=budget.peak_bytes(),
+                vram_measured_bytes=budget.device_peak_bytes(self.plan.device),
+                warnings=tuple(self.warnings),
+            )
+        )
 
 
 def execute(
@@ -110,10 +125,9 @@ def execute(
 
 
 def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path | None) -> Report:
-    began = time.perf_counter()
     plan = run.plan
     for message in plan_warnings(plan):
-        run.warn(message)
+        run.watcher.warn(message)
     done = _sound(run, journalled)
     run.watcher.begin(plan, sum(t.out.nbytes for t in plan.tasks if t.name in done))
     finished = _finished_report(run, done)
@@ -122,11 +136,12 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         _write_copy(finished, report_path)
         return finished
     unchanged = _unchanged_check(run)
-    committer = Committer(run.workspace, done, before_commit=unchanged)
-    spent = _work(run, committer, [task for task in plan.tasks if task.name not in done])
+    committer = Committer(run.workspace, done, before_commit=unchanged, after_commit=run.record_session)
+    _work(run, committer, [task for task in plan.tasks if task.name not in done])
     unchanged()
     names = _write_beside(run)
-    report = _report(run, committer.records, spent, names, time.perf_counter() - began)
+    run.record_session()
+    report = _report(run, committer.records, names)
     osfile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
     _write_copy(report, report_path)
@@ -177,9 +192,9 @@ def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
     return report
 
 
-def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
+def _work(run: _Run, committer: Committer, tasks: list[Task]) -> None:
     """Run the tasks, committing as they finish; what is finished is committed however this ends."""
-    plan, spent = run.plan, Spent()
+    plan = run.plan
     full_fits = fits_full(plan)
     around = Surroundings(
         base=plan.base,
@@ -199,7 +214,7 @@ def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
     try:
         for outcome in executor.run(tasks, lambda task, scratch: run_task(task, around, scratch)):
             if outcome is not None:
-                _take(run, committer, outcome, spent)
+                _take(run, committer, outcome)
             if committer.due:
                 committer.flush()
     except NonFiniteInputError:
@@ -208,20 +223,26 @@ def _work(run: _Run, committer: Committer, tasks: list[Task]) -> Spent:
         committer.flush()
         raise
     committer.flush()
-    return spent
 
 
-def _take(run: _Run, committer: Committer, outcome: Outcome, spent: Spent) -> None:
+def _take(run: _Run, committer: Committer, outcome: Outcome) -> None:
+    task, warnings = outcome.task, tuple(_warnings_of(outcome))
+    committer.add(task.name, task.shard, msgspec.structs.replace(outcome.record, warnings=warnings), task.out.nbytes)
+    run.spent.add(outcome.spent)
+    for message in warnings:
+        run.watcher.warn(message)
+
+
+def _warnings_of(outcome: Outcome) -> Iterator[str]:
     task, record = outcome.task, outcome.record
-    committer.add(task.name, task.shard, record, task.out.nbytes)
-    spent.add(outcome.spent)
     if outcome.nonfinite:
-        run.warn(f"{outcome.nonfinite}; passed through as it is")
+        yield f"{outcome.nonfinite}; passed through as it is"
     elif record.action == "kept_ft" and task.pairing.intent == "repair":
-        run.warn(f"tensor {shown(task.name)} is kept as fine-tuned: {record.reason}")
+        yield f"tensor {shown(task.name)} is kept as fine-tuned: {record.reason}"
+        return  # which way that was found out is in the record
     for reason in record.climbed:
         if not reason.startswith(("gram-float32", "rows")):  # meant to be tried and left
-            run.warn(f"tensor {shown(task.name)}: {reason}; decided by {record.backend}")
+            yield f"tensor {shown(task.name)}: {reason}; decided by {record.backend}"
 
 
 def _unchanged_check(run: _Run) -> Callable[[], None]:
@@ -288,8 +309,9 @@ def _identities(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tuple[str, ...], wall_s: float) -> Report:
-    plan = run.plan
+def _report(run: _Run, records: dict[str, TensorRecord], names: tuple[str, ...]) -> Report:
+    """Of everything that led to this result, in this session and those before it."""
+    plan, sessions = run.plan, run.workspace.accounts.sessions
     tensors = {name: records[name] for layout in plan.layouts for name in layout.entries}
     for pairing in plan.dropped:
         assert pairing.base is not None
@@ -307,22 +329,20 @@ def _report(run: _Run, records: dict[str, TensorRecord], spent: Spent, names: tu
         budget=Budget(
             ram_allowed_bytes=plan.ram_allowed_bytes,
             ram_projected_bytes=plan.ram_projected_bytes,
-            ram_measured_bytes=budget.peak_bytes(),
+            ram_measured_bytes=max(session.ram_measured_bytes for session in sessions),
             vram_allowed_bytes=plan.vram_allowed_bytes,
             vram_projected_bytes=plan.vram_projected_bytes,
-            vram_measured_bytes=budget.device_peak_bytes(plan.device),
+            vram_measured_bytes=max((s.vram_measured_bytes or 0 for s in sessions), default=0) or None,
         ),
-        timings=Timings(
-            wall_s=round(wall_s, 4),
-            read_s=round(spent.read_s, 4),
-            decompose_s=round(spent.decompose_s, 4),
-            write_s=round(spent.write_s, 4),
-            bytes_read=spent.bytes_read,
-            bytes_written=spent.bytes_written,
-        ),
+        timings=summed(sessions),
+        sessions=len(sessions),
         sidecars=names,
         headers={layout.name: layout.header_digest for layout in plan.layouts},
-        warnings=tuple(run.warnings),
+        warnings=(
+            *plan_warnings(plan),
+            *(message for session in sessions for message in session.warnings),
+            *(message for record in tensors.values() for message in record.warnings),
+        ),
         tensors=tensors,
     )
 

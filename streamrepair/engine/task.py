@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -24,7 +24,7 @@ from streamrepair.engine.finite import first_nonfinite
 from streamrepair.engine.memory import COPY_BYTES
 from streamrepair.engine.plan import Task
 from streamrepair.errors import InputError, shown
-from streamrepair.report import Settings, TensorRecord
+from streamrepair.report import Settings, TensorRecord, Timings
 
 
 class NonFiniteInputError(InputError):
@@ -56,6 +56,17 @@ class Spent:
         self.write_s += other.write_s
         self.bytes_read += other.bytes_read
         self.bytes_written += other.bytes_written
+
+    def timings(self, wall_s: float) -> Timings:
+        """For the report, to a tenth of a millisecond."""
+        return Timings(
+            wall_s=round(wall_s, 4),
+            read_s=round(self.read_s, 4),
+            decompose_s=round(self.decompose_s, 4),
+            write_s=round(self.write_s, 4),
+            bytes_read=self.bytes_read,
+            bytes_written=self.bytes_written,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +168,10 @@ def _repair(job: Job) -> tuple[TensorRecord, str | None]:
     return repair(job)
 
 
-def passed_through(task: Task, action: str, reason: str, digest: str) -> TensorRecord:
+def passed_through(task: Task, action: Literal["copied", "kept_ft"], reason: str, digest: str) -> TensorRecord:
     """The record of a tensor whose bytes are FT's (converted, if the output dtype differs)."""
-    assert action in ("copied", "kept_ft")
     return TensorRecord(
-        action="copied" if action == "copied" else "kept_ft",
+        action=action,
         reason=reason,
         shape=task.out.shape,
         dtype=task.out.dtype,

@@ -3,6 +3,7 @@
 OUT/.streamrepair/lock        held by the live run (flock: it ends with the process, however that ends)
 OUT/.streamrepair/run.json    the fingerprint
 OUT/.streamrepair/journal     finished tensors
+OUT/.streamrepair/sessions    what every start of the command took
 OUT/.streamrepair/partial/    shards that are not whole yet
 OUT/.streamrepair/made        an empty file: the run made OUT itself, so a refusal removes it again
 """
@@ -20,6 +21,7 @@ from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.journal import Journal
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.write import ShardFile, ShardLayout
+from streamrepair.engine.accounts import Accounts
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
 from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord
 from streamrepair.units import format_bytes
@@ -43,6 +45,7 @@ class Workspace:
         self.state = out / STATE
         self.work = self.state / "partial"
         self.journal = Journal(self.state / "journal")
+        self.accounts = Accounts(self.state / "sessions")
         self.shards = tuple(ShardFile(layout, out=out, work=self.work) for layout in layouts)
         self.damaged: tuple[Path, ...] = ()
         """Sealed shards whose length or header `open` found wrong."""
@@ -66,6 +69,7 @@ class Workspace:
             osfile.close(osfile.open_output(self.state / "made"))
         entries = self._begin(fingerprint) if overwrite else self._continue(fingerprint)
         osfile.make_folder(self.work)
+        self.accounts.open()
         self.damaged = tuple(shard.final for shard in self.shards if not shard.open())
         osfile.sync_folder(self.work)
         return {entry.name: entry.record for entry in entries}
@@ -75,7 +79,8 @@ class Workspace:
         if (self.state / "run.json").exists():
             self._refuse_changed(fingerprint)
         else:
-            osfile.unlink(self.state / "journal")
+            for name in ("journal", "sessions"):
+                osfile.unlink(self.state / name)
             osfile.write_atomic(self.state / "run.json", msgspec.json.format(msgspec.json.encode(fingerprint)))
         return [self._entry(line) for line in self.journal.open()]
 
@@ -107,10 +112,11 @@ class Workspace:
             osfile.remove_folder(self.out, with_content=False)
 
     def close_files(self) -> None:
-        """Close shards and journal; the lock stays."""
+        """Close shards, journal and accounts; the lock stays."""
         for shard in self.shards:
             shard.close()
         self.journal.close()
+        self.accounts.close()
 
     def close(self) -> None:
         """Close everything and let the lock go."""
@@ -202,7 +208,7 @@ class Workspace:
             if (self.out / name).resolve().is_relative_to(self.out.resolve()):
                 osfile.unlink(self.out / name)
         osfile.remove_folder(self.work, with_content=True)
-        for name in ("run.json", "journal"):
+        for name in ("run.json", "journal", "sessions"):
             osfile.unlink(self.state / name)
 
     def _refuse_changed(self, fingerprint: Fingerprint) -> None:

@@ -345,7 +345,11 @@ def test_a_delta_of_exactly_low_rank_is_kept_with_a_warning(tmp_path: Path) -> N
     ft = write_split(tmp_path / "ft", {"w": after}, 1)
     report = api.repair(base, ft, tmp_path / "out")
     assert (report.tensors["w"].action, len(report.warnings)) == ("kept_ft", 1)
+    assert report.warnings == report.tensors["w"].warnings
     assert "low rank" in report.tensors["w"].reason
+    assert report.tensors["w"].frob_delta_in == pytest.approx(np.linalg.norm(after - before))
+    assert report.tensors["w"].backend is not None
+    assert report.tensors["w"].climbed
     assert read_tensors(tmp_path / "out") == read_tensors(ft)
 
 
@@ -566,14 +570,14 @@ def test_a_finished_out_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_missing_sidecar_or_report_is_written_again(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, SHAPES)
     out = tmp_path / "out"
-    api.repair(pair.base, pair.ft, out)
+    first = api.repair(pair.base, pair.ft, out)
     shards = shard_bytes(out)
     for name in ("tokenizer.json", "model.safetensors.index.json", "streamrepair.json"):
         (out / name).unlink()
         watcher = Recorder()
         report = api.repair(pair.base, pair.ft, out, watcher=watcher)
         assert watcher.found_bytes == watcher.total_bytes
-        assert (report.timings.bytes_written, shard_bytes(out)) == (0, shards)
+        assert (report.timings.bytes_written, shard_bytes(out)) == (first.timings.bytes_written, shards)
         assert (out / name).exists()
 
 
