@@ -1,7 +1,7 @@
 """What the work on a result took, over every session that it took: time, bytes, peaks, and what was warned of.
 
 A session is one start of the command. With every commit it writes how far it has come, so that a killed one is missed
-by seconds; of each session the last line counts. Only the report needs them: damage to the file costs no more than that.
+by seconds; of each session the last line counts. Only the report needs them: damage to the file costs nothing else.
 """
 
 from __future__ import annotations

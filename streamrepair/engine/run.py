@@ -12,18 +12,20 @@ from typing import Protocol
 import msgspec
 
 from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.headers import ShardHeader
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
 from streamrepair.engine import budget, memory
 from streamrepair.engine.accounts import summed
 from streamrepair.engine.commit import Committer
+from streamrepair.engine.finite import search
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.plan import Plan, Task, fits_full
 from streamrepair.engine.side_files import check_report_path
 from streamrepair.engine.stop import StopRequest
-from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, run_task
+from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, nonfinite_error, run_task
 from streamrepair.engine.workspace import Workspace, refuse_overlap
 from streamrepair.errors import InputError, shown
 from streamrepair.report import (
@@ -136,6 +138,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         _write_copy(finished, report_path)
         return finished
     unchanged = _unchanged_check(run)
+    _check_dropped(run)
     committer = Committer(run.workspace, done, before_commit=unchanged, after_commit=run.record_session)
     _work(run, committer, [task for task in plan.tasks if task.name not in done])
     unchanged()
@@ -223,6 +226,28 @@ def _work(run: _Run, committer: Committer, tasks: list[Task]) -> None:
         committer.flush()
         raise
     committer.flush()
+
+
+def _check_dropped(run: _Run) -> None:
+    """Read what only BASE has: no number is made of it, but an input that is broken is refused.
+
+    Raises:
+        NonFiniteInputError: it holds NaN or infinity.
+    """
+    if run.plan.settings.on_nonfinite != "refuse":
+        return
+    for pairing in run.plan.dropped:
+        assert pairing.base is not None
+        shard, entry = run.plan.base.shards[pairing.base.shard], pairing.base.entry
+
+        def read(offset: int, buffer: memoryview, shard: ShardHeader = shard, start: int = entry.start) -> None:
+            began = time.perf_counter()
+            run.files.read_into(shard, start + offset, buffer)
+            run.spent.read_s += time.perf_counter() - began
+            run.spent.bytes_read += len(buffer)
+
+        if (index := search(read, entry, run.stop.check)) is not None:
+            raise nonfinite_error(shard.path, entry, index)
 
 
 def _take(run: _Run, committer: Committer, outcome: Outcome) -> None:

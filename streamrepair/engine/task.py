@@ -9,18 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
 
 from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.write import ShardFile, digest_text, new_digest
 from streamrepair.decompose.scratch import Scratch
-from streamrepair.engine.finite import first_nonfinite
+from streamrepair.engine.finite import first_nonfinite, search
 from streamrepair.engine.memory import COPY_BYTES
 from streamrepair.engine.plan import Task
 from streamrepair.errors import InputError, shown
@@ -28,7 +31,15 @@ from streamrepair.report import Settings, TensorRecord, Timings
 
 
 class NonFiniteInputError(InputError):
-    """A weight of BASE or FT is NaN or infinite: the pair is refused and leaves no output."""
+    """A weight of BASE or FT is NaN or infinite: the pair is refused and leaves no output.
+
+    Args:
+        found: what is where.
+    """
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"{found}: restore the file, or pass such tensors through with --on-nonfinite copy-ft")
+        self.found = found
 
 
 class Progress(Protocol):
@@ -147,6 +158,8 @@ def run_task(task: Task, around: Surroundings, scratch: Scratch) -> Outcome:
         scratch.begin(task.shape)
     nonfinite: str | None = None
     if task.shape is None:
+        if task.pairing.base is not None:
+            _check_base(job, task.pairing.base)
         digest, nonfinite = copy(job)
         record = passed_through(task, "kept_ft", task.pairing.reason, digest)
     else:
@@ -256,14 +269,16 @@ def met_nonfinite(job: Job, piece: memoryview, offset: int, *, of_base: bool) ->
         return None
     item = side.entry.nbytes // side.entry.numel
     checkpoint = job.around.base if of_base else job.around.ft
-    path = checkpoint.shards[side.shard].path
-    message = (
-        f"{shown(str(path))}: tensor {shown(job.task.name)} holds NaN or infinity at element {offset // item + index}, "
-        "expected finite numbers"
-    )
+    error = nonfinite_error(checkpoint.shards[side.shard].path, side.entry, offset // item + index)
     if job.around.settings.on_nonfinite == "copy-ft":
-        return message
-    raise NonFiniteInputError(f"{message}: restore the file, or pass such tensors through with --on-nonfinite copy-ft")
+        return error.found
+    raise error
+
+
+def nonfinite_error(path: Path, entry: TensorEntry, index: int) -> NonFiniteInputError:
+    """What is to be said of an element that is not finite."""
+    found = f"{shown(str(path))}: tensor {shown(entry.name)} holds NaN or infinity at element {index}, "
+    return NonFiniteInputError(found + "expected finite numbers")
 
 
 def find_nonfinite(job: Job) -> str | None:
@@ -281,6 +296,18 @@ def find_nonfinite(job: Job) -> str | None:
             if found:
                 return found
     return None
+
+
+def _check_base(job: Job, base: Side) -> None:
+    """Read BASE's side of a tensor that is passed through: no number is made of it, but a broken input is to be known.
+
+    Raises:
+        NonFiniteInputError: it holds NaN or infinity. Where the user passes such tensors through, it is not read.
+    """
+    if job.around.settings.on_nonfinite == "refuse":
+        read = partial(job.read, base, of_base=True)
+        if (index := search(read, base.entry, job.around.check_stop)) is not None:
+            raise nonfinite_error(job.around.base.shards[base.shard].path, base.entry, index)
 
 
 def _with_seconds(record: TensorRecord, seconds: float) -> TensorRecord:

@@ -428,6 +428,35 @@ def test_a_vector_that_is_not_finite_is_refused_too(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["v", "grown", "left", "gone", "f8"])
+def test_what_is_not_used_of_base_is_refused_if_it_is_not_finite(tmp_path: Path, name: str) -> None:
+    """BASE's side of a vector, of a tensor of another shape, of an excluded one, and of one that FT lacks.
+
+    FP8 is no plain number and is not looked into. Where such tensors are passed through, FT's side is all that counts.
+    """
+    rng = np.random.default_rng(0)
+    ft = {"w": bf16(rng.standard_normal((64, 64))), "v": bf16(np.ones(70)), "grown": bf16(np.ones((80, 64)))}
+    ft |= {"left": bf16(rng.standard_normal((64, 64))), "f8": ("F8_E4M3", (64, 64), b"\x38" * 4096)}
+    base = ft | {"grown": bf16(np.ones((70, 64))), "gone": bf16(np.ones((70, 70)))}
+    if name == "f8":
+        base["f8"] = ("F8_E4M3", (64, 64), b"\x7f" * 4096)
+    pair = Pair(write_split(tmp_path / "base", base, 1), write_split(tmp_path / "ft", ft, 1))
+    planned = api.plan(pair.base, pair.ft, exclude="left")
+    sound = api.repair(pair.base, pair.ft, tmp_path / "sound", exclude="left")
+    assert sound.timings.bytes_read == pytest.approx(planned.read_bytes, abs=2 << 14)
+    if name == "f8":
+        return
+    _spoil(pair.base, name, 69, math.inf)
+    with pytest.raises(
+        InputError, match=rf"base/model\.safetensors: tensor {name} holds NaN or infinity at element 69"
+    ):
+        api.repair(pair.base, pair.ft, tmp_path / "out", exclude="left")
+    assert not (tmp_path / "out").exists()
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", exclude="left", on_nonfinite="copy-ft")
+    assert read_tensors(tmp_path / "out") == read_tensors(tmp_path / "sound")
+    assert report.timings.bytes_read < sound.timings.bytes_read
+
+
 def test_a_refusal_leaves_what_was_in_out_before(tmp_path: Path) -> None:
     """An empty folder stays; with --overwrite other files stay, and only the earlier result is gone."""
     pair = write_pair(tmp_path, {"w": (64, 64)}, shards=(1, 1))
