@@ -254,3 +254,10 @@ def fits_full(plan: Plan) -> Mapping[str, bool]:
         for task in plan.tasks
         if task.shape is not None
     }
+
+
+def full_budget(plan: Plan, task: Task) -> int:
+    """Bytes of --ram in which the reference route fits for a task, with one worker."""
+    assert task.shape is not None
+    need = memory.repair_bytes(task.shape, "full", task.shape.block)
+    return memory.run_bytes([need], 1, tensors=plan.tensors, cuda=plan.device != "cpu")

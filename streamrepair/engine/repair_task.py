@@ -64,9 +64,13 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
 
 
 def _failed(job: Job, error: Exception) -> NumericalError:
+    more = ""
+    if not job.around.full_fits(job.task):
+        need_mb = -(-job.around.full_budget(job.task) // 1_000_000)
+        more = f"give the float64 SVD room with --ram {need_mb}MB --workers 1, or "
     return NumericalError(
         f"tensor {shown(job.task.name)} {list(job.task.out.shape)}: no backend could decompose its delta ({error}); "
-        f"leave it out with --exclude '^{shown(job.task.name)}$' to pass it through"
+        f"{more}leave it out with --exclude '^{shown(job.task.name)}$' to pass it through"
     )
 
 

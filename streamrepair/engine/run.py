@@ -22,7 +22,7 @@ from streamrepair.engine.commit import Committer
 from streamrepair.engine.finite import search
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.numeric_threads import NumericThreads
-from streamrepair.engine.plan import Plan, Task, fits_full
+from streamrepair.engine.plan import Plan, Task, fits_full, full_budget
 from streamrepair.engine.side_files import check_report_path
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, nonfinite_error, run_task
@@ -209,6 +209,7 @@ def _work(run: _Run, committer: Committer, tasks: list[Task]) -> None:
         progress=run.watcher,
         check_stop=run.stop.check,
         full_fits=lambda task: full_fits[task.name],
+        full_budget=lambda task: full_budget(plan, task),
         hold_threads=run.threads.hold,
     )
     fixed = memory.run_bytes([], plan.workers, tensors=plan.tensors, cuda=plan.device != "cpu")
@@ -266,7 +267,7 @@ def _warnings_of(outcome: Outcome) -> Iterator[str]:
         yield f"tensor {shown(task.name)} is kept as fine-tuned: {record.reason}"
         return  # which way that was found out is in the record
     for reason in record.climbed:
-        if not reason.startswith(("gram-float32", "rows")):  # meant to be tried and left
+        if not reason.startswith(("gram-float32", "rows", "row-space")):  # meant to be tried and left
             yield f"tensor {shown(task.name)}: {reason}; decided by {record.backend}"
 
 

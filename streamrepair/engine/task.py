@@ -97,6 +97,8 @@ class Surroundings:
     """Called before a thread computes."""
     full_fits: Callable[[Task], bool]
     """Whether the reference route would fit the budget for a task, should every cheaper one fail."""
+    full_budget: Callable[[Task], int]
+    """Bytes of --ram, with one worker, in which it would."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import pytest
 from streamrepair import api
 from streamrepair.checkpoint import osfile
 from streamrepair.engine import commit, task
-from streamrepair.engine.plan import Plan
+from streamrepair.engine.plan import Plan, fits_full
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import DiskSpaceError, InputError, InterruptedRunError, NumericalError, OutputError
 from streamrepair.report import Report
@@ -351,6 +351,34 @@ def test_a_delta_of_exactly_low_rank_is_kept_with_a_warning(tmp_path: Path) -> N
     assert report.tensors["w"].backend is not None
     assert report.tensors["w"].climbed
     assert read_tensors(tmp_path / "out") == read_tensors(ft)
+
+
+def test_low_rank_is_settled_in_the_smallest_budget_a_plan_accepts(tmp_path: Path) -> None:
+    """Of which the float64 SVD, which would have told it too, needs far more."""
+    rng = np.random.default_rng(0)
+    base = {name: rng.integers(-8, 8, (700, 700)).astype(np.float32) for name in ("a", "b")}
+    low = rng.integers(-4, 4, (700, 4)) @ rng.integers(-4, 4, (4, 700))
+    ft = {name: before + low.astype(np.float32) for name, before in base.items()}
+    pair = Pair(write_split(tmp_path / "base", base, 1), write_split(tmp_path / "ft", ft, 1))
+    least = smallest_budget(pair)
+    planned = api.plan(pair.base, pair.ft, ram=least)
+    assert not any(fits_full(planned).values()), "the budget was meant to be too small"
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", ram=least)
+    assert {r.backend for r in report.tensors.values()} == {"row-space"}
+    assert all("low rank" in r.reason for r in report.tensors.values())
+
+
+def test_a_spectrum_too_wide_for_the_budget_names_one_that_works(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    delta = rng.standard_normal((300, 300)) + 1e9 * np.outer(rng.standard_normal(300), rng.standard_normal(300))
+    base = write_split(tmp_path / "base", {"w": np.zeros((300, 300))}, 1)
+    pair = Pair(base, write_split(tmp_path / "ft", {"w": delta}, 1))
+    least = smallest_budget(pair)
+    with pytest.raises(NumericalError, match=r"tensor w .*with --ram \d+MB --workers 1, or leave it out") as caught:
+        api.repair(pair.base, pair.ft, tmp_path / "out", ram=least)
+    enough = str(caught.value).partition("--ram ")[2].partition(" ")[0]
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", ram=enough, workers=1)
+    assert report.tensors["w"].backend == "full"
 
 
 def test_what_is_meant_to_be_left_is_not_warned_of(tmp_path: Path) -> None:
