@@ -20,6 +20,7 @@ from streamrepair.units import counted, format_bytes, format_seconds
 from streamrepair.verification import Verified
 from streamrepair.views import groups
 
+_now = time.monotonic
 _SILENT_S = 30.0  # between lines of progress where there is no terminal to overwrite
 
 
@@ -31,7 +32,7 @@ class Bar:
         self._bar: tqdm[NoReturn] | None = None
         self._total_bytes = self._done_bytes = 0
         self._found_bytes = 0
-        self._began = self._said = time.monotonic()
+        self._began = self._said = _now()
 
     def begin(self, plan: Plan, done_bytes: int) -> None:
         """Show the bar."""
@@ -40,7 +41,7 @@ class Bar:
         if done_bytes:
             self.note(f"continuing: {format_bytes(done_bytes)} of {format_bytes(plan.out_bytes)} were finished before")
         self._total_bytes, self._done_bytes = sum(task.out.nbytes for task in plan.tasks), done_bytes
-        self._found_bytes, self._began = done_bytes, time.monotonic()
+        self._found_bytes, self._began = done_bytes, _now()
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc="repair",
@@ -55,13 +56,13 @@ class Bar:
                 self._bar.update(done_bytes)
             return
         self._done_bytes += done_bytes  # threads may lose an addition to each other: it is for the eye
-        if time.monotonic() - self._said > _SILENT_S:
-            self._said = time.monotonic()
+        if _now() - self._said > _SILENT_S:
+            self._said = _now()
             self.note(f"{format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)} done{self._left()}")
 
     def _left(self) -> str:
         """How long it will still take at the mean rate of this run, in words."""
-        here, now = self._done_bytes - self._found_bytes, time.monotonic()
+        here, now = self._done_bytes - self._found_bytes, _now()
         if here <= 0:
             return ""
         return f", about {format_seconds((now - self._began) / here * (self._total_bytes - self._done_bytes))} left"

@@ -21,13 +21,12 @@ from streamrepair.decompose.operator import Panel
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
 from streamrepair.engine.memory import COPY_BYTES
+from streamrepair.engine.pace import Pace, with_merge
 from streamrepair.engine.task import Job, copy, find_nonfinite, met_nonfinite, passed_through
 from streamrepair.engine.view import MatrixView, StoredMatrix
 from streamrepair.errors import NumericalError, shown
 from streamrepair.report import TensorRecord
 from streamrepair.spectral.threshold import HardThreshold
-
-_FIRST_PASS_SHARE = 0.6  # of a repair's time, for the progress bar
 
 
 def repair(job: Job) -> tuple[TensorRecord, str | None]:
@@ -37,7 +36,10 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
         InputError: an input holds NaN or infinity.
         NumericalError: no backend could decide, or the result overflows its dtype.
     """
-    view = _view(job)
+    shape, planned = job.task.shape, job.task.backend
+    assert shape is not None
+    pace = Pace(shape, planned, job.tell)
+    view = _view(job, pace.advance)
     settings = job.around.settings
     rule = HardThreshold(scale=settings.scale, sigma=settings.sigma)
     arithmetic = _arithmetic(job.around.device, job.scratch)
@@ -45,9 +47,10 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     sharp = job.task.out.dtype not in ("BF16", "F16")
     began = time.perf_counter()
     try:
-        truncation = ladder.decompose(
-            view, rule, arithmetic=arithmetic, backend=settings.backend, sharp=sharp, full_fits=fits
-        )
+        with pace:
+            truncation = ladder.decompose(
+                view, rule, arithmetic=arithmetic, backend=settings.backend, sharp=sharp, full_fits=fits
+            )
     except NonFiniteDeltaError as error:
         where = find_nonfinite(job)
         if where is None:
@@ -148,8 +151,9 @@ class _Merged:
             else:
                 for block in panel.blocks():
                     self._write_rows(block.start, self._merged(block))
-            done = (panel.start + panel.rows) / self._view.rows
-            self._job.tell(_FIRST_PASS_SHARE + (1 - _FIRST_PASS_SHARE) * done)
+            task = self._job.task
+            assert task.shape is not None
+            self._job.tell(with_merge(task.shape, task.backend, (panel.start + panel.rows) / self._view.rows))
         if self._running is None:
             self.digest = self._job.around.shards[self._job.task.shard].digest(self._job.task.name)
         else:
@@ -222,16 +226,9 @@ def _arithmetic(device: str, scratch: Scratch) -> Arithmetic:
     return DeviceArithmetic(device)
 
 
-def _view(job: Job) -> MatrixView:
+def _view(job: Job, advance: Callable[[int], None]) -> MatrixView:
     base, task, around = job.task.pairing.base, job.task, job.around
     assert base is not None
-    done_rows = 0
-
-    def advance(rows: int) -> None:
-        nonlocal done_rows
-        done_rows += rows
-        job.tell(_FIRST_PASS_SHARE * min(1.0, done_rows / max(task.ft.entry.shape)))
-
     return MatrixView(
         files=around.files,
         base=StoredMatrix(around.base.shards[base.shard], base.entry),
