@@ -6,8 +6,9 @@ A table goes between the lines `<!-- bench:NAME -->` and `<!-- /bench -->`, NAME
 - end_to_end: whole repairs, against the plain in-memory way where that was run too;
 - copy: pairs with Δ = 0, against cp;
 - memory: allowed, projected and measured memory of every run;
-- exact: what `end_to_end.py --check` found.
-Results are what `end_to_end.py` writes; files without a "streamrepair" record are left alone. `--check` writes nothing
+- exact: what `end_to_end.py --check` found;
+- plan: `streamrepair plan` as a whole process.
+Results are what `end_to_end.py` and `plan_70b.py` write; other files are left alone. `--check` writes nothing
 and ends with 1 if a table is not what the results say.
 """
 
@@ -35,7 +36,7 @@ Row = list[str]
 def load(folder: Path) -> list[Record]:
     """The results in `folder`, smallest pair first."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    runs = [record for record in found if isinstance(record, dict) and "streamrepair" in record]
+    runs = [record for record in found if isinstance(record, dict) and {"streamrepair", "plan"} & record.keys()]
     return sorted(runs, key=lambda record: (record["bytes"], record["name"]))
 
 
@@ -93,17 +94,29 @@ def exact(records: list[Record]) -> list[Row]:
     return [head, *rows] if rows else []
 
 
+def plan(records: list[Record]) -> list[Row]:
+    """Planning from headers alone, and what of it is the interpreter and the command line."""
+    head = ["pair", "tensors", "shards", "size", "plan, quickest of 9", "processor", "`--version`", "processor"]
+    rows = []
+    for record in records:
+        costs = [format_seconds(record[what][key]) for what in ("plan", "version") for key in ("wall_s", "cpu_s")]
+        counts = [str(record["tensors"]), str(record["shards"])]
+        rows.append([_label(record), *counts, format_bytes(record["bytes"]), *costs])
+    return [head, *rows] if rows else []
+
+
 TABLES: dict[str, Callable[[list[Record]], list[Row]]] = {
     "end_to_end": end_to_end,
     "copy": copy,
     "memory": memory,
     "exact": exact,
+    "plan": plan,
 }
 
 
 def _label(record: Record) -> str:
     name: str = record["name"]
-    return name.removeprefix("end-to-end-").removeprefix("copy-")
+    return name.removeprefix("end-to-end-").removeprefix("copy-").removeprefix("plan-")
 
 
 def _cost(run: Record | None) -> tuple[str, str]:
@@ -129,6 +142,7 @@ def _machines(records: Iterable[Record]) -> list[str]:
 
 def section(name: str, records: list[Record]) -> str:
     """The text between the markers of table `name`, its last newline included."""
+    records = [record for record in records if ("plan" in record) == (name == "plan")]
     rows = TABLES[name](records)
     if not rows:
         return "No result yet: `make bench` measures.\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from streamrepair import api
 from streamrepair.checkpoint import osfile
@@ -88,15 +90,33 @@ def test_the_demo_pair(tmp_path: Path) -> None:
     }
 
 
+def _with_another_layer(config: Path) -> str:
+    parsed = json.loads(config.read_text())
+    return json.dumps(parsed | {"num_hidden_layers": parsed["num_hidden_layers"] + 1})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("out_dtype", ["same", "float32"])
 def test_the_result_loads_in_transformers(tmp_path: Path, out_dtype: str) -> None:
     transformers = pytest.importorskip("transformers")
     options: dict[str, object] = {"out_dtype": out_dtype}
     api.repair(DEMO / "base", DEMO / "ft", tmp_path / "out", **options)  # type: ignore[arg-type]
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True, dtype="auto"
-    )
+    said: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = transformers.utils.logging.get_logger("transformers")  # it does not propagate
+    logger.addHandler(listener)
+    try:
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", output_loading_info=True, dtype="auto"
+        )
+        model(torch.arange(16)[None])
+        assert said == []
+        (tmp_path / "out" / "config.json").write_text(_with_another_layer(tmp_path / "out" / "config.json"))
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+        assert any("layers.4" in message for message in said), "the listener was meant to hear of missing weights"
+    finally:
+        logger.removeHandler(listener)
     assert {key: list(found) for key, found in loading.items() if found} == {}
     assert str(model.dtype) == ("torch.float32" if out_dtype == "float32" else "torch.bfloat16")
     tensors = read_tensors(tmp_path / "out")
