@@ -10,65 +10,46 @@ import contextlib
 import difflib
 import os
 import re
-import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Literal
+from typing import Annotated
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
+from streamrepair.cli_bench import bench
+from streamrepair.cli_options import (
+    OUTPUT,
+    Backend,
+    Base,
+    Device,
+    Exclude,
+    Ft,
+    Include,
+    Json,
+    OnNonfinite,
+    Out,
+    OutDtype,
+    Quiet,
+    Ram,
+    Scale,
+    Sigma,
+    Vram,
+    Workers,
+)
+from streamrepair.console import fill_standard_descriptors, printing, stop_on_signals
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import (
     DamageError,
     InterruptedRunError,
-    NumericalError,
-    OutputError,
     StreamRepairError,
     UsageError,
     shown,
 )
 from streamrepair.report import Settings
 from streamrepair.version import __version__
-
-_NUMBERS = Group("What is computed", sort_key=1)
-_MEANS = Group("With what", sort_key=2)
-_OUTPUT = Group("Output", sort_key=3)
-
-Base = Annotated[str, Parameter(help="Base checkpoint: a folder, a .safetensors file, an index.json, or a Hub id.")]
-Ft = Annotated[str, Parameter(help="Fine-tuned checkpoint, likewise.")]
-Out = Annotated[str, Parameter(help="Folder of the result.")]
-Ram = Annotated[
-    str | None,
-    Parameter(group=_MEANS, help="Memory for the whole process, e.g. 16GB or 16GiB. Default: 80% of what is free."),
-]
-Vram = Annotated[str | None, Parameter(group=_MEANS, help="Memory per GPU. Default: 90% of what is free.")]
-Device = Annotated[str, Parameter(group=_MEANS, help="auto, cpu, cuda or cuda:N.")]
-Workers = Annotated[int | None, Parameter(group=_MEANS, help="Matrices in work at once. Default: one per processor.")]
-Backend = Annotated[
-    Literal["auto", "full", "gram"],
-    Parameter(group=_MEANS, help="auto and gram: eigenvalues of ΔᵀΔ, certified; full: float64 QR and SVD, slow."),
-]
-Sigma = Annotated[
-    Literal["median", "tail"], Parameter(group=_NUMBERS, help="Noise estimate: median (Gavish–Donoho) or tail.")
-]
-Scale = Annotated[float, Parameter(group=_NUMBERS, help="Factor on the threshold τ.")]
-Include = Annotated[str | None, Parameter(group=_NUMBERS, help="Repair only tensors whose name matches this regex.")]
-Exclude = Annotated[str | None, Parameter(group=_NUMBERS, help="Pass through tensors whose name matches this regex.")]
-OutDtype = Annotated[
-    Literal["same", "float32"], Parameter(group=_NUMBERS, help="same as FT, or float32: no rounding of the repair.")
-]
-OnNonfinite = Annotated[
-    Literal["refuse", "copy-ft"],
-    Parameter(group=_NUMBERS, help="Where an input holds NaN or Inf: refuse the pair, or pass that tensor through."),
-]
-Json = Annotated[bool, Parameter(group=_OUTPUT, negative=(), help="Machine-readable result on stdout.")]
-Quiet = Annotated[
-    bool, Parameter(group=_OUTPUT, negative=(), help="No progress, warnings or summary; errors are still said.")
-]
 
 app = App(
     name="streamrepair",
@@ -100,38 +81,23 @@ def repair(
     exclude: Exclude = None,
     out_dtype: OutDtype = "same",
     on_nonfinite: OnNonfinite = "refuse",
-    overwrite: Annotated[bool, Parameter(group=_OUTPUT, negative=(), help="Replace what OUT holds.")] = False,
-    report: Annotated[str | None, Parameter(group=_OUTPUT, help="Second copy of the report.")] = None,
+    overwrite: Annotated[bool, Parameter(group=OUTPUT, negative=(), help="Replace what OUT holds.")] = False,
+    report: Annotated[str | None, Parameter(group=OUTPUT, help="Second copy of the report.")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
     """Repair FT against BASE and write OUT; an interrupted run is continued by the same command."""
     stop = StopRequest()
-    with _signals(stop, quiet=quiet):
+    with stop_on_signals(stop, quiet=quiet):
         from streamrepair import api
         from streamrepair.terminal import Bar, print_json, print_summary
 
         result = api.repair(
-            base,
-            ft,
-            out,
-            ram=ram,
-            vram=vram,
-            device=device,
-            workers=workers,
-            backend=backend,
-            sigma=sigma,
-            scale=scale,
-            include=include,
-            exclude=exclude,
-            out_dtype=out_dtype,
-            on_nonfinite=on_nonfinite,
-            overwrite=overwrite,
-            report=report,
-            watcher=Bar(quiet=quiet),
-            stop=stop,
-        )
-    with _printing():
+            base, ft, out, ram=ram, vram=vram, device=device, workers=workers, backend=backend, sigma=sigma,
+            scale=scale, include=include, exclude=exclude, out_dtype=out_dtype, on_nonfinite=on_nonfinite,
+            overwrite=overwrite, report=report, watcher=Bar(quiet=quiet), stop=stop,
+        )  # fmt: skip
+    with printing():
         if json:
             print_json(result)
         elif not quiet:
@@ -160,7 +126,7 @@ def plan(
 ) -> int:
     """Say what a repair would do and need, from headers alone; reads no weights, writes nothing."""
     from streamrepair import api
-    from streamrepair.engine.run import plan_warnings
+    from streamrepair.engine.notices import plan_warnings
     from streamrepair.terminal import Bar, print_json, print_plan
     from streamrepair.views import plan_view
 
@@ -176,7 +142,7 @@ def plan(
     planned = api.plan(base, ft, ram=ram, vram=vram, device=device, workers=workers, settings=settings)
     for message in plan_warnings(planned):
         Bar(quiet=False).warn(message)
-    with _printing():
+    with printing():
         if json:
             print_json(plan_view(planned))
         else:
@@ -201,7 +167,7 @@ def verify(
     from streamrepair.terminal import print_json, print_verified
 
     result = api.verify(out, deep=deep, sample=sample)
-    with _printing():
+    with printing():
         if json:
             print_json(result)
         elif not quiet:
@@ -213,69 +179,7 @@ def verify(
     return 0
 
 
-@app.command
-def bench(
-    base: Annotated[
-        str | None,
-        Parameter(help="Take the shapes of this checkpoint's matrices; with FT, of those a repair computes."),
-    ] = None,
-    ft: Annotated[str | None, Parameter(help="Fine-tuned checkpoint.")] = None,
-    /,
-    *,
-    shape: Annotated[
-        list[str] | None,
-        Parameter(group=_NUMBERS, negative=(), help="ROWSxCOLUMNS, repeatable. Default: 1024x1024 and 4096x1024."),
-    ] = None,
-    spectrum: Annotated[
-        list[str] | None,
-        Parameter(
-            group=_NUMBERS,
-            negative=(),
-            help="gapped: low rank and noise; heavy: runs through τ, as in real fine-tunes. Default: both.",
-        ),
-    ] = None,
-    dtype: Annotated[str, Parameter(group=_NUMBERS, help="Of inputs and output: bf16, f16 or f32.")] = "bf16",
-    check: Annotated[
-        bool,
-        Parameter(group=_NUMBERS, negative="--no-check", help="Hold results against a float64 SVD; slow where large."),
-    ] = True,
-    backend: Annotated[
-        list[str] | None,
-        Parameter(group=_MEANS, negative=(), help="Backends, repeatable or with commas. Default: all."),
-    ] = None,
-    device: Device = "auto",
-    threads: Annotated[
-        int | None, Parameter(group=_MEANS, help="Most threads of the reference. Default: one per processor.")
-    ] = None,
-    repeats: Annotated[int, Parameter(group=_MEANS, help="Timed runs of each; the median counts.")] = 3,
-    plot: Annotated[Path | None, Parameter(group=_OUTPUT, help="Bar chart: FILE.svg or FILE.html.")] = None,
-    json: Json = False,
-) -> int:
-    """Time the backends on this device, on synthetic deltas, against torch.linalg.svd in memory and float64."""
-    from streamrepair.benchmark import plot as chart
-    from streamrepair.benchmark.cases import make_cases
-    from streamrepair.benchmark.conditions import make_conditions
-    from streamrepair.benchmark.measure import measure
-    from streamrepair.benchmark.table import render
-    from streamrepair.terminal import Bar, print_json
-
-    if plot is not None:
-        chart.check_target(plot)
-    cases = make_cases(shapes=shape or (), spectra=spectrum or (), base=base, ft=ft)
-    conditions = make_conditions(
-        backends=backend or (), dtype=dtype, device=device, threads=threads, repeats=repeats, check=check
-    )
-    result = measure(cases, conditions, tell=Bar(quiet=False).note)
-    with _printing():
-        if json:
-            print_json(result)
-        else:
-            print(render(result), end="", flush=True)
-    if plot is not None:
-        chart.save(result, plot)
-    if result.faults:
-        raise NumericalError(f"{'; '.join(result.faults)}: report it with the output of --json")
-    return 0
+app.command(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -283,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
-    _fill_standard_descriptors()
+    fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal cannot show must not end the run.
         with contextlib.suppress(AttributeError, OSError):
@@ -315,49 +219,11 @@ def _failed(error: BaseException) -> int:
     return 1
 
 
-def _fill_standard_descriptors() -> None:
-    """Open what the caller closed of 0, 1 and 2: else a weights file gets the number, and messages go into it."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", closefd=False)
-
-
-@contextlib.contextmanager
-def _printing() -> Iterator[None]:
-    """Nobody reading our output any more is no failure: the work itself is done.
-
-    Raises:
-        OutputError: standard output cannot take it, for lack of space for example.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        _drop_standard_output()
-    except OSError as error:
-        if isinstance(error, StreamRepairError):
-            raise
-        _drop_standard_output()
-        raise OutputError(
-            f"standard output cannot be written ({error.strerror}): the work itself is done: send the output elsewhere"
-        ) from error
-
-
-def _drop_standard_output() -> None:
-    """What is still buffered would fail once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _run(tokens: list[str]) -> int:
     _hint_near_miss(tokens)
     asks = not {"--help", "-h", "--version"}.isdisjoint(tokens)  # then all that happens is printing
     try:
-        with _printing() if asks else contextlib.nullcontext():
+        with printing() if asks else contextlib.nullcontext():
             result = app(_joined(tokens), print_error=False, exit_on_error=False)
             sys.stdout.flush()
     except CycloptsError as error:
@@ -398,30 +264,6 @@ def _hint_near_miss(tokens: list[str]) -> None:
 def _say(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed)."""
-    answer = b"stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends at once\n"
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if stop.requested:
-            os.write(
-                2, b"error: interrupted again: ended at once; finished work is kept: the same command continues it\n"
-            )
-            os._exit(InterruptedRunError.exit_status)
-        stop.request(f"interrupted by {signal.Signals(number).name}")
-        if not quiet:
-            with contextlib.suppress(OSError):
-                os.write(2, (b"\n" if sys.stderr.isatty() else b"") + answer)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

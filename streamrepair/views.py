@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan, Task
-from streamrepair.engine.run import plan_warnings
 
 
 @dataclass(frozen=True, slots=True)

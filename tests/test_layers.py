@@ -14,7 +14,7 @@ PACKAGE = Path(streamrepair.__file__).parent
 FLOORS = (
     ("__main__",),
     ("entry",),
-    ("cli",),
+    ("cli", "cli_bench", "cli_options", "console"),
     ("terminal", "views"),
     ("__init__",),
     ("api",),
@@ -96,7 +96,7 @@ def test_spectral_mathematics_knows_no_files_and_no_torch() -> None:
 
 def test_files_are_touched_through_one_module() -> None:
     """A fault put under osfile's `os` meets every operation on weights, journal and report."""
-    exempt = {"checkpoint/osfile.py", "cli.py", "entry.py"}  # /dev/null, and standard error in a signal handler
+    exempt = {"checkpoint/osfile.py", "console.py", "entry.py"}  # /dev/null, and standard error in a signal handler
     exempt |= {"engine/budget.py", "benchmark/machine.py"}  # /proc
     for name, tree in _modules():
         if name in exempt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ from streamrepair.engine.accounts import summed
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.finite import search
 from streamrepair.engine.local import LocalExecutor
+from streamrepair.engine.notices import plan_warnings, task_warnings
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.plan import Plan, Task, fits_full, full_budget
 from streamrepair.engine.side_files import check_report_path
@@ -38,8 +39,6 @@ from streamrepair.report import (
     TensorRecord,
 )
 from streamrepair.version import __version__
-
-_FEW = 8
 
 
 class Watcher(Protocol):
@@ -252,23 +251,11 @@ def _check_dropped(run: _Run) -> None:
 
 
 def _take(run: _Run, committer: Committer, outcome: Outcome) -> None:
-    task, warnings = outcome.task, tuple(_warnings_of(outcome))
+    task, warnings = outcome.task, tuple(task_warnings(outcome))
     committer.add(task.name, task.shard, msgspec.structs.replace(outcome.record, warnings=warnings), task.out.nbytes)
     run.spent.add(outcome.spent)
     for message in warnings:
         run.watcher.warn(message)
-
-
-def _warnings_of(outcome: Outcome) -> Iterator[str]:
-    task, record = outcome.task, outcome.record
-    if outcome.nonfinite:
-        yield f"{outcome.nonfinite}; passed through as it is"
-    elif record.action == "kept_ft" and task.pairing.intent == "repair":
-        yield f"tensor {shown(task.name)} is kept as fine-tuned: {record.reason}"
-        return  # which way that was found out is in the record
-    for reason in record.climbed:
-        if not reason.startswith(("gram-float32", "rows", "row-space")):  # meant to be tried and left
-            yield f"tensor {shown(task.name)}: {reason}; decided by {record.backend}"
 
 
 def _unchanged_check(run: _Run) -> Callable[[], None]:
@@ -295,30 +282,6 @@ def _index(plan: Plan) -> bytes:
         "weight_map": {name: layout.name for name, layout in placed.items()},
     }
     return msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n"
-
-
-def plan_warnings(plan: Plan) -> list[str]:
-    """What a person should know before the work starts."""
-    found = []
-    if dropped := len(plan.dropped):
-        found.append(f"{dropped} tensors of BASE are not in FT and are dropped, e.g. {shown(plan.dropped[0].name)}")
-    missing = [t for t in plan.tasks if t.pairing.base is None and t.pairing.reason == "not in the base checkpoint"]
-    if missing:
-        found.append(f"{len(missing)} tensors of FT are not in BASE and are kept, e.g. {shown(missing[0].name)}")
-    short = [t for t in plan.tasks if t.shape is not None and t.shape.cols < _FEW]
-    if short:
-        found.append(
-            f"{len(short)} matrices have a side shorter than {_FEW}, of which the law of large matrices says little; "
-            f"--exclude passes them through, e.g. {shown(short[0].name)} {list(short[0].out.shape)}"
-        )
-    if resized := [t for t in plan.tasks if t.pairing.reason.startswith("shapes differ")]:
-        found.append(f"{len(resized)} tensors differ in shape and are kept, e.g. {shown(resized[0].name)}")
-    for side, checkpoint in (("BASE", plan.base), ("FT", plan.ft)):
-        if checkpoint.unindexed:
-            found.append(f"{side}: {len(checkpoint.unindexed)} tensors are in its shards but not in its index")
-        if checkpoint.stray_files:
-            found.append(f"{side}: ignored weight files {', '.join(map(shown, checkpoint.stray_files[:5]))}")
-    return found
 
 
 def fingerprint(plan: Plan) -> Fingerprint:
