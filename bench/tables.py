@@ -7,9 +7,11 @@ A table goes between the lines `<!-- bench:NAME -->` and `<!-- /bench -->`, NAME
 - copy: pairs with Δ = 0, against cp;
 - memory: allowed, projected and measured memory of every run;
 - exact: what `end_to_end.py --check` found;
-- plan: `streamrepair plan` as a whole process.
-Results are what `end_to_end.py` and `plan_70b.py` write; other files are left alone. `--check` writes nothing
-and ends with 1 if a table is not what the results say.
+- plan: `streamrepair plan` as a whole process;
+- campaign: the runs of `python -m tests.crash.campaign`;
+- recovery: `resume_cost.py` and `verify_speed.py`.
+The first four take what `end_to_end.py` writes, plan what `plan_70b.py` does. `--check` writes nothing and ends with 1
+if a table is not what the results say.
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ from streamrepair.units import format_bytes, format_seconds
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "bench" / "results"
-FILLED = (REPOSITORY / "README.md", REPOSITORY / "docs" / "performance.md")
+FILLED = (
+    REPOSITORY / "README.md",
+    REPOSITORY / "docs" / "performance.md",
+    REPOSITORY / "docs" / "durability.md",
+)
 MARKED = re.compile(r"(?<=<!-- bench:)(?P<name>\w+) -->\n(?P<old>.*?)(?=<!-- /bench -->)", re.DOTALL)
 
 Record = dict[str, Any]
@@ -105,12 +111,50 @@ def plan(records: list[Record]) -> list[Row]:
     return [head, *rows] if rows else []
 
 
+def campaign() -> list[Row]:
+    """Kinds of fault and the runs of each."""
+    head = ["fault", "operations", "runs", "failed", "kept", "seconds"]
+    rows: list[list[Any]] = []
+    for record in named("crash-campaign"):
+        for row in record["rows"]:
+            counts = [row[key] for key in ("operations", "runs", "failed", "kept")]
+            rows.append([row["fault"], *counts, f"{row['seconds']:.0f}"])
+        sums = [sum(row[i] for row in rows) for i in (2, 3, 4)]
+        rows.append(["all", "", *sums, f"{sum(row['seconds'] for row in record['rows']):.0f}"])
+    return [head, *([str(cell) for cell in row] for row in rows)] if rows else []
+
+
+def recovery() -> list[Row]:
+    """What going on after a kill costs, and how fast a result is verified."""
+    rows = []
+    for record in named("resume-*"):
+        share, ratio = f"{record['finished_share']:.0%}", f"{record['resumed_to_full']:.2f}"
+        what = f"{record['name']}: killed with {share} of the weights finished"
+        times = f"{format_seconds(record['resumed_s'])} to go on, {format_seconds(record['full_s'])} undisturbed"
+        rows.append([what, times, ratio])
+    for record in named("verify-*"):
+        for state in ("cold", "cached"):
+            speeds = [f"{format_bytes(record['bytes'] / record[f'{what}_{state}_s'])}/s" for what in ("verify", "read")]
+            what = f"{record['name']}: {state}"
+            rows.append(
+                [what, f"{speeds[0]} verified, {speeds[1]} read in sequence", f"{record[f'{state}_ratio']:.2f}"]
+            )
+    return [["what", "measured", "ratio"], *rows] if rows else []
+
+
+def named(pattern: str) -> list[Record]:
+    """The results of one kind, by the names of their files."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob(f"{pattern}.json"))]
+
+
 TABLES: dict[str, Callable[[list[Record]], list[Row]]] = {
     "end_to_end": end_to_end,
     "copy": copy,
     "memory": memory,
     "exact": exact,
     "plan": plan,
+    "campaign": lambda _: campaign(),
+    "recovery": lambda _: recovery(),
 }
 
 
@@ -149,6 +193,9 @@ def section(name: str, records: list[Record]) -> str:
     head, *body = rows
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    if name in ("campaign", "recovery"):
+        records = named("crash-campaign" if name == "campaign" else "[rv]e*-*")
+        return f"{table}\n\n" + "".join(f"{line}.\n" for line in _machines(records))
     shown = {row[0] for row in body}
     return f"{table}\n\n" + "".join(f"{line}.\n" for line in _machines(r for r in records if _label(r) in shown))
 

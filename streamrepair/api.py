@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from streamrepair.checkpoint.layout import open_checkpoint
-from streamrepair.engine import budget
+import msgspec
+
+from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
+from streamrepair.engine import budget, limits
+from streamrepair.engine.fit import gpus_of
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import Watcher, execute
 from streamrepair.engine.stop import StopRequest
@@ -44,8 +48,9 @@ def plan(
     vram: Size | None = None,
     device: str = "auto",
     workers: int | None = None,
-    backend: Literal["auto", "full", "gram"] = "auto",
+    backend: Literal["auto", "full", "gram", "randomized"] = "auto",
     sigma: Literal["median", "tail"] = "median",
+    noise_estimate: Literal["exact", "fast"] = "exact",
     scale: float = 1.0,
     include: str | None = None,
     exclude: str | None = None,
@@ -68,6 +73,7 @@ def plan(
     """
     named = Settings(
         sigma=sigma,
+        noise_estimate=noise_estimate,
         scale=scale,
         include=include,
         exclude=exclude,
@@ -77,12 +83,19 @@ def plan(
     )
     if settings is not None and named != Settings():
         raise UsageError("settings are given twice, as an object and by name: give one of them")
-    return _plan(base, ft, settings or named, ram=ram, vram=vram, device=device, workers=workers, only_plan=True)
+    resources = _resources(settings or named, ram=ram, vram=vram, device=device, workers=workers, only_plan=True)
+    return _planned(*_sides(base, ft), settings or named, resources)
 
 
-def _plan(
-    base: Source,
-    ft: Source,
+@dataclass(frozen=True, slots=True)
+class _Resources:
+    devices: tuple[str, ...]
+    workers: int
+    ram_bytes: int
+    vram_bytes: int | None
+
+
+def _resources(
     settings: Settings,
     *,
     ram: Size | None,
@@ -90,25 +103,39 @@ def _plan(
     device: str,
     workers: int | None,
     only_plan: bool = False,
-) -> Plan:
+) -> _Resources:
+    """What a run may use; all options are checked before a checkpoint is opened."""
     settings.check()
     if workers is not None:
         check_count("workers", workers)
     ram_bytes = None if ram is None else size_bytes("ram", ram)
     vram_bytes = None if vram is None else size_bytes("vram", vram)
-    place = budget.resolve_device(device, absent=only_plan and vram_bytes is not None)
-    if place == "cpu":
-        vram_bytes = None
-    elif vram_bytes is None:
-        vram_bytes = budget.default_vram_bytes(place)
+    devices = budget.resolve_devices(device, absent=only_plan and vram_bytes is not None)
+    gpus = gpus_of(devices)
+    if gpus and vram_bytes is None:
+        vram_bytes = budget.default_vram_bytes(gpus)
+    return _Resources(
+        devices,
+        workers or limits.default_workers(),
+        limits.default_ram_bytes() if ram_bytes is None else ram_bytes,
+        vram_bytes if gpus else None,
+    )
+
+
+def _sides(base: Source, ft: Source) -> tuple[Checkpoint, Checkpoint]:
+    texts = path_text("BASE", base), path_text("FT", ft)
+    return open_checkpoint(texts[0], side="BASE"), open_checkpoint(texts[1], side="FT")
+
+
+def _planned(base: Checkpoint, ft: Checkpoint, settings: Settings, resources: _Resources) -> Plan:
     return make_plan(
-        open_checkpoint(path_text("BASE", base), side="BASE"),
-        open_checkpoint(path_text("FT", ft), side="FT"),
+        base,
+        ft,
         settings,
-        device=place,
-        workers=workers or (budget.default_workers() if place == "cpu" else 1),
-        ram_bytes=budget.default_ram_bytes() if ram_bytes is None else ram_bytes,
-        vram_bytes=vram_bytes,
+        devices=resources.devices,
+        workers=resources.workers,
+        ram_bytes=resources.ram_bytes,
+        vram_bytes=resources.vram_bytes,
     )
 
 
@@ -121,8 +148,9 @@ def repair(
     vram: Size | None = None,
     device: str = "auto",
     workers: int | None = None,
-    backend: Literal["auto", "full", "gram"] = "auto",
+    backend: Literal["auto", "full", "gram", "randomized"] = "auto",
     sigma: Literal["median", "tail"] = "median",
+    noise_estimate: Literal["exact", "fast"] = "exact",
     scale: float = 1.0,
     include: str | None = None,
     exclude: str | None = None,
@@ -130,28 +158,27 @@ def repair(
     on_nonfinite: Literal["refuse", "copy-ft"] = "refuse",
     overwrite: bool = False,
     report: Source | None = None,
+    trace: Source | None = None,
     watcher: Watcher | None = None,
     stop: StopRequest | None = None,
 ) -> Report:
     """Repair a fine-tuned checkpoint against its base and write the result to the folder `out`.
 
-    An interrupted call is continued by the same call. `report` writes a second copy of OUT/streamrepair.json.
+    An interrupted call is continued by the same call. `report` writes a second copy of OUT/streamrepair.json, `trace` a
+    timeline that Perfetto opens.
 
     Raises:
         StreamRepairError: by the tree in `streamrepair.errors`.
     """
     settings = Settings(
-        sigma=sigma,
-        scale=scale,
-        include=include,
-        exclude=exclude,
-        out_dtype=out_dtype,
-        backend=backend,
-        on_nonfinite=on_nonfinite,
-    )
+        sigma=sigma, noise_estimate=noise_estimate, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype,
+        backend=backend, on_nonfinite=on_nonfinite,
+    )  # fmt: skip
     out_path = Path(path_text("OUT", out))
     report_path = None if report is None else Path(path_text("--report", report))
-    planned = _plan(base, ft, settings, ram=ram, vram=vram, device=device, workers=workers)
+    trace_path = None if trace is None else Path(path_text("--trace", trace))
+    resources = _resources(settings, ram=ram, vram=vram, device=device, workers=workers)
+    planned = _planned(*_sides(base, ft), settings, resources)
     return execute(
         planned,
         out_path,
@@ -159,18 +186,44 @@ def repair(
         watcher=watcher or Silent(),
         overwrite=overwrite,
         report=report_path,
+        trace=trace_path,
     )
 
 
-def verify(out: Source, *, deep: bool = False, sample: int = 5) -> Verified:
+def verify(
+    out: Source,
+    *,
+    deep: bool = False,
+    sample: int = 5,
+    repair: bool = False,
+    ram: Size | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    watcher: Watcher | None = None,
+    stop: StopRequest | None = None,
+) -> Verified:
     """Check that a result is whole: structure, completeness, and the digest of every tensor.
 
     Args:
         deep: also recompute `sample` tensors in float64 from BASE and FT.
+        repair: do damaged tensors again, from BASE and FT, with the settings of the report; what follows is for that.
 
     Raises:
         DamageError: `out` holds no finished result. Damage to a finished one is returned, not raised.
         UsageError: `sample` is no positive number.
+        StreamRepairError: with `repair`, the work failed.
     """
     check_count("sample", sample)
-    return verify_folder(Path(path_text("OUT", out)), deep=deep, sample=sample)
+    folder = Path(path_text("OUT", out))
+    found = verify_folder(folder, deep=deep and not repair, sample=sample)
+    if not repair:
+        return found
+    from streamrepair.mend import mend
+
+    def planned(base: Checkpoint, ft: Checkpoint, settings: Settings) -> Plan:
+        return _planned(base, ft, settings, _resources(settings, ram=ram, vram=None, device=device, workers=workers))
+
+    mended = mend(folder, found, planned, watcher=watcher or Silent(), stop=stop or StopRequest())
+    if deep:
+        return msgspec.structs.replace(verify_folder(folder, deep=True, sample=sample), mended=mended.mended)
+    return mended

@@ -29,6 +29,7 @@ from streamrepair.cli_options import (
     Ft,
     Include,
     Json,
+    NoiseEstimate,
     OnNonfinite,
     Out,
     OutDtype,
@@ -49,7 +50,10 @@ from streamrepair.errors import (
     shown,
 )
 from streamrepair.report import Settings
+from streamrepair.units import counted
 from streamrepair.version import __version__
+
+_LISTED = 5  # faults in the one line of a failure; all of them are on stdout
 
 app = App(
     name="streamrepair",
@@ -76,6 +80,7 @@ def repair(
     workers: Workers = None,
     backend: Backend = "auto",
     sigma: Sigma = "median",
+    noise_estimate: NoiseEstimate = "exact",
     scale: Scale = 1.0,
     include: Include = None,
     exclude: Exclude = None,
@@ -83,6 +88,7 @@ def repair(
     on_nonfinite: OnNonfinite = "refuse",
     overwrite: Annotated[bool, Parameter(group=OUTPUT, negative=(), help="Replace what OUT holds.")] = False,
     report: Annotated[str | None, Parameter(group=OUTPUT, help="Second copy of the report.")] = None,
+    trace: Annotated[str | None, Parameter(group=OUTPUT, help="Timeline of the run, for ui.perfetto.dev.")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
@@ -94,8 +100,9 @@ def repair(
 
         result = api.repair(
             base, ft, out, ram=ram, vram=vram, device=device, workers=workers, backend=backend, sigma=sigma,
-            scale=scale, include=include, exclude=exclude, out_dtype=out_dtype, on_nonfinite=on_nonfinite,
-            overwrite=overwrite, report=report, watcher=Bar(quiet=quiet), stop=stop,
+            noise_estimate=noise_estimate, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype,
+            on_nonfinite=on_nonfinite, overwrite=overwrite, report=report, trace=trace, watcher=Bar(quiet=quiet),
+            stop=stop,
         )  # fmt: skip
     with printing():
         if json:
@@ -117,6 +124,7 @@ def plan(
     workers: Workers = None,
     backend: Backend = "auto",
     sigma: Sigma = "median",
+    noise_estimate: NoiseEstimate = "exact",
     scale: Scale = 1.0,
     include: Include = None,
     exclude: Exclude = None,
@@ -132,6 +140,7 @@ def plan(
 
     settings = Settings(
         sigma=sigma,
+        noise_estimate=noise_estimate,
         scale=scale,
         include=include,
         exclude=exclude,
@@ -159,23 +168,38 @@ def verify(
         bool, Parameter(negative=(), help="Also recompute a sample of tensors in float64 from BASE and FT.")
     ] = False,
     sample: Annotated[int, Parameter(help="How many tensors --deep recomputes.")] = 5,
+    repair: Annotated[
+        bool, Parameter(negative=(), help="Do damaged tensors again, and nothing else; then verify once more.")
+    ] = False,
+    ram: Ram = None,
+    device: Device = "auto",
+    workers: Workers = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Check that OUT is whole: structure, completeness, and the digest of every tensor."""
-    from streamrepair import api
-    from streamrepair.terminal import print_json, print_verified
+    """Check that OUT is whole: structure, completeness, and the digest of every tensor.
 
-    result = api.verify(out, deep=deep, sample=sample)
+    --ram, --device and --workers are for --repair.
+    """
+    stop = StopRequest()
+    with stop_on_signals(stop, quiet=quiet) if repair else contextlib.nullcontext():
+        from streamrepair import api
+        from streamrepair.terminal import Bar, print_json, print_verified
+
+        result = api.verify(
+            out, deep=deep, sample=sample, repair=repair, ram=ram, device=device, workers=workers,
+            watcher=Bar(quiet=quiet), stop=stop,
+        )  # fmt: skip
     with printing():
         if json:
             print_json(result)
         elif not quiet:
             print_verified(result, Path(out))
     if result.damage:
-        first = result.damage[0]
-        more = f" and {len(result.damage) - 1} more" if len(result.damage) > 1 else ""
-        raise DamageError(f"{shown(out)}: {shown(first.where)}: {first.what}{more}: run the repair again")
+        listed = "; ".join(f"{shown(d.where)}: {d.what}" for d in result.damage[:_LISTED])
+        more = f"; and {len(result.damage) - _LISTED} more" if len(result.damage) > _LISTED else ""
+        remedy = "remove what is not the result's" if repair else "do it again with verify --repair"
+        raise DamageError(f"{shown(out)}: {counted(len(result.damage), 'fault')}: {listed}{more}: {remedy}")
     return 0
 
 

@@ -18,11 +18,33 @@ Ram = Annotated[
     Parameter(group=MEANS, help="Memory for the whole process, e.g. 16GB or 16GiB. Default: 80% of what is free."),
 ]
 Vram = Annotated[str | None, Parameter(group=MEANS, help="Memory per GPU. Default: 90% of what is free.")]
-Device = Annotated[str, Parameter(group=MEANS, help="auto, cpu, cuda or cuda:N.")]
-Workers = Annotated[int | None, Parameter(group=MEANS, help="Matrices in work at once. Default: one per processor.")]
+Device = Annotated[
+    str,
+    Parameter(
+        group=MEANS,
+        help="auto, cpu, cuda (all cards), or a list: cuda:0,cuda:1; with cpu in it the CPU takes small matrices.",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    Parameter(
+        group=MEANS, help="Threads on the CPU, a matrix each; every GPU has one more. Default: one per processor."
+    ),
+]
 Backend = Annotated[
-    Literal["auto", "full", "gram"],
-    Parameter(group=MEANS, help="auto and gram: eigenvalues of ΔᵀΔ, certified; full: float64 QR and SVD, slow."),
+    Literal["auto", "full", "gram", "randomized"],
+    Parameter(
+        group=MEANS,
+        help="gram: all eigenvalues of ΔᵀΔ, certified; randomized: block Krylov first, gram where it loses; "
+        "full: float64 QR and SVD, slow; auto: the quicker of the first two.",
+    ),
+]
+NoiseEstimate = Annotated[
+    Literal["exact", "fast"],
+    Parameter(
+        group=NUMBERS,
+        help="exact, or fast: large matrices that keep little get an interval for τ instead of the exact median.",
+    ),
 ]
 Sigma = Annotated[
     Literal["median", "tail"], Parameter(group=NUMBERS, help="Noise estimate: median (Gavish–Donoho) or tail.")

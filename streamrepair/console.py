@@ -53,10 +53,17 @@ def _drop_standard_output() -> None:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed)."""
+    """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed).
+
+    Before the run has begun (imports, headers, a download from the Hub) the first one does.
+    """
     answer = b"stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends at once\n"
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        if not stop.heeded:
+            name = signal.Signals(number).name
+            os.write(2, f"error: interrupted by {name} before any work: the same command begins again\n".encode())
+            os._exit(InterruptedRunError.exit_status)
         if stop.requested:
             os.write(
                 2, b"error: interrupted again: ended at once; finished work is kept: the same command continues it\n"

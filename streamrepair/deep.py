@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
+from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.decompose import full
 from streamrepair.decompose.convert import difference, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.view import MatrixView, StoredMatrix
-from streamrepair.errors import InputError
+from streamrepair.errors import InputError, shown
+from streamrepair.origins import open_origins
 from streamrepair.report import Report
 from streamrepair.spectral.threshold import HardThreshold
 from streamrepair.verification import DeepCheck
 
+Doubles = NDArray[np.float64]
+
+_LEAST_ROUNDED = 0.99
+"""Share of 16-bit values that must be the exact ones rounded; repairs give more than 0.999."""
+_LARGEST_ERROR = 1e-4
+"""Largest ‖Δ*_out − Δ*‖/‖Δ*‖ beyond rounding: what the repair promises."""
 _SIGNIFICAND_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 _LEAST_EXPONENT = {"BF16": -126, "F16": -14, "F32": -126, "F64": -1022}
 
@@ -27,7 +37,7 @@ def recompute(report: Report, result: Checkpoint, sample: int) -> tuple[DeepChec
     Raises:
         InputError: BASE or FT is gone or is not what the run read.
     """
-    base, ft = _input(report.base.given, report.base.path, "BASE"), _input(report.ft.given, report.ft.path, "FT")
+    base, ft = open_origins(report)
     names = [name for name, record in report.tensors.items() if record.action == "repaired"]
     step = max(1, len(names) // max(1, sample))
     files = InputFiles()
@@ -38,11 +48,24 @@ def recompute(report: Report, result: Checkpoint, sample: int) -> tuple[DeepChec
         files.close()
 
 
-def _input(given: str, path: str, side: str) -> Checkpoint:
-    try:
-        return open_checkpoint(given, side=side)
-    except InputError:
-        return open_checkpoint(path, side=side)  # `given` may have been relative to another folder
+@dataclass(slots=True)
+class _Agreement:
+    """Sums over the blocks of one tensor."""
+
+    right: int = 0
+    largest_ulp: float = 0.0
+    error_square: float = 0.0
+    rounding_square: float = 0.0
+
+    def add(self, value: Doubles, exact: Doubles, correction: Doubles, dtype: str) -> None:
+        """Take in one block: stored values, W_base + Δ* in float64, Δ* alone."""
+        error, unit = np.abs(value - exact), _unit(exact, dtype)
+        self.right += int(np.count_nonzero(error <= (0.5 + 1e-6) * unit))
+        self.error_square += float(np.square(error).sum())
+        self.rounding_square += float(np.square(0.5 * unit).sum())
+        # Where W_base and Δ* cancel, the sum is as exact as they are: measured in units of the larger.
+        unit = _unit(np.maximum(np.abs(exact), np.abs(correction)), dtype)
+        self.largest_ulp = max(self.largest_ulp, float((error / unit).max(initial=0.0)))
 
 
 def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: InputFiles) -> DeepCheck:
@@ -51,8 +74,7 @@ def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: Input
     rule = HardThreshold(scale=report.settings.scale, sigma=report.settings.sigma)
     truncation = full.truncate(view, rule, arithmetic=HostArithmetic())
     written = MatrixView(files=files, base=base, ft=result, scratch=Scratch(), panel_rows=view.panel_rows)
-    right, worst, total = 0, 0.0, view.rows * view.cols
-    vh = truncation.vh.astype(np.float64)
+    agreement, vh = _Agreement(), truncation.vh.astype(np.float64)
     for pair, found in zip(view.panels(), written.panels(), strict=True):
         for block, stored in zip(pair.blocks(), found.blocks(), strict=True):
             delta, exact, value = (np.empty(block.ft.shape) for _ in range(3))
@@ -61,29 +83,44 @@ def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: Input
             widened(stored.ft, stored.ft_dtype, value)
             correction = vh.T @ (vh @ delta) if block.wide else (delta @ vh.T) @ vh
             exact += correction
-            error = np.abs(value - exact)
-            right += int(np.count_nonzero(error <= (0.5 + 1e-6) * _unit(exact, stored.ft_dtype)))
-            # Where W_base and Δ* cancel, the sum is as exact as they are: measured in units of the larger.
-            unit = _unit(np.maximum(np.abs(exact), np.abs(correction)), stored.ft_dtype)
-            worst = max(worst, float((error / unit).max(initial=0.0)))
-    return DeepCheck(
+            agreement.add(value, exact, correction, stored.ft_dtype)
+    beyond = max(0.0, agreement.error_square**0.5 - agreement.rounding_square**0.5)
+    check = DeepCheck(
         name=name,
         rank_kept=report.tensors[name].rank_kept or 0,
         rank_exact=truncation.threshold.rank_kept,
-        correctly_rounded=right / total,
-        largest_ulp=worst,
+        correctly_rounded=agreement.right / (view.rows * view.cols),
+        largest_ulp=agreement.largest_ulp,
+        delta_error=beyond / (truncation.frob_delta_out or truncation.frob_delta_in or 1.0),
     )
+    undecidable = max(truncation.undecidable, report.tensors[name].undecidable or 0)
+    return msgspec.structs.replace(check, fault=_fault(check, result.entry.dtype, undecidable))
 
 
-def _unit(values: NDArray[np.float64], dtype: str) -> NDArray[np.float64]:
+def _fault(check: DeepCheck, dtype: str, undecidable: int) -> str | None:
+    off = abs(check.rank_kept - check.rank_exact)
+    if off > undecidable:
+        return f"rank {check.rank_kept}, a float64 SVD keeps {check.rank_exact}"
+    if off:  # both ranks are right to within rounding, and their values differ by what lies between them
+        return None
+    if dtype in ("BF16", "F16") and check.correctly_rounded < _LEAST_ROUNDED:
+        return (
+            f"{check.correctly_rounded:.2%} of its values are the float64 result rounded, expected {_LEAST_ROUNDED:.0%}"
+        )
+    if check.delta_error > _LARGEST_ERROR:
+        return f"its delta is off by {check.delta_error:.1e} of the float64 one, expected at most {_LARGEST_ERROR:.0e}"
+    return None
+
+
+def _unit(values: Doubles, dtype: str) -> Doubles:
     """The unit in the last place of `dtype` at each value."""
     exponent = np.maximum(np.frexp(values)[1] - 1, _LEAST_EXPONENT[dtype])
-    unit: NDArray[np.float64] = np.ldexp(1.0, exponent - _SIGNIFICAND_BITS[dtype] + 1)
+    unit: Doubles = np.ldexp(1.0, exponent - _SIGNIFICAND_BITS[dtype] + 1)
     return unit
 
 
 def _stored(checkpoint: Checkpoint, name: str, side: str) -> StoredMatrix:
     if name not in checkpoint.tensors:
-        raise InputError(f"{side} {checkpoint.given}: tensor {name} is gone since the run")
+        raise InputError(f"{side} {shown(checkpoint.given)}: tensor {shown(name)} is gone since the run")
     shard, entry = checkpoint.tensors[name]
     return StoredMatrix(checkpoint.shards[shard], entry)

@@ -25,7 +25,8 @@ def main() -> int:
 def _end(number: int, _frame: FrameType | None) -> None:
     """Nothing is in work that could be lost, or left half done."""
     try:
-        os.write(2, f"error: interrupted by {signal.Signals(number).name}: the same command does it again\n".encode())
+        name = signal.Signals(number).name
+        os.write(2, f"error: interrupted by {name} before any work: the same command begins again\n".encode())
     finally:
         os._exit(_INTERRUPTED)
 

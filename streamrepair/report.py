@@ -7,7 +7,9 @@ written: JSON has no NaN.
 from __future__ import annotations
 
 import math
+import os
 from typing import Literal, get_args, get_type_hints
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import msgspec
 
@@ -17,6 +19,20 @@ REPORT_FORMAT = "streamrepair.report/1"
 REPORT_NAME = "streamrepair.json"
 
 Action = Literal["repaired", "copied", "kept_ft", "dropped"]
+
+
+def storable(path: str) -> str:
+    """A path as it stands in a file; one that is not UTF-8, as a file: URI of its bytes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "file:" + quote_from_bytes(os.fsencode(path))
+    return path
+
+
+def restored(text: str) -> str:
+    """The path that `storable` made the text of."""
+    return os.fsdecode(unquote_to_bytes(text.removeprefix("file:"))) if text.startswith("file:") else text
 
 
 class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +60,10 @@ class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
     """Smallest |s/τ − 1|; null where there is no τ."""
     undecidable: int | None = None
     """Singular values so near τ that rounding decides their side."""
+    threshold_interval: tuple[float, float] | None = None
+    """Of τ, with `--noise-estimate fast` where the noise level was estimated and not computed; else null."""
+    within_interval: int | None = None
+    """Singular values in that interval: the kept rank may be off by as many."""
     backend: str | None = None
     climbed: tuple[str, ...] = ()
     """Why cheaper backends were left."""
@@ -78,6 +98,7 @@ class CheckpointSummary(msgspec.Struct, frozen=True, kw_only=True):
 
     given: str
     path: str
+    """Both as `storable` writes them."""
     shards: tuple[str, ...]
     tensors: int
     bytes: int
@@ -97,7 +118,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     include: str | None = None
     exclude: str | None = None
     out_dtype: Literal["same", "float32"] = "same"
-    backend: Literal["auto", "full", "gram"] = "auto"
+    backend: Literal["auto", "full", "gram", "randomized"] = "auto"
+    noise_estimate: Literal["exact", "fast"] = "exact"
     on_nonfinite: Literal["refuse", "copy-ft"] = "refuse"
 
     def check(self) -> None:
@@ -143,6 +165,20 @@ class Timings(msgspec.Struct, frozen=True, kw_only=True):
     write_s: float
     bytes_read: int
     bytes_written: int
+    cpu_s: float = 0.0
+    """Processor seconds of the whole process: over `wall_s` times the processors, the share that was busy."""
+
+
+class ResourceUse(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker's wall time ("cpu 0", "cuda:1"), or that in which any file was read, written or synced ("files")."""
+
+    name: str
+    busy_s: float
+    """Computing; for files, at work."""
+    waiting_s: dict[str, float]
+    """Waiting for what: read, write, memory."""
+    idle_s: float
+    """Without a task: before the first, after the last."""
 
 
 class Session(msgspec.Struct, frozen=True, kw_only=True):
@@ -169,6 +205,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     timings: Timings
     sessions: int = 1
     """How often the command was started for this result; more than once after an interruption or damage."""
+    utilisation: tuple[ResourceUse, ...] = ()
+    """Each worker, then the files."""
     sidecars: tuple[str, ...]
     """Files copied from FT beside the weights."""
     headers: dict[str, str]
@@ -185,6 +223,8 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     """Shard path → size, mtime and header digest."""
     ft: dict[str, str]
     settings: Settings
+    device: str = ""
+    """Where the run began to compute; another one may go on, with a warning. "" in runs that did not note it."""
 
     def differences(self, other: Fingerprint) -> list[str]:
         """What changed from `other` to this, in words; empty if nothing did."""

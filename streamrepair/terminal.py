@@ -15,12 +15,13 @@ from tqdm import tqdm
 
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import shown
-from streamrepair.report import Action, Report, TensorRecord
+from streamrepair.report import Action, Report, ResourceUse, TensorRecord
 from streamrepair.units import counted, format_bytes, format_seconds
 from streamrepair.verification import Verified
 from streamrepair.views import groups
 
 _now = time.monotonic
+_WAITS = {"read": "reads", "write": "writes", "memory": "memory"}
 _SILENT_S = 30.0  # between lines of progress where there is no terminal to overwrite
 
 
@@ -91,14 +92,16 @@ def print_json(value: object) -> None:
 
 def print_plan(plan: Plan) -> None:
     """The plan's table and totals."""
-    rows = [("tensors", "shape", "what", "result", "memory each")]
+    cuda = bool(plan.gpus)
+    rows = [("tensors", "shape", "what", "result", "memory each", *(["on GPU"] if cuda else []), "time")]
     for group in groups(plan):
+        vram = [format_bytes(group.vram_bytes)] if cuda else []
+        memory_each = (format_bytes(group.ram_bytes), *vram)
         shape = " × ".join(map(str, group.shape))
-        rows.append(
-            (str(group.count), shape, group.treatment, format_bytes(group.out_bytes), format_bytes(group.ram_bytes))
-        )
+        out, time_s = format_bytes(group.out_bytes), format_seconds(group.seconds)
+        rows.append((str(group.count), shape, group.treatment, out, *memory_each, time_s))
     if plan.dropped:
-        rows.append((str(len(plan.dropped)), "", "drop, not in FT", "", ""))
+        rows.append((str(len(plan.dropped)), "", "drop, not in FT", *[""] * (len(rows[0]) - 3)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         aligned = (
@@ -108,7 +111,8 @@ def print_plan(plan: Plan) -> None:
         print("  ".join(aligned).rstrip())
     work = f"{format_bytes(plan.read_bytes)} to read, {format_bytes(plan.out_bytes)} to write in "
     work += f"{counted(len(plan.layouts), 'shard')}, {sum(t.flops for t in plan.tasks) / 1e9:,.0f} GFLOP "
-    print(f"\n{work}on {plan.device} with {counted(plan.workers, 'worker')}")
+    work += f"on {plan.device} with {counted(plan.workers, 'worker')}"
+    print(f"\n{work}: about {format_seconds(plan.estimated_s)}")
     line = f"memory: {format_bytes(plan.ram_projected_bytes)} projected, {format_bytes(plan.ram_allowed_bytes)} allowed"
     if plan.vram_projected_bytes is not None and plan.vram_allowed_bytes is not None:
         line += (
@@ -157,8 +161,10 @@ def _print_cost(report: Report) -> None:
     rate = timings.bytes_read / timings.wall_s if timings.wall_s else 0.0
     print(
         f"{format_seconds(timings.wall_s)} on {report.device} with {counted(report.workers, 'worker')}: read "
-        f"{format_bytes(timings.bytes_read)} ({format_bytes(rate)}/s), wrote {format_bytes(timings.bytes_written)}"
+        f"{format_bytes(timings.bytes_read)} ({format_bytes(rate)}/s), wrote {format_bytes(timings.bytes_written)} "
+        f"({format_bytes(timings.bytes_written / timings.wall_s if timings.wall_s else 0.0)}/s)"
     )
+    _print_use(report)
     line = (
         f"memory: measured peak {format_bytes(budget.ram_measured_bytes)}, projected "
         f"{format_bytes(budget.ram_projected_bytes)}, allowed {format_bytes(budget.ram_allowed_bytes)}"
@@ -171,15 +177,37 @@ def _print_cost(report: Report) -> None:
     print(line, flush=True)
 
 
+def _print_use(report: Report) -> None:
+    """Who was busy, and who waited for what: each GPU by itself, the CPU's workers together."""
+    grouped: dict[str, list[ResourceUse]] = {}
+    for use in report.utilisation:
+        grouped.setdefault(use.name.partition(" ")[0], []).append(use)
+    parts = []
+    for name, uses in grouped.items():
+        busy, idle = sum(use.busy_s for use in uses), sum(use.idle_s for use in uses)
+        total = busy + idle + sum(sum(use.waiting_s.values()) for use in uses)
+        waits = [(sum(use.waiting_s.get(kind, 0.0) for use in uses), kind) for kind in ("read", "write", "memory")]
+        shares = [
+            f"{wait_s / total:.0%} waiting for {_WAITS[kind]}" for wait_s, kind in waits if wait_s > 0.005 * total
+        ]
+        words = f"{name} busy {busy / total:.0%}" if total else f"{name} busy 0%"
+        parts.append(", ".join([words, *shares]))
+    if parts:
+        print("; ".join(parts))
+
+
 def print_verified(result: Verified, out: Path) -> None:
     """What was checked and what was found."""
+    for damage in result.mended:
+        print(f"{shown(damage.where)}: {damage.what}: done again")
     for damage in result.damage:
         print(f"{shown(damage.where)}: {damage.what}")
     for check in result.deep:
+        beyond = f"off by {check.delta_error:.1e} beyond rounding" if check.delta_error else "right to within rounding"
         print(
             f"{shown(check.name)}: rank {check.rank_kept}, float64 SVD {check.rank_exact}; "
             f"{check.correctly_rounded:.4%} of values correctly rounded, the rest at most "
-            f"{check.largest_ulp:.2f} units in the last place off"
+            f"{check.largest_ulp:.2f} units in the last place off; delta {beyond}"
         )
     state = counted(len(result.damage), "fault") if result.damage else "whole"
     rate = result.bytes / result.seconds if result.seconds else 0.0

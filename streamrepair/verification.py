@@ -1,22 +1,29 @@
-"""`verify`: whether OUT is whole and is what its report says it is."""
+"""`verify`: whether OUT is whole and is what its report says it is.
+
+Every shard is looked at by itself, so that one that is broken does not hide what is wrong with the others. `deep` holds
+numbers against the inputs, `mend` puts right what is found here.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import msgspec
 
 from streamrepair.checkpoint import osfile
-from streamrepair.checkpoint.headers import ShardHeader
-from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
+from streamrepair.checkpoint.headers import ShardHeader, read_header
+from streamrepair.checkpoint.layout import Checkpoint, joined_digest, open_checkpoint
 from streamrepair.checkpoint.write import digest_range
 from streamrepair.errors import DamageError, InputError, shown
-from streamrepair.report import REPORT_FORMAT, REPORT_NAME, Report
+from streamrepair.report import REPORT_FORMAT, REPORT_NAME, Report, TensorRecord, restored
 
 _READERS = 2
+_LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.gguf", "adapter_config.json")
+"""Files of OUT's own folder that some loader takes for weights, or for a reason to look for some."""
 
 
 class Damage(msgspec.Struct, frozen=True):
@@ -37,6 +44,10 @@ class DeepCheck(msgspec.Struct, frozen=True, kw_only=True):
     """Share of output values that are the float64 result rounded to nearest."""
     largest_ulp: float
     """Largest distance from the float64 result, in units in the last place of the larger of value and correction."""
+    delta_error: float
+    """‖W_out − W_exact‖_F beyond what rounding to the output's dtype may do, over ‖Δ*‖_F; 0 if there is none."""
+    fault: str | None = None
+    """What disagrees; None if the two agree."""
 
 
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +59,8 @@ class Verified(msgspec.Struct, frozen=True, kw_only=True):
     damage: tuple[Damage, ...]
     """Empty if OUT is whole."""
     deep: tuple[DeepCheck, ...] = ()
+    mended: tuple[Damage, ...] = ()
+    """What was found first and has been put right since, with --repair."""
 
 
 def verify(out: Path, *, deep: bool = False, sample: int = 5) -> Verified:
@@ -59,24 +72,19 @@ def verify(out: Path, *, deep: bool = False, sample: int = 5) -> Verified:
     """
     began = time.perf_counter()
     report = read_report(out)
-    try:
-        checkpoint = open_checkpoint(str(out), side="OUT")
-    except InputError as error:
-        return Verified(tensors=0, bytes=0, seconds=time.perf_counter() - began, damage=(Damage(str(out), str(error)),))
-    damage = [*_structure(out, report, checkpoint), *_digests(report, checkpoint)]
+    shards, damage = _shards(out, report)
+    damage += [*_structure(report, shards), *_records(report), *_beside(out, report)]
+    checkpoint = None if damage else _indexed(out, damage)
+    damage += _digests(report, shards)
     checks: tuple[DeepCheck, ...] = ()
-    if deep:
+    if deep and checkpoint is not None:
         from streamrepair.deep import recompute
 
         checks = recompute(report, checkpoint, sample)
-        damage += [
-            Damage(check.name, f"rank {check.rank_kept}, a float64 SVD keeps {check.rank_exact}")
-            for check in checks
-            if check.rank_kept != check.rank_exact
-        ]
+        damage += [Damage(check.name, check.fault) for check in checks if check.fault is not None]
     return Verified(
-        tensors=len(checkpoint.tensors),
-        bytes=checkpoint.total_bytes,
+        tensors=sum(len(shard.tensors) for shard in shards),
+        bytes=sum(shard.file_bytes for shard in shards),
         seconds=time.perf_counter() - began,
         damage=tuple(damage),
         deep=checks,
@@ -97,56 +105,116 @@ def read_report(out: Path) -> Report:
             )
         report = msgspec.json.decode(osfile.read_whole(path), type=Report)
     except (InputError, msgspec.MsgspecError) as error:
-        raise DamageError(f"{shown(str(path))}: unreadable ({error}): run the repair again with --overwrite") from error
+        raise DamageError(f"{shown(str(path))}: unreadable ({error}): run the repair again") from error
     if report.format != REPORT_FORMAT:
         raise DamageError(f"{shown(str(path))}: format {shown(report.format)}, expected {REPORT_FORMAT}")
     return report
 
 
-def _structure(out: Path, report: Report, checkpoint: Checkpoint) -> Iterator[Damage]:
+def _shards(out: Path, report: Report) -> tuple[list[ShardHeader], list[Damage]]:
+    """The headers of the result's shards, and what is wrong with those that cannot be read."""
+    found: list[ShardHeader] = []
+    damage: list[Damage] = []
+    for name in sorted(report.headers):
+        path = out / name
+        if Path(name).name != name:
+            damage.append(Damage(name, "no plain file name, though the report has it for a shard"))
+        elif not path.exists():
+            damage.append(Damage(name, "a shard of the result, now missing"))
+        elif path.is_symlink():
+            damage.append(Damage(name, "a symbolic link, expected the file that was written"))
+        else:
+            try:
+                found.append(read_header(path))
+            except InputError as error:
+                damage.append(Damage(name, str(error)))
+    return found, damage
+
+
+def _structure(report: Report, shards: list[ShardHeader]) -> Iterator[Damage]:
+    """Headers against the report; tensors of shards that could not be read are not named one by one."""
     expected = {name: record for name, record in report.tensors.items() if record.action != "dropped"}
-    written = {entry.name: entry for shard in checkpoint.shards for entry in shard.tensors}
-    headers = {shard.path.name: shard.digest for shard in checkpoint.shards}
-    for name in sorted(report.headers.keys() - headers.keys()):
-        yield Damage(name, "a shard of the result, now missing")
-    for name in sorted(headers):
-        if headers[name] != report.headers.get(name):
-            yield Damage(name, "its header is not the one that was written")
-    for name in sorted(expected.keys() - written.keys()):
-        yield Damage(name, "in the report, but in no shard")
+    written = {entry.name: entry for shard in shards for entry in shard.tensors}
+    for shard in shards:
+        if shard.digest != report.headers[shard.path.name]:
+            yield Damage(shard.path.name, "its header is not the one that was written")
+    if len(shards) == len(report.headers):
+        for name in sorted(expected.keys() - written.keys()):
+            yield Damage(name, "in the report, but in no shard")
     for name in sorted(written.keys() - expected.keys()):
         yield Damage(name, "in a shard, but not in the report")
     for name in sorted(expected.keys() & written.keys()):
         record, entry = expected[name], written[name]
         if (record.shape, record.dtype) != (entry.shape, entry.dtype):
             yield Damage(name, f"{entry.dtype} {list(entry.shape)}, the report has {record.dtype} {list(record.shape)}")
-        if record.digest is None:
-            yield Damage(name, "the report has no digest of it")
-    for stray in checkpoint.stray_files:
-        yield Damage(stray, "a weights file that is not part of the result; loaders may pick it up")
+
+
+def _records(report: Report) -> Iterator[Damage]:
+    """Whether the report agrees with itself, and lists what FT had."""
+    if report.headers.keys() != set(report.ft.shards):
+        yield Damage(REPORT_NAME, "its list of shards is not that of FT")
+    elif report.settings.out_dtype == "same" and report.ft.header_digest != joined_digest(
+        report.headers[name] for name in report.ft.shards
+    ):
+        # FT's headers are written byte for byte: their digests are FT's, or the tensor set is not FT's.
+        yield Damage(REPORT_NAME, "its headers' digests are not those of FT")
+    for name, record in report.tensors.items():
+        if record.action != "dropped" and (what := _record_fault(record)):
+            yield Damage(name, f"the report {what}")
+
+
+def _record_fault(record: TensorRecord) -> str | None:
+    if record.digest is None:
+        return "has no digest of it"
+    if record.action != "repaired":
+        return None
+    kept, total = record.rank_kept, record.rank_total
+    if kept is None or total is None or total != min(record.shape, default=0) or not 0 <= kept <= total:
+        return f"has a rank of {kept} of {total} for shape {list(record.shape)}"
+    return None
+
+
+def _beside(out: Path, report: Report) -> Iterator[Damage]:
+    indices = []
+    for name in sorted(path.name for path in out.iterdir() if not path.name.startswith(".")):
+        if name.endswith(".safetensors.index.json"):
+            indices.append(name)
+        elif name not in report.headers and any(fnmatchcase(name, pattern) for pattern in _LOADED):
+            yield Damage(name, "a weights file that is not part of the result; loaders may pick it up")
+    if len(report.headers) > 1 and not indices:
+        yield Damage("*.safetensors.index.json", f"there is no index of the {len(report.headers)} shards")
+    for name in indices[1:]:
+        yield Damage(name, f"an index beside {indices[0]}, of which one is not part of the result")
     for sidecar in report.sidecars:
-        if not (out / sidecar).is_file():
+        if not (out / restored(sidecar)).is_file():
             yield Damage(sidecar, "copied from FT by the run, now missing")
 
 
-def _digests(report: Report, checkpoint: Checkpoint) -> list[Damage]:
-    """Tensors whose bytes differ from the report's digests; shards are read in parallel pieces at disk speed."""
+def _indexed(out: Path, damage: list[Damage]) -> Checkpoint | None:
+    """OUT as loaders see it; None, and the reason among the damage, if they could not read it."""
+    try:
+        return open_checkpoint(str(out), side="OUT")
+    except InputError as error:
+        damage.append(Damage(str(out), str(error)))
+        return None
+
+
+def _digests(report: Report, shards: list[ShardHeader]) -> list[Damage]:
+    """Tensors whose bytes differ from the report's digests; tensors are read side by side, at disk speed."""
     jobs = [
         (shard, entry.name, entry.start, entry.nbytes)
-        for shard in checkpoint.shards
+        for shard in shards
         for entry in shard.tensors
         if entry.name in report.tensors and report.tensors[entry.name].digest is not None
     ]
 
     def check(job: tuple[ShardHeader, str, int, int]) -> Damage | None:
         shard, name, start, nbytes = job
-        fd = osfile.open_input(shard.path)
         try:
-            found = digest_range(fd, start, nbytes, shard.path)
+            with osfile.opened_input(shard.path) as (fd, _):
+                found = digest_range(fd, start, nbytes, shard.path)
         except InputError as error:
             return Damage(name, str(error))
-        finally:
-            osfile.close(fd)
         expected = report.tensors[name].digest
         return None if found == expected else Damage(name, f"digest {found}, the report has {expected}")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from streamrepair.engine import cost
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan, Task
 
@@ -25,13 +26,16 @@ class Group:
     """Projected for one."""
     flops: float
     """Of all of them together."""
+    seconds: float
+    """Predicted, of all of them one after another."""
 
 
 def groups(plan: Plan) -> list[Group]:
     """The plan's tasks in groups, dearest first."""
     gathered: dict[tuple[str, tuple[int, ...]], list[Task]] = defaultdict(list)
     for task in plan.tasks:
-        treatment = f"repair, {task.backend}" if task.shape else _kind(task.pairing.reason)
+        on = ", on GPU" if task.place == "cuda" else ""
+        treatment = f"repair, {task.backend}{on}" if task.shape else _kind(task.pairing.reason)
         shape = task.out.shape if task.shape else ()
         gathered[treatment, shape].append(task)
     found = [
@@ -43,10 +47,11 @@ def groups(plan: Plan) -> list[Group]:
             ram_bytes=max(t.ram_bytes for t in tasks),
             vram_bytes=max(t.vram_bytes for t in tasks),
             flops=sum(t.flops for t in tasks),
+            seconds=sum(cost.seconds(t, t.place) for t in tasks),
         )
         for (treatment, shape), tasks in gathered.items()
     ]
-    return sorted(found, key=lambda group: (-group.flops, -group.out_bytes))
+    return sorted(found, key=lambda group: (-group.seconds, -group.out_bytes))
 
 
 def plan_view(plan: Plan) -> dict[str, object]:
@@ -54,6 +59,7 @@ def plan_view(plan: Plan) -> dict[str, object]:
     return {
         "format": "streamrepair.plan/1",
         "device": plan.device,
+        "lanes": plan.lanes,
         "workers": plan.workers,
         "budget": {
             "ram_allowed_bytes": plan.ram_allowed_bytes,
@@ -69,8 +75,10 @@ def plan_view(plan: Plan) -> dict[str, object]:
             "out_bytes": plan.out_bytes,
             "read_bytes": plan.read_bytes,
             "flops": sum(t.flops for t in plan.tasks),
+            "estimated_s": round(plan.estimated_s, 3),
         },
         "warnings": plan_warnings(plan),
+        "groups": groups(plan),
         "tensors": {t.name: _task_view(t) for t in plan.tasks}
         | {p.name: {"intent": "drop", "reason": p.reason} for p in plan.dropped},
     }
@@ -82,6 +90,7 @@ def _task_view(task: Task) -> dict[str, object]:
         "reason": task.pairing.reason,
         "shape": task.out.shape,
         "dtype": task.out.dtype,
+        "place": task.place,
         "ram_bytes": task.ram_bytes,
     }
     if task.shape:
@@ -90,6 +99,7 @@ def _task_view(task: Task) -> dict[str, object]:
             "panel_rows": task.panel_rows,
             "vram_bytes": task.vram_bytes,
             "flops": task.flops,
+            "seconds": round(cost.seconds(task, task.place), 6),
         }
     return view
 

@@ -366,7 +366,7 @@ def test_what_a_plan_warns_of_is_said(pair: Pair) -> None:
 
 def test_one_of_something_is_said_so(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, {"w": (64, 48)}, shards=(1, 1))
-    assert "1 shard, 0 GFLOP on cpu with 1 worker\n" in run("plan", pair.base, pair.ft, "--workers", 1).out
+    assert "1 shard, 0 GFLOP on cpu with 1 worker: about" in run("plan", pair.base, pair.ft, "--workers", 1).out
     assert "1 tensor: 1 repaired" in run(pair.base, pair.ft, tmp_path / "out").out
     (tmp_path / "out" / "config.json").unlink()
     assert "1 fault; 1 tensor," in run("verify", tmp_path / "out").out

@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import numpy as np
 
 from streamrepair.benchmark.cases import Case, choose
 from streamrepair.decompose.convert import STORED_TYPE
 from streamrepair.decompose.ladder import Backend
-from streamrepair.engine import budget
+from streamrepair.decompose.randomized import Estimate
+from streamrepair.engine import budget, limits
 from streamrepair.errors import BudgetError, UsageError
 from streamrepair.units import format_bytes
 
 DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 """What --dtype offers."""
-BACKENDS: dict[str, Backend] = {name: name for name in get_args(Backend) if name != "auto"}
-"""What --backend offers: every backend that is one; "auto" chooses among them."""
+BACKENDS: dict[str, tuple[Backend, Estimate]] = {
+    "auto": ("auto", "exact"),
+    "gram": ("gram", "exact"),
+    "randomized": ("randomized", "exact"),
+    "fast": ("auto", "fast"),
+    "full": ("full", "exact"),
+}
+"""What --backend offers, and how `ladder.decompose` is told: "fast" is --noise-estimate fast."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conditions:
     """What is common to all cases."""
 
-    backends: tuple[Backend, ...]
+    backends: tuple[str, ...]
+    """Of BACKENDS."""
     dtype: str
     """BF16, F16 or F32."""
     device: str
@@ -43,7 +50,8 @@ def make_conditions(
     """The conditions from a command's words.
 
     Args:
-        backends: of BACKENDS; all if empty. dtype: of DTYPES. device: as --device.
+        backends: of BACKENDS; all but "auto", which is one of the others, if empty.
+        dtype: of DTYPES. device: as --device.
         threads: one per processor if None.
 
     Raises:
@@ -52,13 +60,13 @@ def make_conditions(
     for option, number in (("--threads", threads), ("--repeats", repeats)):
         if number is not None and number < 1:
             raise UsageError(f"{option} is {number}, expected at least 1")
-    chosen = choose("--backend", backends, list(BACKENDS))
+    chosen = choose("--backend", backends, list(BACKENDS)) if backends else list(BACKENDS)[1:]
     (stored,) = choose("--dtype", [dtype], list(DTYPES))
     return Conditions(
-        backends=tuple(BACKENDS[name] for name in chosen),
+        backends=tuple(chosen),
         dtype=DTYPES[stored],
-        device=budget.resolve_device(device),
-        threads=threads or budget.default_workers(),
+        device=budget.resolve_devices(device)[0],
+        threads=threads or limits.default_workers(),
         repeats=repeats,
         check=check,
     )
@@ -70,7 +78,7 @@ def refuse_too_large(cases: Sequence[Case], conditions: Conditions) -> None:
     Raises:
         BudgetError: the first such case, and what it needs.
     """
-    free_bytes = budget.default_ram_bytes()
+    free_bytes = limits.default_ram_bytes()
     for case in cases:
         m, n = max(case.shape), min(case.shape)
         # Base, FT and three outputs as stored; Δ, U, Δ* and what is held against it in float64; n × n of the SVDs.

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 
 from streamrepair.benchmark import reference
 from streamrepair.benchmark.cases import Case
-from streamrepair.benchmark.conditions import Conditions, refuse_too_large
+from streamrepair.benchmark.conditions import BACKENDS, Conditions, refuse_too_large
 from streamrepair.benchmark.exact import Exact, exact, merged_delta
 from streamrepair.benchmark.machine import describe
 from streamrepair.benchmark.records import Benchmark, CaseRecord, Check, Run
@@ -144,7 +144,7 @@ def _reference(subject: _Subject, conditions: Conditions) -> Run:
     )
 
 
-def _run(subject: _Subject, backend: ladder.Backend, plain: Run | None, conditions: Conditions) -> Run:
+def _run(subject: _Subject, backend: str, plain: Run | None, conditions: Conditions) -> Run:
     """One backend on one pair, BLAS held to one thread."""
     threads = NumericThreads()
     threads.hold()
@@ -186,7 +186,7 @@ def _checked(subject: _Subject, truncation: Truncation, arithmetic: Arithmetic) 
 class _Worker:
     """One backend with its own working memory and a place for its output."""
 
-    def __init__(self, subject: _Subject, backend: ladder.Backend, device: str, hold: Callable[[], None]) -> None:
+    def __init__(self, subject: _Subject, backend: str, device: str, hold: Callable[[], None]) -> None:
         self._subject, self._backend, self._device, self._hold = subject, backend, device, hold
         self._source = subject.source
         self._out: Raw = np.zeros(self._source.base.shape, STORED_TYPE[self._source.dtype])
@@ -199,11 +199,13 @@ class _Worker:
     def repair(self) -> Truncation:
         """Decide, merge, round: both passes of a repair."""
         self._hold()  # in the thread that computes
+        backend, estimate = BACKENDS[self._backend]
         truncation = ladder.decompose(
             self._source,
             self._subject.rule,
             arithmetic=self.arithmetic,
-            backend=self._backend,
+            backend=backend,
+            estimate=estimate,
             sharp=self._source.dtype not in ("BF16", "F16"),
         )
         merge = self.arithmetic.merger(truncation.vh, self._source.dtype)

@@ -1,7 +1,11 @@
-"""The journal of finished tensors: one checked line each, appended after the tensor's bytes are on disk.
+"""The journal of finished tensors: one checked line each, appended in groups after the tensors' bytes are on disk.
 
-A line is the XXH3-64 of its JSON, a space, the JSON, a newline. A crash can tear only the end of the file, so a broken
-last line is dropped (its tensor is done again); a broken line before the last is damage and is refused.
+A line is the XXH3-64 of its text, a space, the text, a newline. Texts are records (JSON objects) and marks: when a
+group has been synced, a line that says so, with the length that was synced, is written after it. A mark is not synced
+itself; that it is there shows that what it vouches for was.
+
+A power cut can tear the last group in any way, before its sync was through: from its first broken line on it is dropped
+(those tensors are done again). A broken line that a later mark vouches for is damage and is refused.
 """
 
 from __future__ import annotations
@@ -27,12 +31,14 @@ class Journal:
         """Open or create the file, cut a torn tail off, and return the records it holds.
 
         Raises:
-            InputError: a line before the last is damaged.
-            OutputError: the file cannot be opened or cut.
+            InputError: a line that was synced is damaged.
+            OutputError: the file cannot be opened, read or cut.
         """
         self._fd = osfile.open_output(self._path)
-        content = bytearray(osfile.status(self._fd).st_size)
-        osfile.pread_into(self._fd, memoryview(content), 0, self._path)
+        osfile.refuse_linked(self._fd, self._path)
+        with osfile.reading_output():
+            content = bytearray(osfile.status(self._fd, self._path).st_size)
+            osfile.pread_into(self._fd, memoryview(content), 0, self._path)
         records, self._end = _records(bytes(content), self._path)
         if self._end != len(content):
             osfile.truncate(self._fd, self._end, self._path)
@@ -42,12 +48,15 @@ class Journal:
         """Add records and force them to the device.
 
         Raises:
-            OutputError: they may not be on the device; nothing of them counts.
+            OutputError: they may not be on the device; nothing of them counts in this run.
         """
-        text = b"".join(xxhash.xxh3_64_hexdigest(record).encode() + b" " + record + b"\n" for record in records)
+        text = b"".join(_line(record) for record in records)
         osfile.pwrite_all(self._fd, memoryview(text), self._end, self._path)
         osfile.sync(self._fd, self._path)
         self._end += len(text)
+        mark = _line(str(self._end).encode())
+        osfile.pwrite_all(self._fd, memoryview(mark), self._end, self._path)
+        self._end += len(mark)
 
     def close(self) -> None:
         """Release the descriptor."""
@@ -56,20 +65,20 @@ class Journal:
             self._fd = -1
 
 
+def _line(text: bytes) -> bytes:
+    return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
+
+
 def _records(content: bytes, path: Path) -> tuple[list[bytes], int]:
-    """The sound records and where the last of them ends."""
-    lines = content.split(b"\n")
-    records: list[bytes] = []
-    end = 0
-    for number, line in enumerate(lines[:-1], 1):
-        digest, space, record = line.partition(b" ")
-        if not space or xxhash.xxh3_64_hexdigest(record).encode() != digest:
-            if number == len(lines) - 1 and not lines[-1]:
-                break  # the last line, torn by a crash in such a way that its newline survived
-            raise InputError(
-                f"{shown(str(path))}: line {number} of {len(lines) - 1} is damaged; the disk lost finished work: "
-                "run again with --overwrite to start anew"
-            )
-        records.append(record)
-        end += len(line) + 1
-    return records, end
+    """The sound records, and where what is kept ends."""
+    lines = content.split(b"\n")[:-1]
+    texts = [text if _line(text) == line + b"\n" else None for line in lines for text in [line.partition(b" ")[2]]]
+    broken = texts.index(None) if None in texts else len(texts)
+    end = sum(len(line) + 1 for line in lines[:broken])
+    synced = max((int(text) for text in texts if text is not None and text.isdigit()), default=0)
+    if end < synced:
+        raise InputError(
+            f"{shown(str(path))}: line {broken + 1} of {len(lines)} is damaged; the disk lost finished work: "
+            "run again with --overwrite to start anew"
+        )
+    return [text for text in texts[:broken] if text is not None and not text.isdigit()], end

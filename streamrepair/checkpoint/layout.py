@@ -7,6 +7,7 @@ shard: a shard's name in it is a plain file name or refused. Only headers are re
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -64,9 +65,19 @@ class Checkpoint:
         return sum(shard.file_bytes for shard in self.shards)
 
     @property
+    def header_digest(self) -> str:
+        """SHA-256 over all shards' header digests."""
+        return joined_digest(shard.digest for shard in self.shards)
+
+    @property
     def tensor_bytes(self) -> int:
         """Size of all tensors of the checkpoint, unindexed ones left out."""
         return sum(entry.nbytes for _, entry in self.tensors.values())
+
+
+def joined_digest(digests: Iterable[str]) -> str:
+    """One digest of several shards' header digests, in their order."""
+    return f"sha256:{hashlib.sha256(''.join(digests).encode()).hexdigest()}"
 
 
 def open_checkpoint(given: str | Path, *, side: str) -> Checkpoint:
@@ -115,7 +126,9 @@ def _status(path: Path) -> os.stat_result:
         return path.stat()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         why = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{shown_path(path)}: cannot be opened ({why}); check the path") from error
+        raise InputError(
+            f"{shown_path(path)}: cannot be opened ({why}); check the path, or name a Hub id as owner/name"
+        ) from error
 
 
 def _existing(given: str) -> Path:
@@ -277,6 +290,7 @@ def _free_json(key: str, text: str, at: int) -> tuple[object, int]:
     """Any JSON value of an index, and the position after it; bounded in length because nothing else bounds it."""
     try:
         value, length = _FREE_JSON.raw_decode(text[at : at + _LARGEST_METADATA_CHARACTERS])
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # 1e999 or half a surrogate: not to be written
     except (ValueError, RecursionError) as error:
         raise malformed(f"{shown(key)} is broken JSON, too deep or too long") from error
     return value, at + length

@@ -13,8 +13,10 @@ gate", 2018); the caller has to write the data again.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import shutil
 import stat
@@ -24,6 +26,13 @@ from pathlib import Path
 from streamrepair.errors import DiskSpaceError, InputError, OutputError, shown
 
 _COPY_BYTES = 1 << 24
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), "name another OUT"),
+}
+PAGE_BYTES = 4096
+"""What direct reads and writes are aligned to; a device that wants more is written the usual way."""
 
 
 def shown_path(path: Path) -> str:
@@ -114,9 +123,14 @@ def read_exactly(fd: int, nbytes: int, offset: int) -> bytes:
     return b"".join(parts)
 
 
-def status(fd: int) -> os.stat_result:
-    """Size, times and identity of what is open."""
-    return os.fstat(fd)
+def status(fd: int, path: Path) -> os.stat_result:
+    """Size, times and identity of what is open.
+
+    Raises:
+        InputError: the file system does not say.
+    """
+    with _input(path):
+        return os.fstat(fd)
 
 
 def open_output(path: Path) -> int:
@@ -149,7 +163,8 @@ def pread_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
             continue
         except OSError as error:
             raise InputError(
-                f"{shown_path(path)}: read of {len(buffer)} bytes at {offset} failed ({error.strerror})"
+                f"{shown_path(path)}: read of {len(buffer)} bytes at {offset} failed ({error.strerror}): "
+                "check the disk it lies on, then run the same command again"
             ) from error
         if count == 0:
             raise InputError(
@@ -157,6 +172,18 @@ def pread_into(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
                 "it was truncated while being read: restore it and run again"
             )
         done += count
+
+
+def read_ahead(fd: int, offset: int, nbytes: int) -> None:
+    """Ask the kernel to have a range in the page cache soon; a wish, which it may ignore."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+
+
+def let_go(fd: int, offset: int, nbytes: int) -> None:
+    """Tell the kernel that a range's pages are not needed in the page cache; it keeps those not yet written."""
+    with contextlib.suppress(OSError):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def pwrite_all(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
@@ -175,6 +202,70 @@ def pwrite_all(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
             if count == 0:
                 raise OSError(errno.EIO, "the device takes nothing")
             done += count
+
+
+def page_aligned(nbytes: int) -> memoryview:
+    """A zeroed buffer that begins at a page, as the device wants it for what goes past the page cache."""
+    return memoryview(mmap.mmap(-1, max(1, nbytes)))[:nbytes]
+
+
+def open_direct(path: Path) -> int:
+    """A second descriptor of an output, past the page cache; −1 where the file system has no such thing."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
+    except OSError:
+        return -1
+
+
+def pwrite_direct(fd: int, direct_fd: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Write all of `buffer` at `offset`: whole pages past the page cache if they lie at pages in memory too.
+
+    Edges, and all of it where the file system refuses, go the usual way; the kernel keeps the two ways coherent.
+
+    Raises:
+        OutputError: the device refused.
+    """
+    head = min(len(buffer), -offset % PAGE_BYTES)
+    middle = (len(buffer) - head) // PAGE_BYTES * PAGE_BYTES
+    if direct_fd < 0 or middle == 0 or _address(buffer[head:]) % PAGE_BYTES:
+        pwrite_all(fd, buffer, offset, path)
+        return
+    pwrite_all(fd, buffer[:head], offset, path)
+    done = head
+    with _output(path, "written"):
+        while done < head + middle and done % PAGE_BYTES == head % PAGE_BYTES:
+            try:
+                count = os.pwrite(direct_fd, buffer[done : head + middle], offset + done)
+            except InterruptedError:
+                continue
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                break
+            if count == 0:
+                break
+            done += count
+    pwrite_all(fd, buffer[done:], offset + done, path)
+
+
+def pread_direct(direct_fd: int, buffer: memoryview, offset: int, nbytes: int) -> memoryview | None:
+    """The `nbytes` bytes from `offset`, read past the page cache; None where that failed: read them the usual way.
+
+    Args:
+        buffer: page-aligned, two pages larger than `nbytes`.
+    """
+    lead = offset % PAGE_BYTES
+    whole = -(-(lead + nbytes) // PAGE_BYTES) * PAGE_BYTES
+    try:
+        count = os.preadv(direct_fd, [buffer[:whole]], offset - lead)
+    except OSError:
+        return None
+    return buffer[lead : lead + nbytes] if count >= lead + nbytes else None
+
+
+def _address(buffer: memoryview) -> int:
+    """Where a buffer lies; −1, which is no page, for one that cannot be written to."""
+    return -1 if buffer.readonly else ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def allocate(fd: int, size_bytes: int, path: Path) -> None:
@@ -280,19 +371,64 @@ def unlink(path: Path) -> None:
         os.unlink(path)  # noqa: PTH108
 
 
-def make_folder(path: Path) -> bool:
-    """Create a folder (parents too); True if it was not there.
+def refuse_linked(fd: int, path: Path) -> None:
+    """Refuse to change a file in place that has another name: what lies there would change with it.
 
     Raises:
-        OutputError: it cannot be created, or a file has its name.
+        OutputError: it has.
+    """
+    with reading_output():
+        links = status(fd, path).st_nlink
+    if links > 1:
+        raise OutputError(
+            f"{shown_path(path)}: has {links} names (hard links), expected 1: to write it would change a file outside "
+            "OUT: put a copy in its place, or name another OUT"
+        )
+
+
+def is_same_file(fd: int, path: Path) -> bool:
+    """Whether a name still stands for what is open.
+
+    Raises:
+        OutputError: the file system does not say.
+    """
+    with _output(path, "looked up"):
+        try:
+            return os.path.samestat(os.fstat(fd), os.lstat(path))
+        except FileNotFoundError:
+            return False
+
+
+def is_other_than_folder(path: Path) -> bool:
+    """Whether a name is taken by something else than a folder, a link to one included.
+
+    Raises:
+        OutputError: the name cannot be looked up.
+    """
+    with _output(path, "looked up"):
+        try:
+            return not stat.S_ISDIR(os.lstat(path).st_mode)
+        except FileNotFoundError:
+            return False
+
+
+def make_folder(path: Path) -> bool:
+    """Create a folder (parents too), its name on the device; True if it was not there.
+
+    Raises:
+        OutputError: it cannot be created or synced, or a file has its name.
     """
     with _output(path, "created"):
+        new = [path, *path.parents][: [p.exists() for p in (path, *path.parents)].index(True)]
         try:
             os.makedirs(path)  # noqa: PTH103
         except FileExistsError:
             if not path.is_dir():
                 raise
             return False
+    # What is synced in a folder is lost with it if the folder's own name is not.
+    for folder in reversed(new):
+        sync_folder(folder.parent)
     return True
 
 
@@ -306,8 +442,13 @@ def remove_folder(path: Path, *, with_content: bool) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """What an unprivileged process may still write to the file system of `folder`."""
-    found = os.statvfs(folder)
+    """What an unprivileged process may still write to the file system of `folder`.
+
+    Raises:
+        OutputError: the file system does not say.
+    """
+    with _output(folder, "asked for its free space"):
+        found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
 
 
@@ -341,6 +482,19 @@ def chunks(size_bytes: int, step: int = _COPY_BYTES) -> Iterator[tuple[int, int]
 
 
 @contextlib.contextmanager
+def reading_output() -> Iterator[None]:
+    """What cannot be read back inside is a fault of OUT, not of an input.
+
+    Raises:
+        OutputError: for an InputError inside.
+    """
+    try:
+        yield
+    except InputError as error:
+        raise OutputError(str(error)) from error
+
+
+@contextlib.contextmanager
 def _input(path: Path) -> Iterator[None]:
     try:
         yield
@@ -357,7 +511,8 @@ def _output(path: Path, verb: str) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, OutputError):
             raise
+        remedy = _REMEDIES.get(error.errno or 0, "mend the disk")
         raise OutputError(
             f"{shown_path(path)}: could not be {verb} ({error.strerror or error}); finished work is kept: "
-            "mend the disk and run the same command again"
+            f"{remedy} and run the same command again"
         ) from error

@@ -69,8 +69,8 @@ def pair(base: Checkpoint, ft: Checkpoint, selection: Selection) -> tuple[Pairin
     """
     if not any(name in base.tensors for name in ft.tensors):
         raise InputError(
-            f"{base.given} and {ft.given} have no tensor name in common: they are not a base and its fine-tune; "
-            f"BASE has {_first(base)}, FT has {_first(ft)}"
+            f"BASE {shown(base.given)} and FT {shown(ft.given)} have no tensor name in common "
+            f"(BASE has {_first(base)}, FT has {_first(ft)}): name a checkpoint and one that was fine-tuned from it"
         )
     selection.refusal("")  # a pattern that does not compile is refused even where nothing would be matched
     pairings = [*_of_ft(base, ft, selection)]
@@ -119,4 +119,5 @@ def _pattern(option: str, pattern: str) -> re.Pattern[str]:
 
 
 def _first(checkpoint: Checkpoint) -> str:
-    return ", ".join(shown(name) for name in list(checkpoint.tensors)[:2]) + ", …"
+    names = [shown(name) for name in checkpoint.tensors]
+    return ", ".join(names[:2]) + (", …" if len(names) > 2 else "")

@@ -21,6 +21,7 @@ class InputFiles:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._fds: dict[Path, tuple[int, ShardHeader]] = {}
+        self._closed = False
 
     def read_into(self, shard: ShardHeader, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from a file offset of `shard`.
@@ -34,13 +35,15 @@ class InputFiles:
         """The open descriptor of a shard.
 
         Raises:
-            InputError: the file is not the one whose header was read.
+            InputError: the file is not the one whose header was read, or the run is over.
         """
         with self._lock:
+            if self._closed:  # a worker that was left behind: what it opened nobody would close
+                raise InputError(f"{shown(str(shard.path))}: not read any more: the run has ended")
             if shard.path not in self._fds:
                 fd = osfile.open_input(shard.path)
                 try:
-                    _check(osfile.status(fd), shard)
+                    _check(osfile.status(fd, shard.path), shard)
                 except InputError:
                     osfile.close(fd)
                     raise
@@ -62,11 +65,12 @@ class InputFiles:
                     "restore it and run again"
                 ) from error
             if shard.path in self._fds:
-                _check(osfile.status(self._fds[shard.path][0]), shard)
+                _check(osfile.status(self._fds[shard.path][0], shard.path), shard)
 
     def close(self) -> None:
-        """Close all descriptors."""
+        """Close all descriptors, for good."""
         with self._lock:
+            self._closed = True
             for fd, _ in self._fds.values():
                 osfile.close(fd)
             self._fds.clear()

@@ -112,7 +112,7 @@ def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, 
 def _with_dtype(data: bytes, dtype: str) -> bytes:
     try:
         config = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return data
     if not isinstance(config, dict):
         return data
@@ -121,4 +121,4 @@ def _with_dtype(data: bytes, dtype: str) -> bytes:
         for key in ("dtype", "torch_dtype"):
             if isinstance(part.get(key), str):
                 part[key] = dtype
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(config, indent=2) + "\n").encode()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from streamrepair.checkpoint.pairing import FLOATS
 from streamrepair.errors import DamageError, shown
 
 PARTIAL_SUFFIX = ".partial"
+_READ_BACK_BYTES = 1 << 23
+_READERS = 2
+"""Threads that read a shard back: one waits for the device while the other digests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,9 @@ class ShardFile:
         self.final = out / layout.name
         self.partial = work / (layout.name + PARTIAL_SUFFIX)
         self.sealed = False
-        self._fd = -1
+        self._fd = self._direct_fd = -1
+        self._past_cache: set[int] = set()
+        """Offsets of writes past the page cache: what lies there is read back from the device too."""
 
     def open(self) -> bool:
         """Open what is there (the sealed file, or the partial one), or reserve a new partial file.
@@ -93,16 +99,19 @@ class ShardFile:
         if not sound:
             self.unseal()
         if not self.sealed:
+            osfile.refuse_linked(self._fd, self.partial)
             osfile.allocate(self._fd, self.layout.file_bytes, self.partial)
             osfile.pwrite_all(self._fd, memoryview(self.layout.prefix), 0, self.partial)
+            self._direct_fd = osfile.open_direct(self.partial)
         return sound
 
     def _begins_right(self) -> bool:
         """Whether the file has the right length and header."""
-        if osfile.status(self._fd).st_size != self.layout.file_bytes:
-            return False
-        header = bytearray(len(self.layout.prefix))
-        osfile.pread_into(self._fd, memoryview(header), 0, self.path)
+        with osfile.reading_output():
+            if osfile.status(self._fd, self.path).st_size != self.layout.file_bytes:
+                return False
+            header = bytearray(len(self.layout.prefix))
+            osfile.pread_into(self._fd, memoryview(header), 0, self.path)
         return header == self.layout.prefix
 
     @property
@@ -110,23 +119,45 @@ class ShardFile:
         """Its present name."""
         return self.final if self.sealed else self.partial
 
-    def write(self, offset: int, data: memoryview) -> None:
-        """Write bytes at a file offset.
+    def write(self, offset: int, data: memoryview, *, past_cache: bool = False) -> None:
+        """Write bytes at a file offset; past the page cache where nobody will read them soon.
 
         Raises:
             OutputError: the device refused.
         """
         assert not self.sealed, "a sealed shard is not written"
-        osfile.pwrite_all(self._fd, data, offset, self.partial)
+        if past_cache and self._direct_fd >= 0:
+            osfile.pwrite_direct(self._fd, self._direct_fd, data, offset, self.partial)
+            self._past_cache.add(offset)
+        else:
+            osfile.pwrite_all(self._fd, data, offset, self.partial)
 
     def digest(self, name: str) -> str:
         """Digest of a tensor's bytes as they are in the file now.
 
         Raises:
-            InputError: the file is shorter than its layout.
+            OutputError: they cannot be read back.
         """
         entry = self.layout.entries[name]
-        return digest_range(self._fd, entry.start, entry.nbytes, self.path)
+        with osfile.reading_output():
+            if entry.start in self._past_cache:
+                return self._digest_direct(entry.start, entry.nbytes)
+            return digest_range(self._fd, entry.start, entry.nbytes, self.path)
+
+    def _digest_direct(self, start: int, nbytes: int) -> str:
+        """Likewise, from the device: pages that are not in memory are not brought there."""
+        digest = new_digest()
+        buffer = osfile.page_aligned(_READ_BACK_BYTES + 2 * osfile.PAGE_BYTES)
+        for offset, length in osfile.chunks(nbytes, _READ_BACK_BYTES):
+            found = osfile.pread_direct(self._direct_fd, buffer, start + offset, length)
+            if found is None:
+                return digest_range(self._fd, start, nbytes, self.path)
+            digest.update(found)
+        return digest_text(digest)
+
+    def let_go(self) -> None:
+        """The page cache need not keep what is on the device by now."""
+        osfile.let_go(self._fd, 0, self.layout.file_bytes)
 
     def sync(self) -> None:
         """Force the data to the device.
@@ -136,8 +167,10 @@ class ShardFile:
         """
         osfile.sync(self._fd, self.path)
 
-    def seal(self, digests: Mapping[str, str]) -> None:
+    def seal(self, digests: Mapping[str, str], *, check_stop: Callable[[], None] = lambda: None) -> None:
         """Read everything back, compare it with `digests`, sync, and give the shard its final name.
+
+        `check_stop` is called before each tensor; what it raises ends the sealing.
 
         Raises:
             DamageError: the file does not hold what was written.
@@ -148,8 +181,14 @@ class ShardFile:
                 f"{shown(str(self.partial))}: its header does not read back as written: memory or disk is faulty; "
                 "run the same command again"
             )
-        for name in self.layout.entries:
-            found = self.digest(name)
+
+        def read_back(name: str) -> str:
+            check_stop()
+            return self.digest(name)
+
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="read-back") as pool:
+            digested = list(pool.map(read_back, self.layout.entries))
+        for name, found in zip(self.layout.entries, digested, strict=True):
             if found != digests[name]:
                 raise DamageError(
                     f"{shown(str(self.partial))}: tensor {shown(name)} reads back with digest {found}, expected "
@@ -166,15 +205,17 @@ class ShardFile:
         Raises:
             OutputError: the rename failed.
         """
+        osfile.refuse_linked(self._fd, self.final)
         osfile.rename(self.final, self.partial)
         osfile.sync_folder(self.final.parent)
         self.sealed = False
 
     def close(self) -> None:
         """Release the descriptor."""
-        if self._fd >= 0:
-            osfile.close(self._fd)
-            self._fd = -1
+        for fd in (self._fd, self._direct_fd):
+            if fd >= 0:
+                osfile.close(fd)
+        self._fd = self._direct_fd = -1
 
 
 def digest_range(fd: int, start: int, nbytes: int, path: Path) -> str:

@@ -53,6 +53,8 @@ class Gram:
     """‖Δ‖_F²."""
     factorise: Callable[[], Spectrum]
     """Factorise G, in place: to be called once."""
+    matrix: Doubles | None = None
+    """(n, n) G itself, C upper triangle, where it is in host memory: for methods that need no full factorisation."""
 
 
 class Arithmetic(Protocol):

@@ -9,10 +9,13 @@ Source: Golub & Van Loan, Matrix Computations, section 8.6; the checks are `cert
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
-from streamrepair.decompose import certify
-from streamrepair.decompose.arithmetic import Arithmetic, Precision
+from streamrepair.decompose import certify, randomized, single
+from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Precision
+from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError, decide, mixing
 from streamrepair.errors import NumericalError
@@ -24,8 +27,19 @@ _MOST_MIXING = 3e-5
 """‖Δ*′ − Δ*‖/‖Δ*‖ to expect of float32 at most; 1e-4 is the promise, and what is expected may be met by three times."""
 
 
-def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic, precision: Precision) -> Truncation:
+def truncate(
+    source: PanelSource,
+    rule: HardThreshold,
+    *,
+    arithmetic: Arithmetic,
+    precision: Precision,
+    krylov: bool = False,
+    estimate: randomized.Estimate = "exact",
+) -> Truncation:
     """Decide and factor one delta through its Gram matrix.
+
+    Args:
+        krylov: try `randomized` first. estimate: of the noise; "fast" is `randomized`'s alone.
 
     Raises:
         UnresolvedError: this precision cannot tell the kept rank.
@@ -39,6 +53,22 @@ def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic
         raise NonFiniteDeltaError(f"the sum of squares of the delta is {gram.trace}")
     if gram.trace == 0.0:
         raise UnresolvedError("every square vanished")
+    left: tuple[str, ...] = ()
+    if krylov and gram.matrix is not None:
+        try:
+            return randomized.truncate(source, rule, gram=gram, probes=probes, precision=precision, estimate=estimate)
+        except (NumericalError, np.linalg.LinAlgError) as error:
+            left = (f"randomized-{precision}: {error}",)
+    if precision == "float32" and isinstance(arithmetic, HostArithmetic):
+        found = single.truncate(source, rule, arithmetic=arithmetic, gram=gram, probes=probes)
+    else:
+        found = _by_all_values(source, rule, gram, probes, precision)
+    return replace(found, climbed=left)
+
+
+def _by_all_values(
+    source: PanelSource, rule: HardThreshold, gram: Gram, probes: Doubles, precision: Precision
+) -> Truncation:
     spectrum = gram.factorise()
     values, largest = spectrum.values, float(spectrum.values[-1])
     if not (np.isfinite(values).all() and largest > 0.0):

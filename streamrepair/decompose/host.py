@@ -36,6 +36,11 @@ class HostArithmetic:
     def __init__(self, scratch: Scratch | None = None) -> None:
         self._scratch = scratch or Scratch()
 
+    @property
+    def scratch(self) -> Scratch:
+        """Its working memory."""
+        return self._scratch
+
     def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
         """G by ?syrk, block by block in a fixed order; float32 products are summed in float64."""
         n = source.cols
@@ -59,7 +64,18 @@ class HostArithmetic:
         self._scratch.release("partial")
         self._scratch.release("gram")  # from here on it belongs to the result
         images = lapack.times_symmetric(total, probes)
-        return Gram(images, np.ascontiguousarray(exact.T), float(np.trace(total)), lambda: TridiagonalSpectrum(total))
+        trace = float(np.trace(total))
+        return Gram(images, np.ascontiguousarray(exact.T), trace, lambda: TridiagonalSpectrum(total), total)
+
+    def products(self, source: PanelSource, vectors: Doubles) -> tuple[Doubles, Doubles]:
+        """(k, n) ΔᵀΔ·v for each row v of `vectors`, and (k, k) inner products vᵀΔᵀΔ·w, in float64, in one pass."""
+        images, inner = np.zeros(vectors.shape), np.zeros((len(vectors), len(vectors)))
+        for block in blocks(source):
+            delta = self._delta(block, np.float64)
+            lifted = delta @ vectors.T
+            images += lifted.T @ delta
+            inner += lifted.T @ lifted
+        return images, inner
 
     def triangular_factor(self, source: PanelSource) -> Doubles:
         """R by sequential TSQR (Demmel, Grigori, Hoemmen & Langou 2012)."""

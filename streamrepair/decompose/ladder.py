@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from streamrepair.decompose import certify, full, gram, row_space
+from streamrepair.decompose import certify, full, gram, randomized, row_space
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.convert import difference
 from streamrepair.decompose.host import HostArithmetic
@@ -24,12 +24,14 @@ from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, U
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 
-Backend = Literal["auto", "full", "gram"]
+Backend = Literal["auto", "full", "gram", "randomized"]
 Rung = tuple[str, Callable[[], Truncation]]
 
 _GRAM_ON_CPU = "gram-float64-cpu"
-_SQUARISH = 2
-"""Below this ratio of sides the Gram product is so small a part of the work that float32 saves less than it risks."""
+KRYLOV_LEAST_SIDE = {
+    ("auto", "exact"): 3072, ("auto", "fast"): 1536, ("randomized", "exact"): 256, ("randomized", "fast"): 256
+}  # fmt: skip
+"""Shortest side from which block Krylov is tried; below, the reduction to tridiagonal form is as fast in any case."""
 
 
 def decompose(
@@ -40,12 +42,15 @@ def decompose(
     backend: Backend,
     sharp: bool = False,
     full_fits: bool = True,
+    estimate: randomized.Estimate = "exact",
+    host: HostArithmetic | None = None,
 ) -> Truncation:
     """The truncated delta of one matrix, by the first backend that can prove its answer.
 
     Args:
         sharp: whether the output's dtype could tell float32 products from float64 ones.
         full_fits: whether the memory budget has room for the reference route.
+        host: the CPU that a device's work falls back to; a fresh one by default.
 
     Raises:
         NonFiniteDeltaError: an input holds NaN or Inf.
@@ -53,11 +58,14 @@ def decompose(
     """
     failures: list[str] = []
     too_blunt = False
-    for name, attempt in _rungs(source, rule, arithmetic, backend, sharp=sharp, full_fits=full_fits):
+    host = host or HostArithmetic()
+    rungs = _rungs(source, rule, arithmetic, backend, host, sharp=sharp, full_fits=full_fits, estimate=estimate)
+    for name, attempt in rungs:
         if name == _GRAM_ON_CPU and too_blunt:
             continue  # it would be as blunt: it is there for a device without memory or with a faulty solver
         try:
-            return replace(attempt(), climbed=tuple(failures))
+            found = attempt()
+            return replace(found, climbed=(*failures, *found.climbed))
         except NonFiniteDeltaError as error:
             if not name.startswith("gram"):
                 raise
@@ -69,16 +77,33 @@ def decompose(
 
 
 def _rungs(
-    source: PanelSource, rule: HardThreshold, arithmetic: Arithmetic, backend: Backend, *, sharp: bool, full_fits: bool
+    source: PanelSource,
+    rule: HardThreshold,
+    arithmetic: Arithmetic,
+    backend: Backend,
+    host: HostArithmetic,
+    *,
+    sharp: bool,
+    full_fits: bool,
+    estimate: randomized.Estimate,
 ) -> list[Rung]:
     rungs: list[Rung] = []
+    krylov = source.cols >= KRYLOV_LEAST_SIDE.get((backend, estimate), source.cols + 1)
     if backend != "full":
         for precision in arithmetic.precisions:
-            if precision == "float64" or (source.rows >= _SQUARISH * source.cols and not sharp):
-                attempt = partial(gram.truncate, source, rule, arithmetic=arithmetic, precision=precision)
+            if precision == "float64" or (not sharp and rule.sigma == "median"):
+                attempt = partial(
+                    gram.truncate,
+                    source,
+                    rule,
+                    arithmetic=arithmetic,
+                    precision=precision,
+                    krylov=krylov,
+                    estimate=estimate,
+                )
                 rungs.append((f"gram-{precision}", attempt))
         if not isinstance(arithmetic, HostArithmetic):
-            attempt = partial(gram.truncate, source, rule, arithmetic=HostArithmetic(), precision="float64")
+            attempt = partial(gram.truncate, source, rule, arithmetic=host, precision="float64")
             rungs.append((_GRAM_ON_CPU, attempt))
         rungs.append(("rows", partial(_mostly_empty, source, rule)))
         # On a GPU's behalf only the cheap bases: its own SVD is quicker than a large one on the CPU.
@@ -88,7 +113,7 @@ def _rungs(
         return [*rungs, ("full", _too_large)]
     rungs.append(("full", partial(full.truncate, source, rule, arithmetic=arithmetic)))
     if not isinstance(arithmetic, HostArithmetic):
-        rungs.append(("full-cpu", partial(full.truncate, source, rule, arithmetic=HostArithmetic())))
+        rungs.append(("full-cpu", partial(full.truncate, source, rule, arithmetic=host)))
     return rungs
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,10 @@ from streamrepair.errors import NumericalError
 
 Real = NDArray[np.float32] | NDArray[np.float64]
 Double = NDArray[np.float64]
+_Float = TypeVar("_Float", np.float32, np.float64)
 
 _LOWER = b"L"  # of the Fortran view: the upper triangle of the C-ordered array
+_UPPER = b"U"  # likewise: the C lower triangle, where factors lie beside the matrix they are of
 
 
 @cache
@@ -106,8 +108,8 @@ def add_product(left: Real, right: Real, out: Real) -> None:
     _call("gemm", right_flag, left_flag, cols, rows, k, 1.0, *operands, 1.0, out, cols, like=out)
 
 
-def tridiagonalise(gram: Double) -> tuple[Double, Double, Double]:
-    """Overwrite a symmetric matrix by the reflectors of G = Q·T·Qᵀ (dsytrd).
+def tridiagonalise(gram: NDArray[_Float]) -> tuple[NDArray[_Float], NDArray[_Float], NDArray[_Float]]:
+    """Overwrite a symmetric matrix by the reflectors of G = Q·T·Qᵀ (?sytrd).
 
     Returns:
         (n,) diagonal and (n − 1,) off-diagonal of T, and the reflectors' scales.
@@ -116,7 +118,7 @@ def tridiagonalise(gram: Double) -> tuple[Double, Double, Double]:
         NumericalError: LAPACK refused its arguments.
     """
     n = len(gram)
-    diagonal, off, scales = (np.empty(max(1, size)) for size in (n, n - 1, n - 1))
+    diagonal, off, scales = (np.empty(max(1, size), gram.dtype) for size in (n, n - 1, n - 1))
     _with_workspace("sytrd", _LOWER, n, gram, n, diagonal, off, scales, like=gram)
     return diagonal, off[: n - 1], scales
 
@@ -171,14 +173,14 @@ def tridiagonal_vectors(diagonal: Double, off: Double, count: int) -> Double:
     return vectors
 
 
-def rotate_back(reflectors: Double, scales: Double, vectors: Double, *, transpose: bool = False) -> None:
-    """Each row v of `vectors` ← Q·v (or Qᵀ·v), Q the product of `tridiagonalise`'s reflectors (dormtr), in place."""
+def rotate_back(reflectors: Real, scales: Real, vectors: Real, *, transpose: bool = False) -> None:
+    """Each row v of `vectors` ← Q·v (or Qᵀ·v), Q the product of `tridiagonalise`'s reflectors (?ormtr), in place."""
     n, count = len(reflectors), len(vectors)
     side = b"T" if transpose else b"N"
     _with_workspace("ormtr", b"L", _LOWER, side, n, count, reflectors, n, scales, vectors, n, like=reflectors)
 
 
-def _with_workspace(name: str, *arguments: bytes | int | Real, like: Real) -> None:
+def _with_workspace(name: str, *arguments: bytes | int | Real | NDArray[np.int32], like: Real) -> None:
     """Ask the routine for its best workspace, then call it with that."""
     size, info = np.zeros(1, like.dtype), ctypes.c_int()
     _call(name, *arguments, size, -1, info, like=like)
@@ -193,6 +195,52 @@ def times_symmetric(matrix: Double, vectors: Double) -> Double:
     n, count = len(matrix), len(vectors)
     _call("symm", b"L", _LOWER, n, count, 1.0, matrix, n, vectors, n, 0.0, images, n, like=matrix)
     return images
+
+
+def factor_indefinite(matrix: Double) -> tuple[NDArray[np.int32], Double]:
+    """C lower triangle ← Uᵀ of a symmetric matrix P·U·D·Uᵀ·Pᵀ stored there, U unit (dsytrf, dsyconv).
+
+    Returns:
+        (n,) pivots as LAPACK has them, and (n,) the entries beside D's diagonal; the diagonal is the matrix's.
+
+    Raises:
+        NumericalError: a pivot is exactly zero.
+    Source: Bunch & Kaufman 1977.
+    """
+    n, info = len(matrix), ctypes.c_int()
+    pivots, beside = np.zeros(n, np.int32), np.zeros(n)
+    _with_workspace("sytrf", _UPPER, n, matrix, n, pivots, like=matrix)
+    # Once here and not in every solve (dsytrs2): it walks along rows of a column-major array.
+    _call("syconv", _UPPER, b"C", n, matrix, n, pivots, beside, info, like=matrix)
+    _check("syconv", info)
+    return pivots, beside
+
+
+def solve_unit_triangle(triangle: Double, vectors: Double, *, transpose: bool) -> None:
+    """Each row v of `vectors` ← U⁻¹·v (or U⁻ᵀ·v), U unit, its transpose in the C lower triangle (dtrsm), in place."""
+    n, count, way = len(triangle), len(vectors), b"T" if transpose else b"N"
+    _call("trsm", b"L", _UPPER, way, b"U", n, count, 1.0, triangle, n, vectors, n, like=triangle)
+
+
+def cholesky(matrix: Double) -> bool:
+    """C lower triangle ← the Cholesky factor L of a symmetric matrix stored there; whether there is one (dpotrf)."""
+    n, info = len(matrix), ctypes.c_int()
+    _call("potrf", _UPPER, n, matrix, n, info, like=matrix)
+    return info.value == 0
+
+
+def times_cholesky(factor: Double, vectors: Double) -> Double:
+    """L·Lᵀ·v for each row v of `vectors` (dtrmm)."""
+    n, count, images = len(factor), len(vectors), vectors.copy()
+    for transpose in (b"N", b"T"):  # of the Fortran view, whose upper triangle is Lᵀ
+        _call("trmm", b"L", _UPPER, transpose, b"N", n, count, 1.0, factor, n, images, n, like=factor)
+    return images
+
+
+def add_outer(vectors: Double, matrix: Double) -> None:
+    """C lower triangle += Σ v·vᵀ over the rows v of `vectors` (dsyrk)."""
+    n, count = len(matrix), len(vectors)
+    _call("syrk", _UPPER, b"N", n, count, 1.0, vectors, n, 1.0, matrix, n, like=matrix)
 
 
 def _check(name: str, info: ctypes.c_int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrepair.decompose.certify import Certificate
+from streamrepair.decompose.convert import Real
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
 
@@ -34,11 +35,11 @@ class Truncation:
     """The kept part of one delta: Δ* = (Δ·Vᵀ)·V with `vh` as V."""
 
     values: NDArray[np.float64]
-    """(n,) all singular values, ascending."""
+    """Singular values, ascending: all n, or those above τ where a backend needs no others."""
     threshold: Threshold
     """σ̂, τ and the kept rank."""
-    vh: NDArray[np.float64]
-    """(rank_kept, n) right singular vectors (of the tall orientation) as rows."""
+    vh: Real
+    """(rank_kept, n) right singular vectors (of the tall orientation) as rows; float32 where the output is no wider."""
     frob_delta_in: float
     """‖Δ‖_F."""
     backend: str
@@ -49,6 +50,10 @@ class Truncation:
     """The median singular value is zero to working precision: Δ has exactly low rank and holds no noise to estimate."""
     undecidable: int = 0
     """Singular values so near τ that rounding decides their side."""
+    interval: tuple[float, float] | None = None
+    """Of τ, where the noise level was estimated and not computed."""
+    within: int = 0
+    """Singular values in that interval: the kept rank may be off by as many."""
     climbed: tuple[str, ...] = ()
     """Why cheaper backends were left, in order."""
 
@@ -78,7 +83,7 @@ def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: in
     return threshold, int(np.count_nonzero(np.abs(values - cut) <= margin))
 
 
-def mixing(values: NDArray[np.float64], rank: int, bound: float) -> float:
+def mixing(values: NDArray[np.float64], rank: int, bound: float, exact: slice = slice(0, 0)) -> float:
     """‖Δ*′ − Δ*‖/‖Δ*‖ to expect from an error of spectral norm `bound` in G that turns kept vectors into dropped ones.
 
     To first order an error E moves Δ·P by Σ E_ij·√(λᵢ + λⱼ)/(λᵢ − λⱼ) over kept i and dropped j (Davis & Kahan 1970);
@@ -86,6 +91,7 @@ def mixing(values: NDArray[np.float64], rank: int, bound: float) -> float:
 
     Args:
         values: (n,) eigenvalues, ascending. rank: how many of the largest are kept.
+        exact: places whose vectors do not mix among each other, since the error was removed there.
     """
     n = len(values)
     kept, dropped = values[n - rank :], values[: n - rank]
@@ -93,7 +99,11 @@ def mixing(values: NDArray[np.float64], rank: int, bound: float) -> float:
         return 0.0
     i, j = kept[:_NEIGHBOURS, None], dropped[None, -_NEIGHBOURS:]
     with np.errstate(divide="ignore"):
-        sensitivity = np.sum((i + np.abs(j)) / np.square(i - j))
+        each = (i + np.abs(j)) / np.square(i - j)
+    inside = np.zeros(n, bool)
+    inside[exact] = True
+    each[np.ix_(inside[n - rank :][:_NEIGHBOURS], inside[: n - rank][-_NEIGHBOURS:])] = 0.0
+    sensitivity = np.sum(each)
     return float(bound / (2.0 * np.sqrt(n)) * np.sqrt(sensitivity / kept.sum()))
 
 

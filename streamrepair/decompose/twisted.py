@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-_AT_ONCE = 256
+AT_ONCE = 256
 """Vectors per batch: the three working arrays are n × this."""
 
 Doubles = NDArray[np.float64]
@@ -27,8 +27,8 @@ def vectors(diagonal: Doubles, off: Doubles, values: Doubles) -> Doubles:
     """
     found = np.empty((len(values), len(diagonal)))
     with np.errstate(all="ignore"):  # a zero pivot ends in a row that is not finite, as promised
-        for start in range(0, len(values), _AT_ONCE):
-            found[start : start + _AT_ONCE] = _batch(diagonal, off, values[start : start + _AT_ONCE])
+        for start in range(0, len(values), AT_ONCE):
+            found[start : start + AT_ONCE] = _batch(diagonal, off, values[start : start + AT_ONCE])
     return found
 
 

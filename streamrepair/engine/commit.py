@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
+from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.workspace import Workspace
 from streamrepair.report import JournalEntry, TensorRecord
 
@@ -24,6 +25,8 @@ class Committer:
     Args:
         workspace: OUT. records: what is committed already. before_commit: raises if nothing may count now.
         after_commit: called once pending tensors count.
+        stop: once it is requested no shard is sealed any more: reading one back may take longer than there is time.
+        lets_go: the page cache need not keep sealed shards.
     """
 
     def __init__(
@@ -33,8 +36,11 @@ class Committer:
         *,
         before_commit: Callable[[], None],
         after_commit: Callable[[], None],
+        stop: StopRequest,
+        lets_go: bool = False,
     ) -> None:
         self._workspace, self._before_commit, self._after_commit = workspace, before_commit, after_commit
+        self._stop, self._lets_go = stop, lets_go
         self.records = dict(records)
         self._pending: dict[str, tuple[int, TensorRecord]] = {}
         self._pending_bytes = 0
@@ -60,6 +66,7 @@ class Committer:
             InputError: the inputs changed; what was pending does not count.
             OutputError: the device refused; what was pending does not count.
             DamageError: a shard does not read back as written.
+            InterruptedRunError: a stop was requested while a shard was read back.
         """
         pending, self._pending = self._pending, {}
         self._pending_bytes = 0
@@ -82,6 +89,9 @@ class Committer:
 
     def _seal_whole(self) -> None:
         for shard, missing in zip(self._workspace.shards, self._missing, strict=True):
-            if not missing and not shard.sealed:
+            if not missing and not shard.sealed and not self._stop.requested:
                 self._before_commit()
-                shard.seal({name: self.records[name].digest or "" for name in shard.layout.entries})
+                digests = {name: self.records[name].digest or "" for name in shard.layout.entries}
+                shard.seal(digests, check_stop=self._stop.check_at_once)
+                if self._lets_go:
+                    shard.let_go()

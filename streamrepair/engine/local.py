@@ -9,13 +9,16 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from streamrepair.decompose.scratch import Scratch
+from streamrepair.engine.gpu import own_stream
 from streamrepair.engine.ledger import Ledger
 from streamrepair.engine.plan import Task
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import Outcome
+from streamrepair.engine.timeline import Lane, Timeline
+from streamrepair.engine.worker import Worker, lane_names
 from streamrepair.errors import InterruptedRunError
 
 _POLL_S = 0.2
@@ -26,13 +29,24 @@ class LocalExecutor:
     """Runs tasks on threads.
 
     Args:
-        workers: number of threads. room_bytes: memory that running tasks may hold together. stop: ends the run early.
+        lanes: the device of each thread. room_bytes: memory that running tasks may hold together.
+        stop: ends the run early. timeline: told what every thread does.
+        upcoming: told, more than once, of the tasks that are next in line, so that they can be read ahead.
     """
 
-    def __init__(self, *, workers: int, room_bytes: int, stop: StopRequest) -> None:
-        self._workers, self._room_bytes, self._stop = workers, room_bytes, stop
+    def __init__(
+        self,
+        *,
+        lanes: Sequence[str],
+        room_bytes: int,
+        stop: StopRequest,
+        timeline: Timeline,
+        upcoming: Callable[[Task], None] = lambda _task: None,
+    ) -> None:
+        self._lanes, self._room_bytes, self._stop = tuple(lanes), room_bytes, stop
+        self._timeline, self._upcoming = timeline, upcoming
 
-    def run(self, tasks: Iterable[Task], do: Callable[[Task, Scratch], Outcome]) -> Iterator[Outcome | None]:
+    def run(self, tasks: Iterable[Task], do: Callable[[Task, Worker], Outcome]) -> Iterator[Outcome | None]:
         """Outcomes as tasks finish; None now and then while none has, so that the caller can see to other things.
 
         Raises:
@@ -42,8 +56,8 @@ class LocalExecutor:
         ledger = Ledger(tasks, room_bytes=self._room_bytes)
         done: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
         threads = [
-            threading.Thread(target=_work, args=(ledger, do, done), name=f"worker-{number}", daemon=True)
-            for number in range(self._workers)
+            threading.Thread(target=_work, args=(worker, ledger, do, done, self._upcoming), name=name, daemon=True)
+            for worker, name in self._workers(ledger)
         ]
         for thread in threads:
             thread.start()
@@ -52,6 +66,11 @@ class LocalExecutor:
         finally:
             ledger.close()
             self._part(threads)
+
+    def _workers(self, ledger: Ledger) -> Iterator[tuple[Worker, str]]:
+        for number, (device, name) in enumerate(zip(self._lanes, lane_names(self._lanes), strict=True)):
+            peers = sum((other == "cpu") == (device == "cpu") for other in self._lanes)
+            yield Worker(number, device, Scratch(), Lane(self._timeline, name), ledger, peers), name
 
     def _part(self, threads: list[threading.Thread]) -> None:
         """See the workers out, so that none writes to a file that is about to be closed."""
@@ -64,7 +83,7 @@ class LocalExecutor:
     def _collect(
         self, ledger: Ledger, done: queue.SimpleQueue[Outcome | BaseException | None]
     ) -> Iterator[Outcome | None]:
-        alive, failure = self._workers, None
+        alive, failure = len(self._lanes), None
         while alive:
             if self._stop.requested:
                 ledger.close()
@@ -89,17 +108,29 @@ class LocalExecutor:
 
 
 def _work(
-    ledger: Ledger, do: Callable[[Task, Scratch], Outcome], done: queue.SimpleQueue[Outcome | BaseException | None]
+    worker: Worker,
+    ledger: Ledger,
+    do: Callable[[Task, Worker], Outcome],
+    done: queue.SimpleQueue[Outcome | BaseException | None],
+    upcoming: Callable[[Task], None],
 ) -> None:
     """One worker's life; it puts its outcomes, at most one failure, and None at its end."""
-    scratch = Scratch()
-    while (task := ledger.take(scratch.clear)) is not None:
-        try:
-            done.put(do(task, scratch))
-            scratch.settle()
-        except BaseException as error:  # whatever it is, the collector raises it in the caller's thread
-            done.put(error)
-            break
-        finally:
-            ledger.give_back(task)
+    place, lane = worker.place, worker.lane
+    try:
+        with own_stream(worker.device):
+            while True:
+                with lane.waiting("memory"):
+                    task = ledger.take(worker.number, place, before_waiting=worker.scratch.clear)
+                if task is None:
+                    break
+                try:
+                    for following in ledger.following(place, worker.peers):
+                        upcoming(following)
+                    with lane.task(task.name):
+                        done.put(do(task, worker))
+                    worker.scratch.settle()
+                finally:
+                    ledger.give_back(worker.number)
+    except BaseException as error:  # whatever it is, the collector raises it in the caller's thread
+        done.put(error)
     done.put(None)

@@ -6,12 +6,13 @@ peak the kernel saw. A projection is an upper bound on what is live at once; doc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from streamrepair.decompose.blocks import block_rows
-from streamrepair.decompose.scratch import LARGE_ARRAY_BYTES
+from streamrepair.decompose.scratch import LARGE_ARRAY_BYTES, RETAINED_BYTES
 
-PROCESS_BYTES = 120_000_000
+PROCESS_BYTES = 100_000_000
 """The interpreter with NumPy, SciPy and their BLAS loaded, before any task."""
 TENSOR_BYTES = 4_000
 """Headers, plan and records of one tensor."""
@@ -19,6 +20,8 @@ WORKER_BYTES = 24_000_000
 """A worker's stacks, allocator arena and BLAS buffers."""
 CUDA_HOST_BYTES = 3_000_000_000
 """What CUDA's libraries and context add to the process's resident memory."""
+CUDA_FURTHER_BYTES = 500_000_000
+"""What each GPU after the first adds to it."""
 CUDA_CONTEXT_BYTES = 700_000_000
 """Device memory of the context and of the solver handles."""
 RING_SLOTS = 3
@@ -49,10 +52,9 @@ class MatrixShape:
 
 def panel_bytes(shape: MatrixShape, panel_rows: int) -> int:
     """Host bytes of the panels in flight, and of a result gathered to a panel (of a wide matrix)."""
-    slots = min(RING_SLOTS, -(-shape.rows // panel_rows))
-    elements = panel_rows * shape.cols
-    gathered = elements * shape.out_item_bytes if panel_rows > shape.block else 0
-    return slots * elements * (shape.base_item_bytes + shape.ft_item_bytes) + gathered
+    in_flight = min(RING_SLOTS * panel_rows, shape.rows) * shape.cols
+    gathered = panel_rows * shape.cols * shape.out_item_bytes if panel_rows > shape.block else 0
+    return in_flight * (shape.base_item_bytes + shape.ft_item_bytes) + gathered
 
 
 def gram_bytes(shape: MatrixShape) -> int:
@@ -60,19 +62,21 @@ def gram_bytes(shape: MatrixShape) -> int:
 
     n² terms: G in float64 (8), its float32 partial sum (4); then reflectors (8), kept vectors (8·share) and their
     products in the check (8·share²); then vectors (8·share), their cast (4·share). The batch of vectors being made is
-    three arrays of n × 256 doubles and two masks. Block terms stay held: Δ in float64 if the first precision fails (8),
-    W_base (4, or 8 for wide outputs), Δ·Vᵀ (as W_base, times share), the result.
+    three arrays of n × 256 doubles and two masks. Block terms: Δ in float64 if the first precision fails (8); in the
+    merge W_base (4, or 8 for wide outputs), Δ·Vᵀ (as W_base, times share) and the result, which stay until the next
+    task's factoring if a worker may keep so much.
     """
     n, block, share = shape.cols, shape.block * shape.cols, shape.kept_share
     item = 4 if shape.out_item_bytes == 2 else 8
-    batch = 26 * n * min(256, max(1, int(share * n)))
-    accumulate = 12 * n * n
-    factor = int((8 + 8 * share + 8 * share * share) * n * n) + batch + 80 * 8 * n
-    merge = int((8 + item) * share * n * n)
-    held = int((8 + item + item * share + shape.out_item_bytes) * block)
-    if 8 * n * n <= LARGE_ARRAY_BYTES:  # small enough to stay held too
-        held += 12 * n * n
-    return max(accumulate, factor, merge) + held
+    rounded = 0 if shape.out_item_bytes == 8 else shape.out_item_bytes  # float64 is not rounded: no second array
+    small = 12 * n * n if 8 * n * n <= LARGE_ARRAY_BYTES else 0  # G stays too
+    merge_blocks = int((8 + item + item * share + rounded) * block) + small
+    kept_on = max(8 * block + small, min(merge_blocks, RETAINED_BYTES))
+    batch = 26 * n * min(256, max(1, int(share * n))) + 80 * 8 * n
+    accumulate = 12 * n * n + kept_on
+    factor = int((8 + 8 * share + 8 * share * share) * n * n) + batch + kept_on
+    merge = int((8 + item) * share * n * n) + merge_blocks
+    return max(accumulate, factor, merge)
 
 
 def full_bytes(shape: MatrixShape) -> int:
@@ -81,6 +85,10 @@ def full_bytes(shape: MatrixShape) -> int:
     qr = 3 * 8 * (n * n + block) + 16 * block
     svd = 10 * 8 * n * n
     return max(qr, svd)
+
+
+_WORK: dict[str, Callable[[MatrixShape], int]] = {"gram": gram_bytes, "full": full_bytes}
+"""Host bytes of each backend beside the panels: another backend adds its function."""
 
 
 def device_bytes(shape: MatrixShape, backend: str) -> int:
@@ -94,19 +102,16 @@ def device_bytes(shape: MatrixShape, backend: str) -> int:
 def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: bool = False) -> int:
     """Host bytes of one repair; with `cuda` the matrices are on the device and only vectors and results pass here."""
     n = shape.cols
-    if cuda:
-        work = 16 * n * n + 16 * shape.block * n
-    else:
-        work = full_bytes(shape) if backend == "full" else gram_bytes(shape)
-    return panel_bytes(shape, panel_rows) + work + 2 * COPY_BYTES
+    work = 16 * n * n + 16 * shape.block * n if cuda else _WORK[backend](shape)
+    return panel_bytes(shape, panel_rows) + work + copy_bytes()
 
 
-def process_bytes(tensors: int, *, cuda: bool) -> int:
-    """Host bytes of the process before any task, with the records of so many tensors."""
-    return PROCESS_BYTES + TENSOR_BYTES * tensors + (CUDA_HOST_BYTES if cuda else 0)
+def copy_bytes() -> int:
+    """Host bytes of a task that only copies: a buffer of each side, and the one that lines writes up for the disk."""
+    return 3 * COPY_BYTES
 
 
-def run_bytes(task_bytes: list[int], workers: int, *, tensors: int, cuda: bool) -> int:
-    """Host bytes of a run at its fullest: the process, and the `workers` largest tasks at once."""
-    largest = sorted(task_bytes, reverse=True)[:workers]
-    return process_bytes(tensors, cuda=cuda) + workers * WORKER_BYTES + sum(largest)
+def run_bytes(workers: int, *, tensors: int, gpus: int) -> int:
+    """Host bytes of a run without its tasks: the process with the records of so many tensors, and its workers."""
+    cuda = CUDA_HOST_BYTES + (gpus - 1) * CUDA_FURTHER_BYTES if gpus else 0
+    return PROCESS_BYTES + TENSOR_BYTES * tensors + cuda + workers * WORKER_BYTES

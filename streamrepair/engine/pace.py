@@ -1,8 +1,7 @@
 """How far a repair has come, for the eye: counted where panels pass, estimated inside a long LAPACK call.
 
-The shares of a repair's steps are those of its operations, at the rates of one processor: products run at the full
-rate, the factorisation is half bound by memory. Between panels, and in the factorisation, which says nothing until it
-is done, a timer advances an estimate by the rate seen so far; it never runs past its step.
+The shares of a repair's stages are those that `cost` expects. Between panels, and in the factorisation, which says
+nothing until it is done, a timer advances an estimate by the rate seen so far; it never runs past its stage.
 """
 
 from __future__ import annotations
@@ -10,45 +9,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Self
 
-from streamrepair.engine.memory import MatrixShape
+from streamrepair.engine.cost import Stages
 
-_PRODUCT_FLOPS_PER_S = 35e9
-_FACTOR_FLOPS_PER_S = 14e9
 _TICK_S = 0.25
 _LEAST_S = 0.5
 """Repairs that are expected to take less need no timer."""
 _MOST = 0.95
-"""Of a step, before it is known to be done."""
+"""Of a stage, before it is known to be done."""
 
 
-@dataclass(frozen=True, slots=True)
-class Steps:
-    """Expected seconds of a repair on one processor."""
-
-    gram_s: float
-    factor_s: float
-    merge_s: float
-
-    @property
-    def total_s(self) -> float:
-        """All three."""
-        return self.gram_s + self.factor_s + self.merge_s
-
-
-def steps(shape: MatrixShape, backend: str) -> Steps:
-    """Of a repair that keeps a tenth of the rank."""
-    m, n = float(shape.rows), float(shape.cols)
-    factor = 20 * n**3 if backend == "full" else 4 / 3 * n**3
-    gram = (2 if backend == "full" else 1) * m * n * n
-    return Steps(gram / _PRODUCT_FLOPS_PER_S, factor / _FACTOR_FLOPS_PER_S, 0.4 * m * n * n / _PRODUCT_FLOPS_PER_S)
-
-
-def with_merge(shape: MatrixShape, backend: str, share: float) -> float:
+def with_merge(expected: Stages, share: float) -> float:
     """The share of a repair that is done when such a share of its merge is."""
-    expected = steps(shape, backend)
     return 1.0 - expected.merge_s / expected.total_s * (1.0 - share)
 
 
@@ -56,19 +29,19 @@ class Pace:
     """The first pass and the factorisation of one matrix; as a context it ticks.
 
     Args:
-        shape, backend: the matrix, and the backend planned for it.
+        expected: seconds of its stages, as planned. rows: of the tall orientation.
         tell: gets the share of the whole repair that is done. clock: seconds.
     """
 
     def __init__(
         self,
-        shape: MatrixShape,
-        backend: str,
+        expected: Stages,
+        rows: int,
         tell: Callable[[float], None],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._expected, self._rows = steps(shape, backend), shape.rows
+        self._expected, self._rows = expected, rows
         self._tell, self._clock = tell, clock
         self._began = self._last = clock()
         self._done_rows = 0

@@ -5,19 +5,19 @@ Everything that can be refused without reading a weight is refused while plannin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from streamrepair.checkpoint.headers import ITEM_BITS, TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
 from streamrepair.checkpoint.write import ShardLayout, layout_like
-from streamrepair.engine import memory
+from streamrepair.engine import cost, memory, schedule
 from streamrepair.engine.finite import is_searched
+from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, refuse_too_large
 from streamrepair.engine.memory import MatrixShape
-from streamrepair.errors import BudgetError, shown
+from streamrepair.engine.schedule import Place
 from streamrepair.report import Settings
-from streamrepair.units import format_bytes
 
 _WHOLE_BYTES = 1 << 26
 """A pair of matrices smaller than this is read whole, and once, where memory allows."""
@@ -39,6 +39,8 @@ class Task:
     """None for a tensor that is passed through."""
     panel_rows: int
     backend: str
+    place: Place
+    """Whether the CPU or a GPU computes it."""
     ram_bytes: int
     """Projected host bytes while it runs."""
     vram_bytes: int
@@ -57,7 +59,14 @@ class Task:
         if self.shape is None or self.pairing.base is None:
             return self.ft.entry.nbytes
         passes = 1 if self.panel_rows >= self.shape.rows else 2
-        return passes * (self.ft.entry.nbytes + self.pairing.base.entry.nbytes)
+        return passes * self.read_once_bytes
+
+    @property
+    def read_once_bytes(self) -> int:
+        """Bytes of what it reads, however often."""
+        if self.shape is None or self.pairing.base is None:
+            return self.ft.entry.nbytes
+        return self.ft.entry.nbytes + self.pairing.base.entry.nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +82,27 @@ class Plan:
     """In the order they are started."""
     dropped: tuple[Pairing, ...]
     """Tensors only BASE has."""
-    device: str
-    workers: int
+    devices: tuple[str, ...]
+    """What the user named: "cpu", "cuda:0", …"""
+    lanes: tuple[str, ...]
+    """The device of each worker: one for each GPU, any number for the CPU."""
     ram_allowed_bytes: int
     vram_allowed_bytes: int | None
+
+    @property
+    def device(self) -> str:
+        """The devices as one word."""
+        return ",".join(self.devices)
+
+    @property
+    def workers(self) -> int:
+        """Tasks in work at once."""
+        return len(self.lanes)
+
+    @property
+    def gpus(self) -> tuple[str, ...]:
+        """The GPUs in use."""
+        return gpus_of(self.devices)
 
     @property
     def tensors(self) -> int:
@@ -86,16 +112,29 @@ class Plan:
     @property
     def ram_projected_bytes(self) -> int:
         """Projected peak of the process."""
-        task_bytes = [t.ram_bytes for t in self.tasks]
-        needed = memory.run_bytes(task_bytes, self.workers, tensors=self.tensors, cuda=self.device != "cpu")
-        return min(needed, self.ram_allowed_bytes)
+        fixed = memory.run_bytes(self.workers, tensors=self.tensors, gpus=len(self.gpus))
+        return min(fixed + sum(task.ram_bytes for task in self.at_once), self.ram_allowed_bytes)
+
+    @property
+    def at_once(self) -> list[Task]:
+        """The neediest tasks that can run together."""
+        found: list[Task] = []
+        for place in ("cpu", "cuda"):
+            here = sorted((t for t in self.tasks if t.place == place), key=lambda t: -t.ram_bytes)
+            found += here[: sum((lane == "cpu") == (place == "cpu") for lane in self.lanes)]
+        return found
 
     @property
     def vram_projected_bytes(self) -> int | None:
         """Projected peak per GPU."""
-        if self.device == "cpu":
+        if not self.gpus:
             return None
         return memory.CUDA_CONTEXT_BYTES + max((t.vram_bytes for t in self.tasks), default=0)
+
+    @property
+    def estimated_s(self) -> float:
+        """About how long it takes, by `cost`."""
+        return cost.estimate_s(self.tasks, self.lanes)
 
     @property
     def out_bytes(self) -> int:
@@ -121,12 +160,16 @@ def make_plan(
     ft: Checkpoint,
     settings: Settings,
     *,
-    device: str,
+    devices: Sequence[str],
     workers: int,
     ram_bytes: int,
     vram_bytes: int | None,
 ) -> Plan:
     """Plan the repair of FT against BASE.
+
+    Args:
+        devices: "cpu", "cuda:0", …; with GPUs, "cpu" beside them lets the CPU take matrices too. workers: of the CPU.
+        ram_bytes: for the process. vram_bytes: for each GPU; None without one.
 
     Raises:
         InputError: the two have nothing in common.
@@ -135,39 +178,31 @@ def make_plan(
     """
     layouts = tuple(layout_like(shard, settings.out_dtype) for shard in ft.shards)
     pairings = pair(base, ft, Selection(settings.include, settings.exclude))
-    tasks = []
-    dropped = []
-    for pairing in pairings:
-        if pairing.ft is None:
-            dropped.append(pairing)
-        else:
-            tasks.append(_task(pairing, pairing.ft, layouts, settings, device=device))
-    tasks.sort(key=lambda task: (task.shard, -task.flops, -task.out.nbytes))
-    fixed = memory.process_bytes(len(pairings), cuda=device != "cpu")
-    _refuse_too_large(tasks, fixed, ram_bytes, vram_bytes)
-    fitted = tuple(_fitted(task, ram_bytes - fixed - memory.WORKER_BYTES) for task in tasks)
-    # As many workers as leave room for the largest task, and for at least as much work as stacks.
-    room = ram_bytes - fixed
-    largest = max((task.ram_bytes for task in fitted), default=0)
-    affordable = max(1, min((room - largest) // memory.WORKER_BYTES, room // memory.WORKER_BYTES // 2))
+    kept = [(pairing, pairing.ft) for pairing in pairings if pairing.ft is not None]
+    room = Room(ram_bytes, vram_bytes, tensors=len(pairings), gpus=len(gpus_of(devices)))
+    tasks = [_placed(_task(pairing, side, layouts, settings), devices, room) for pairing, side in kept]
+    refuse_too_large(tasks, room)
+    tasks = [fitted(task, room) for task in tasks]
+    lanes = affordable_lanes(tasks, devices, workers, room)
     return Plan(
         base=base,
         ft=ft,
         settings=settings,
         layouts=layouts,
-        tasks=fitted,
-        dropped=tuple(dropped),
-        device=device,
-        workers=min(workers, affordable, max(1, len(tasks))),
+        tasks=schedule.order(tasks, lanes),
+        dropped=tuple(pairing for pairing in pairings if pairing.ft is None),
+        devices=tuple(devices),
+        lanes=lanes,
         ram_allowed_bytes=ram_bytes,
         vram_allowed_bytes=vram_bytes,
     )
 
 
-def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings: Settings, *, device: str) -> Task:
+def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings: Settings) -> Task:
+    """One tensor's task, as it would be on the CPU."""
     out = layouts[ft.shard].entries[pairing.name]
     if pairing.intent != "repair" or pairing.base is None:
-        return Task(pairing, ft, ft.shard, out, None, 0, "", 2 * memory.COPY_BYTES, 0, 0.0)
+        return Task(pairing, ft, ft.shard, out, None, 0, "", "cpu", memory.copy_bytes(), 0, 0.0)
     shape = matrix_shape(pairing.base.entry, ft.entry, out, settings)
     rows = shape.block
     if pairing.base.entry.nbytes + ft.entry.nbytes <= _WHOLE_BYTES:
@@ -175,9 +210,19 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     elif ft.entry.shape[0] < ft.entry.shape[1]:
         rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
     backend = "full" if settings.backend == "full" else "gram"
-    ram = memory.repair_bytes(shape, backend, rows, cuda=device != "cpu")
-    vram = memory.device_bytes(shape, backend) if device != "cpu" else 0
-    return Task(pairing, ft, ft.shard, out, shape, rows, backend, ram, vram, flops(shape, backend))
+    ram = memory.repair_bytes(shape, backend, rows)
+    return Task(pairing, ft, ft.shard, out, shape, rows, backend, "cpu", ram, 0, flops(shape, backend))
+
+
+def _placed(task: Task, devices: Sequence[str], room: Room) -> Task:
+    """The task where it will run, with what it needs there; on the CPU, if that was named, when no GPU holds it."""
+    if task.shape is None or schedule.place_of(task, devices) == "cpu":
+        return task
+    vram_bytes = memory.device_bytes(task.shape, task.backend)
+    if "cpu" in devices and not room.fits_device(vram_bytes):
+        return task
+    ram_bytes = memory.repair_bytes(task.shape, task.backend, task.panel_rows, cuda=True)
+    return replace(task, place="cuda", ram_bytes=ram_bytes, vram_bytes=vram_bytes)
 
 
 def matrix_shape(base: TensorEntry, ft: TensorEntry, out: TensorEntry, settings: Settings) -> MatrixShape:
@@ -200,64 +245,3 @@ def flops(shape: MatrixShape, backend: str) -> float:
     if backend == "full":
         return 2 * m * n * n + 20 * n**3
     return m * n * n + 4 / 3 * n**3 + 0.4 * m * n * n
-
-
-def _refuse_too_large(tasks: list[Task], fixed_bytes: int, ram_bytes: int, vram_bytes: int | None) -> None:
-    """Hold the neediest tensor against the budgets: what it is told to need is enough for all the others.
-
-    Raises:
-        BudgetError: even with the smallest panels it does not fit.
-    """
-    cuda = vram_bytes is not None
-    if not tasks:
-        return
-    if vram_bytes is not None:
-        largest = max(tasks, key=lambda task: task.vram_bytes)
-        need = largest.vram_bytes + memory.CUDA_CONTEXT_BYTES
-        if need > vram_bytes:
-            raise BudgetError(_refusal(largest, "--vram", need, vram_bytes) + ", or --device cpu")
-    largest = max(tasks, key=lambda task: _least_bytes(task, cuda=cuda))
-    need = fixed_bytes + memory.WORKER_BYTES + _least_bytes(largest, cuda=cuda)
-    if need > ram_bytes:
-        raise BudgetError(_refusal(largest, "--ram", need, ram_bytes))
-
-
-def _least_bytes(task: Task, *, cuda: bool) -> int:
-    """Projected bytes of a task with the smallest panels."""
-    if task.shape is None:
-        return task.ram_bytes
-    return min(task.ram_bytes, memory.repair_bytes(task.shape, task.backend, task.shape.block, cuda=cuda))
-
-
-def _fitted(task: Task, ram_bytes: int) -> Task:
-    """The task, with the smallest panels where its preferred ones do not fit."""
-    if task.shape is None or task.ram_bytes <= ram_bytes:
-        return task
-    return replace(task, panel_rows=task.shape.block, ram_bytes=_least_bytes(task, cuda=task.vram_bytes > 0))
-
-
-def _refusal(task: Task, option: str, need_bytes: int, allowed_bytes: int) -> str:
-    need_mb = -(-need_bytes // 1_000_000)
-    return (
-        f"tensor {shown(task.name)} {list(task.out.shape)} needs {format_bytes(need_bytes)}, {option} allows "
-        f"{format_bytes(allowed_bytes)}: the smallest budget that works is {option} {need_mb}MB"
-    )
-
-
-def fits_full(plan: Plan) -> Mapping[str, bool]:
-    """For each repair, whether the reference route fits beside the other workers, should every cheaper one fail."""
-    others = sorted((task.ram_bytes for task in plan.tasks), reverse=True)[: plan.workers - 1]
-    fixed = memory.run_bytes(others, plan.workers, tensors=plan.tensors, cuda=plan.device != "cpu")
-    room = plan.ram_allowed_bytes - fixed
-    return {
-        task.name: memory.repair_bytes(task.shape, "full", task.shape.block) <= room
-        for task in plan.tasks
-        if task.shape is not None
-    }
-
-
-def full_budget(plan: Plan, task: Task) -> int:
-    """Bytes of --ram in which the reference route fits for a task, with one worker."""
-    assert task.shape is not None
-    need = memory.repair_bytes(task.shape, "full", task.shape.block)
-    return memory.run_bytes([need], 1, tensors=plan.tensors, cuda=plan.device != "cpu")

@@ -18,10 +18,11 @@ from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.convert import STORED_TYPE, Raw, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
-from streamrepair.decompose.scratch import Scratch
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
+from streamrepair.engine import cost
 from streamrepair.engine.memory import COPY_BYTES
 from streamrepair.engine.pace import Pace, with_merge
+from streamrepair.engine.short_memory import Patient, ReservedHost
 from streamrepair.engine.task import Job, copy, find_nonfinite, met_nonfinite, passed_through
 from streamrepair.engine.view import MatrixView, StoredMatrix
 from streamrepair.errors import NumericalError, shown
@@ -36,20 +37,26 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
         InputError: an input holds NaN or infinity.
         NumericalError: no backend could decide, or the result overflows its dtype.
     """
-    shape, planned = job.task.shape, job.task.backend
-    assert shape is not None
-    pace = Pace(shape, planned, job.tell)
+    pace = Pace(cost.stages(job.task, job.task.place), max(job.task.out.shape), job.tell)
     view = _view(job, pace.advance)
     settings = job.around.settings
     rule = HardThreshold(scale=settings.scale, sigma=settings.sigma)
-    arithmetic = _arithmetic(job.around.device, job.scratch)
-    fits = job.around.full_fits(job.task)
+    host = ReservedHost(job)
+    arithmetic = _arithmetic(job, host)
+    fits = job.around.fits(job.task, "full")
     sharp = job.task.out.dtype not in ("BF16", "F16")
     began = time.perf_counter()
     try:
         with pace:
             truncation = ladder.decompose(
-                view, rule, arithmetic=arithmetic, backend=settings.backend, sharp=sharp, full_fits=fits
+                view,
+                rule,
+                arithmetic=arithmetic,
+                backend=settings.backend,
+                sharp=sharp,
+                full_fits=fits,
+                estimate=settings.noise_estimate,
+                host=host,
             )
     except NonFiniteDeltaError as error:
         where = find_nonfinite(job)
@@ -60,7 +67,7 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     except NumericalError as error:
         raise _failed(job, error) from error
     job.spent.decompose_s += time.perf_counter() - began
-    record = _written(job, view, truncation, arithmetic)
+    record = _written(job, view, truncation, arithmetic, host)
     job.spent.read_s += view.stats.seconds
     job.spent.bytes_read += view.stats.bytes
     return record, None
@@ -68,7 +75,7 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
 
 def _failed(job: Job, error: Exception) -> NumericalError:
     more = ""
-    if not job.around.full_fits(job.task):
+    if not job.around.fits(job.task, "full"):
         need_mb = -(-job.around.full_budget(job.task) // 1_000_000)
         more = f"give the float64 SVD room with --ram {need_mb}MB --workers 1, or "
     return NumericalError(
@@ -77,7 +84,9 @@ def _failed(job: Job, error: Exception) -> NumericalError:
     )
 
 
-def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic) -> TensorRecord:
+def _written(
+    job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic, host: HostArithmetic
+) -> TensorRecord:
     if truncation.frob_delta_in == 0.0:
         digest, _ = copy(job)
         return passed_through(job.task, "copied", "delta is zero", digest)
@@ -91,7 +100,7 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
             backend=truncation.backend,
             climbed=truncation.climbed,
         )
-    merged = _merged(job, view, truncation, arithmetic)
+    merged = _merged(job, view, truncation, arithmetic, host)
     threshold, out = truncation.threshold, truncation.frob_delta_out
     gap = threshold.nearest_gap
     return TensorRecord(
@@ -108,13 +117,17 @@ def _written(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Ari
         rounding_loss=merged.lost_square**0.5 / out if out > 0 else 0.0,
         nearest_sigma_gap=gap if gap < float("inf") else None,
         undecidable=truncation.undecidable,
+        threshold_interval=truncation.interval,
+        within_interval=truncation.within if truncation.interval else None,
         backend=truncation.backend,
         climbed=truncation.climbed,
         digest=merged.digest,
     )
 
 
-def _merged(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic) -> _Merged:
+def _merged(
+    job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic, host: HostArithmetic
+) -> _Merged:
     """The second pass, done; on the CPU if the device has no memory left for it."""
     merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
     try:
@@ -122,7 +135,11 @@ def _merged(job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arit
     except RuntimeError:  # torch's OutOfMemoryError is one
         if isinstance(arithmetic, HostArithmetic):
             raise
-        merged = _Merged(job, view, HostArithmetic(job.scratch).merger(truncation.vh, job.task.out.dtype))
+        try:
+            merger = host.merger(truncation.vh, job.task.out.dtype)
+        except NumericalError as error:
+            raise _failed(job, error) from error
+        merged = _Merged(job, view, merger)
         merged.run()
     return merged
 
@@ -151,9 +168,8 @@ class _Merged:
             else:
                 for block in panel.blocks():
                     self._write_rows(block.start, self._merged(block))
-            task = self._job.task
-            assert task.shape is not None
-            self._job.tell(with_merge(task.shape, task.backend, (panel.start + panel.rows) / self._view.rows))
+            task, done = self._job.task, (panel.start + panel.rows) / self._view.rows
+            self._job.tell(with_merge(cost.stages(task, task.place), done))
         if self._running is None:
             self.digest = self._job.around.shards[self._job.task.shard].digest(self._job.task.name)
         else:
@@ -218,12 +234,15 @@ def copy_widened(job: Job) -> tuple[str, str | None]:
     return digest_text(digest), nonfinite
 
 
-def _arithmetic(device: str, scratch: Scratch) -> Arithmetic:
-    if device == "cpu":
-        return HostArithmetic(scratch)
+def _arithmetic(job: Job, host: HostArithmetic) -> Arithmetic:
+    if job.around.arithmetic is not None:
+        chosen = job.around.arithmetic(job.worker.device, job.scratch)
+        return chosen if isinstance(chosen, HostArithmetic) else Patient(chosen)
+    if job.worker.device == "cpu":
+        return host
     from streamrepair.decompose.device import DeviceArithmetic  # torch is loaded for a GPU only
 
-    return DeviceArithmetic(device)
+    return Patient(DeviceArithmetic(job.worker.device))
 
 
 def _view(job: Job, advance: Callable[[int], None]) -> MatrixView:
@@ -237,4 +256,5 @@ def _view(job: Job, advance: Callable[[int], None]) -> MatrixView:
         panel_rows=task.panel_rows,
         check_stop=around.check_stop,
         advance=advance,
+        lane=job.worker.lane,
     )

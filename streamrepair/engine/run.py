@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -16,19 +17,27 @@ from streamrepair.checkpoint.headers import ShardHeader
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
-from streamrepair.engine import budget, memory
+from streamrepair.checkpoint.write import ShardFile
+from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.scratch import Scratch
+from streamrepair.engine import budget, gpu, limits, memory
 from streamrepair.engine.accounts import summed
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.finite import search
+from streamrepair.engine.fit import fits_climb, full_budget
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.notices import plan_warnings, task_warnings
 from streamrepair.engine.numeric_threads import NumericThreads
-from streamrepair.engine.plan import Plan, Task, fits_full, full_budget
-from streamrepair.engine.side_files import check_report_path
+from streamrepair.engine.pagecache import PageCache, lets_go
+from streamrepair.engine.plan import Plan, Task
+from streamrepair.engine.side_files import check_path_beside
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, nonfinite_error, run_task
+from streamrepair.engine.timeline import Timeline
+from streamrepair.engine.trace import chrome_trace
+from streamrepair.engine.worker import lane_names
 from streamrepair.engine.workspace import Workspace, refuse_overlap
-from streamrepair.errors import InputError, shown
+from streamrepair.errors import InputError, OutputError, shown
 from streamrepair.report import (
     REPORT_NAME,
     Budget,
@@ -37,6 +46,7 @@ from streamrepair.report import (
     Report,
     Session,
     TensorRecord,
+    storable,
 )
 from streamrepair.version import __version__
 
@@ -75,8 +85,11 @@ class _Run:
     threads: NumericThreads
     warnings: list[str]
     """Those of no single tensor's work: its own stand in its record, so that they survive an interruption."""
+    timeline: Timeline
+    arithmetic: Callable[[str, Scratch], Arithmetic] | None
     spent: Spent = field(default_factory=Spent)
     began: float = field(default_factory=time.perf_counter)
+    began_cpu: float = field(default_factory=time.process_time)
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
@@ -84,33 +97,54 @@ class _Run:
 
     def record_session(self) -> None:
         """Write down what this start of the command has taken so far."""
+        timings = self.spent.timings(
+            wall_s=time.perf_counter() - self.began, cpu_s=time.process_time() - self.began_cpu
+        )
         self.workspace.accounts.record(
             Session(
-                timings=self.spent.timings(time.perf_counter() - self.began),
+                timings=timings,
                 ram_measured_bytes=budget.peak_bytes(),
-                vram_measured_bytes=budget.device_peak_bytes(self.plan.device),
+                vram_measured_bytes=budget.device_peak_bytes(self.plan.gpus),
                 warnings=tuple(self.warnings),
             )
         )
 
 
 def execute(
-    plan: Plan, out: Path, *, stop: StopRequest, watcher: Watcher, overwrite: bool = False, report: Path | None = None
+    plan: Plan,
+    out: Path,
+    *,
+    stop: StopRequest,
+    watcher: Watcher,
+    overwrite: bool = False,
+    report: Path | None = None,
+    finished: Mapping[str, TensorRecord] | None = None,
+    trace: Path | None = None,
+    arithmetic: Callable[[str, Scratch], Arithmetic] | None = None,
 ) -> Report:
     """Carry out a plan and write OUT; continues an interrupted run of the same plan.
+
+    Args:
+        report: a second copy of the report. trace: a timeline in Chrome's format, however the run ends.
+        arithmetic: how a device computes, in place of the usual.
+        finished: records of OUT's report, which go where the journal has none: a finished result is to be mended.
 
     Raises:
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
-    refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, report)
-    if report is not None:
-        check_report_path(report, out)
+    stop.heeded = True
+    for option, beside in (("--report", report), ("--trace", trace)):
+        refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
+        if beside is not None:
+            check_path_beside(option, beside, out)
     check_sidecars(plan.ft)
     budget.reset_peak()
+    gpu.cap_memory(plan.gpus, plan.vram_allowed_bytes)
     workspace = Workspace(out, plan.layouts)
-    run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [])
+    timeline = Timeline(keep=trace is not None)
+    run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [], timeline, arithmetic)
     try:
-        journalled = workspace.open(fingerprint(plan), overwrite=overwrite)
+        journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
             run.warn(f"{osfile.shown_path(path)}: length or header is damaged and is written again")
         return _execute(run, journalled, report)
@@ -120,6 +154,8 @@ def execute(
         raise
     finally:
         watcher.end()
+        if trace is not None:
+            osfile.write_atomic(trace, chrome_trace(timeline, lane_names(plan.lanes)))
         run.files.close()
         run.threads.release()
         workspace.close()
@@ -136,10 +172,28 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         run.workspace.finish()
         _write_copy(finished, report_path)
         return finished
+    if done and (before := run.workspace.began_on) not in ("", fingerprint(plan).device):
+        run.warn(
+            f"{len(done)} tensors were finished on {before}, the rest is done on {plan.device}: "
+            "values may differ in the last place from a run on one device"
+        )
     unchanged = _unchanged_check(run)
     _check_dropped(run)
-    committer = Committer(run.workspace, done, before_commit=unchanged, after_commit=run.record_session)
-    _work(run, committer, [task for task in plan.tasks if task.name not in done])
+    free_bytes = limits.free_bytes()
+    committer = Committer(
+        run.workspace,
+        done,
+        before_commit=unchanged,
+        after_commit=run.record_session,
+        stop=run.stop,
+        lets_go=lets_go(plan, free_bytes),
+    )
+    cache = PageCache(plan, run.files, free_bytes=free_bytes)
+    try:
+        _work(run, committer, cache, [task for task in plan.tasks if task.name not in done])
+    finally:
+        cache.close()
+    run.stop.check_at_once()  # from here on it is a matter of moments
     unchanged()
     names = _write_beside(run)
     run.record_session()
@@ -165,7 +219,8 @@ def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRe
     for shard in run.workspace.shards:
         damaged = []
         for name in shard.layout.entries:
-            if name in journalled and shard.digest(name) == journalled[name].digest:
+            run.stop.check_at_once()
+            if name in journalled and _reads_as(shard, name, journalled[name].digest):
                 sound[name] = journalled[name]
             elif name in journalled or shard.sealed:
                 damaged.append(name)
@@ -175,6 +230,14 @@ def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRe
             if name in journalled:
                 run.warn(f"{shown(str(shard.path))}: tensor {shown(name)} is damaged and is done again")
     return sound
+
+
+def _reads_as(shard: ShardFile, name: str, digest: str | None) -> bool:
+    """Whether a tensor of OUT has its digest; one that cannot be read has not: writing it anew may cure the disk."""
+    try:
+        return shard.digest(name) == digest
+    except OutputError:
+        return False
 
 
 def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
@@ -194,38 +257,49 @@ def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
     return report
 
 
-def _work(run: _Run, committer: Committer, tasks: list[Task]) -> None:
+def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) -> None:
     """Run the tasks, committing as they finish; what is finished is committed however this ends."""
     plan = run.plan
-    full_fits = fits_full(plan)
+    fits = {backend: fits_climb(plan, backend) for backend in ("full",)}
     around = Surroundings(
         base=plan.base,
         ft=plan.ft,
         settings=plan.settings,
         files=run.files,
         shards=run.workspace.shards,
-        device=plan.device,
         progress=run.watcher,
         check_stop=run.stop.check,
-        full_fits=lambda task: full_fits[task.name],
+        fits=lambda task, backend: fits[backend][task.name],
         full_budget=lambda task: full_budget(plan, task),
+        arithmetic=run.arithmetic,
+        done_with=cache.done_with,
         hold_threads=run.threads.hold,
     )
-    fixed = memory.run_bytes([], plan.workers, tensors=plan.tensors, cuda=plan.device != "cpu")
-    room = plan.ram_allowed_bytes - fixed
-    executor = LocalExecutor(workers=plan.workers, room_bytes=room, stop=run.stop)
+    room = plan.ram_allowed_bytes - memory.run_bytes(plan.workers, tensors=plan.tensors, gpus=len(plan.gpus))
+    executor = LocalExecutor(
+        lanes=plan.lanes, room_bytes=room, stop=run.stop, timeline=run.timeline, upcoming=cache.upcoming
+    )
     try:
-        for outcome in executor.run(tasks, lambda task, scratch: run_task(task, around, scratch)):
+        for outcome in executor.run(tasks, lambda task, worker: run_task(task, around, worker)):
             if outcome is not None:
                 _take(run, committer, outcome)
-            if committer.due:
-                committer.flush()
+            # Once a stop is requested, all that is ready: at the end there may be no time for a large sync.
+            if committer.due or run.stop.requested:
+                with _committing(run):
+                    committer.flush()
     except NonFiniteInputError:
         raise  # all of it is about to be removed
     except BaseException:
         committer.flush()
+        with contextlib.suppress(OutputError):  # what ended the run is what is to be said
+            run.record_session()
         raise
-    committer.flush()
+    with _committing(run):
+        committer.flush()
+
+
+def _committing(run: _Run) -> contextlib.AbstractContextManager[None]:
+    return run.timeline.span("commits", "sync", "sync, read back, seal", file=True)
 
 
 def _check_dropped(run: _Run) -> None:
@@ -246,7 +320,7 @@ def _check_dropped(run: _Run) -> None:
             run.spent.read_s += time.perf_counter() - began
             run.spent.bytes_read += len(buffer)
 
-        if (index := search(read, entry, run.stop.check)) is not None:
+        if (index := search(read, entry, run.stop.check_at_once)) is not None:
             raise nonfinite_error(shard.path, entry, index)
 
 
@@ -281,20 +355,26 @@ def _index(plan: Plan) -> bytes:
         "metadata": {**ft.index_metadata, "total_size": total},
         "weight_map": {name: layout.name for name, layout in placed.items()},
     }
-    return msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n"
+    # Not msgspec: metadata are FT's, and may hold integers of any length.
+    return (json.dumps(index, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def fingerprint(plan: Plan) -> Fingerprint:
     """What must be unchanged for another run to continue this one."""
     return Fingerprint(
-        version=__version__, base=_identities(plan.base), ft=_identities(plan.ft), settings=plan.settings
+        version=__version__,
+        base=_identities(plan.base),
+        ft=_identities(plan.ft),
+        settings=plan.settings,
+        device=plan.device.partition(":")[0],
     )
 
 
 def _identities(checkpoint: Checkpoint) -> dict[str, str]:
+    shards = {storable(str(shard.path.resolve())): shard for shard in checkpoint.shards}
     return {
-        str(shard.path.resolve()): f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
-        for shard in checkpoint.shards
+        path: f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
+        for path, shard in shards.items()
     }
 
 
@@ -325,7 +405,8 @@ def _report(run: _Run, records: dict[str, TensorRecord], names: tuple[str, ...])
         ),
         timings=summed(sessions),
         sessions=len(sessions),
-        sidecars=names,
+        utilisation=run.timeline.uses(lane_names(plan.lanes), time.perf_counter() - run.began),
+        sidecars=tuple(map(storable, names)),
         headers={layout.name: layout.header_digest for layout in plan.layouts},
         warnings=(
             *plan_warnings(plan),
@@ -337,14 +418,13 @@ def _report(run: _Run, records: dict[str, TensorRecord], names: tuple[str, ...])
 
 
 def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
-    digest = hashlib.sha256("".join(shard.digest for shard in checkpoint.shards).encode())
     return CheckpointSummary(
-        given=checkpoint.given,
-        path=str(checkpoint.folder.resolve()),
+        given=storable(checkpoint.given),
+        path=storable(str(checkpoint.folder.resolve())),
         shards=tuple(shard.path.name for shard in checkpoint.shards),
         tensors=len(checkpoint.tensors),
         bytes=checkpoint.total_bytes,
-        header_digest=f"sha256:{digest.hexdigest()}",
+        header_digest=checkpoint.header_digest,
         unindexed=checkpoint.unindexed,
-        stray_files=checkpoint.stray_files,
+        stray_files=tuple(map(storable, checkpoint.stray_files)),
     )

@@ -21,6 +21,8 @@ class StopRequest:
         self._since = 0.0
         self._abandoned = threading.Event()
         self.reason = ""
+        self.heeded = False
+        """Whether a run looks at it; before that nothing is in OUT that would have to be left in order."""
 
     def request(self, reason: str) -> None:
         """Ask the run to stop; safe in a signal handler."""
@@ -37,6 +39,15 @@ class StopRequest:
     def overdue(self) -> bool:
         """Whether the run has to end without waiting for its workers."""
         return self.requested and time.monotonic() - self._since > LIMIT_S
+
+    def check_at_once(self) -> None:
+        """End what is no tensor in hand (reading back, sealing) as soon as it is asked to.
+
+        Raises:
+            InterruptedRunError: it is.
+        """
+        if self.requested:
+            raise InterruptedRunError(self.reason)
 
     def abandon(self) -> None:
         """Let tasks in hand end at their next check: nobody waits for them any more."""

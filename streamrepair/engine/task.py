@@ -22,12 +22,17 @@ from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.write import ShardFile, digest_text, new_digest
+from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.finite import first_nonfinite, search
 from streamrepair.engine.memory import COPY_BYTES
 from streamrepair.engine.plan import Task
+from streamrepair.engine.worker import Worker
 from streamrepair.errors import InputError, shown
 from streamrepair.report import Settings, TensorRecord, Timings
+
+_DIRECT_FROM_BYTES = 1 << 20
+"""Smaller tensors go through the page cache, which gathers them."""
 
 
 class NonFiniteInputError(InputError):
@@ -68,7 +73,7 @@ class Spent:
         self.bytes_read += other.bytes_read
         self.bytes_written += other.bytes_written
 
-    def timings(self, wall_s: float) -> Timings:
+    def timings(self, *, wall_s: float, cpu_s: float) -> Timings:
         """For the report, to a tenth of a millisecond."""
         return Timings(
             wall_s=round(wall_s, 4),
@@ -77,6 +82,7 @@ class Spent:
             write_s=round(self.write_s, 4),
             bytes_read=self.bytes_read,
             bytes_written=self.bytes_written,
+            cpu_s=round(cpu_s, 4),
         )
 
 
@@ -89,16 +95,19 @@ class Surroundings:
     settings: Settings
     files: InputFiles
     shards: tuple[ShardFile, ...]
-    device: str
     progress: Progress
     check_stop: Callable[[], None]
     """Raises InterruptedRunError when the task in hand is to be abandoned."""
     hold_threads: Callable[[], None]
     """Called before a thread computes."""
-    full_fits: Callable[[Task], bool]
-    """Whether the reference route would fit the budget for a task, should every cheaper one fail."""
+    fits: Callable[[Task, str], bool]
+    """Whether a dearer backend on the CPU would fit the budget for a task, should its own one fail."""
     full_budget: Callable[[Task], int]
-    """Bytes of --ram, with one worker, in which it would."""
+    """Bytes of --ram, with one worker, in which the reference route would fit."""
+    arithmetic: Callable[[str, Scratch], Arithmetic] | None = None
+    """How a device computes, in place of the usual."""
+    done_with: Callable[[Task], None] = lambda _task: None
+    """Told once a task needs its inputs no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,22 +127,30 @@ class Job:
 
     task: Task
     around: Surroundings
-    scratch: Scratch
+    worker: Worker
     spent: Spent = field(default_factory=Spent)
     told_bytes: int = 0
+
+    @property
+    def scratch(self) -> Scratch:
+        """The worker's working memory."""
+        return self.worker.scratch
 
     def read(self, side: Side, offset: int, buffer: memoryview, *, of_base: bool) -> None:
         """Fill `buffer` from byte `offset` of one side's tensor."""
         checkpoint = self.around.base if of_base else self.around.ft
         began = time.perf_counter()
-        self.around.files.read_into(checkpoint.shards[side.shard], side.entry.start + offset, buffer)
+        with self.worker.lane.file("read"):
+            self.around.files.read_into(checkpoint.shards[side.shard], side.entry.start + offset, buffer)
         self.spent.read_s += time.perf_counter() - began
         self.spent.bytes_read += len(buffer)
 
-    def write(self, offset: int, data: memoryview) -> None:
+    def write(self, offset: int, data: memoryview, *, past_cache: bool = False) -> None:
         """Write bytes at `offset` of the output tensor."""
         began = time.perf_counter()
-        self.around.shards[self.task.shard].write(self.task.out.start + offset, data)
+        with self.worker.lane.file("write"):
+            shard = self.around.shards[self.task.shard]
+            shard.write(self.task.out.start + offset, data, past_cache=past_cache)
         self.spent.write_s += time.perf_counter() - began
         self.spent.bytes_written += len(data)
 
@@ -145,8 +162,8 @@ class Job:
             self.told_bytes = done
 
 
-def run_task(task: Task, around: Surroundings, scratch: Scratch) -> Outcome:
-    """Do one task, in the calling worker's scratch memory.
+def run_task(task: Task, around: Surroundings, worker: Worker) -> Outcome:
+    """Do one task, on the calling worker's device and in its memory.
 
     Raises:
         InputError: an input is not finite, changed, or cannot be read.
@@ -155,9 +172,9 @@ def run_task(task: Task, around: Surroundings, scratch: Scratch) -> Outcome:
         InterruptedRunError: abandoned on request.
     """
     began = time.perf_counter()
-    job = Job(task, around, scratch)
+    job = Job(task, around, worker)
     if task.shape is not None:
-        scratch.begin(task.shape)
+        worker.scratch.begin(task.shape)
     nonfinite: str | None = None
     if task.shape is None:
         if task.pairing.base is not None:
@@ -167,6 +184,7 @@ def run_task(task: Task, around: Surroundings, scratch: Scratch) -> Outcome:
     else:
         record, nonfinite = _repair(job)
     job.tell(1.0)
+    around.done_with(task)
     record = _with_seconds(record, time.perf_counter() - began)
     record.check_finite(task.name)
     return Outcome(task, record, job.spent, nonfinite)
@@ -207,16 +225,27 @@ def copy(job: Job) -> tuple[str, str | None]:
         return copy_widened(job)
     digest = new_digest()
     nonfinite: str | None = None
-    buffer = memoryview(bytearray(min(COPY_BYTES, entry.nbytes)))
+    buffer, past_cache = _copy_buffer(out)
     for offset, length in osfile.chunks(entry.nbytes, COPY_BYTES):
         job.around.check_stop()
         piece = buffer[:length]
         job.read(job.task.ft, offset, piece, of_base=False)
         nonfinite = nonfinite or met_nonfinite(job, piece, offset, of_base=False)
         digest.update(piece)
-        job.write(offset, piece)
+        job.write(offset, piece, past_cache=past_cache)
         job.tell((offset + length) / entry.nbytes)
     return digest_text(digest), nonfinite
+
+
+def _copy_buffer(out: TensorEntry) -> tuple[memoryview, bool]:
+    """A buffer for pieces of a tensor that is only copied, and whether they go past the page cache.
+
+    They do where that is worth it: the buffer then lies at pages as the tensor does in the file.
+    """
+    if out.nbytes < _DIRECT_FROM_BYTES:
+        return memoryview(bytearray(min(COPY_BYTES, out.nbytes))), False
+    lead = out.start % osfile.PAGE_BYTES
+    return osfile.page_aligned(lead + COPY_BYTES)[lead:], True
 
 
 def _copy_while_equal(job: Job) -> str | None:
@@ -230,10 +259,11 @@ def _copy_while_equal(job: Job) -> str | None:
     if base.entry.dtype != ft.entry.dtype or out.dtype != ft.entry.dtype:
         return None
     digest = new_digest()
-    buffers = [memoryview(bytearray(min(COPY_BYTES, out.nbytes))) for _ in range(2)]
+    base_buffer = memoryview(bytearray(min(COPY_BYTES, out.nbytes)))
+    ft_buffer, past_cache = _copy_buffer(out)
     for offset, length in osfile.chunks(out.nbytes, COPY_BYTES):
         job.around.check_stop()
-        base_piece, ft_piece = buffers[0][:length], buffers[1][:length]
+        base_piece, ft_piece = base_buffer[:length], ft_buffer[:length]
         if offset == 0:  # most pairs differ at once: a page tells
             head = min(length, 1 << 14)
             job.read(base, 0, base_piece[:head], of_base=True)
@@ -247,7 +277,7 @@ def _copy_while_equal(job: Job) -> str | None:
         if met_nonfinite(job, ft_piece, offset, of_base=False):
             return None
         digest.update(ft_piece)
-        job.write(offset, ft_piece)
+        job.write(offset, ft_piece, past_cache=past_cache)
         job.tell((offset + length) / out.nbytes)
     return digest_text(digest)
 

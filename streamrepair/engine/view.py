@@ -21,6 +21,7 @@ from streamrepair.decompose.convert import STORED_TYPE, Raw
 from streamrepair.decompose.operator import Panel
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.memory import RING_SLOTS
+from streamrepair.engine.timeline import Lane, unwatched
 
 
 @dataclass(slots=True)
@@ -59,6 +60,8 @@ class MatrixView:
     """Called between panels; raises to abandon the task."""
     advance: Callable[[int], None] = lambda _rows: None
     """Told the rows of every panel once it is done with."""
+    lane: Lane = field(default_factory=unwatched)
+    """Told what is read and waited for."""
     stats: ReadStats = field(default_factory=ReadStats)
     whole: list[Panel] = field(default_factory=list, repr=False)
     """The only panel of a matrix that one panel holds, once it is read."""
@@ -83,11 +86,12 @@ class MatrixView:
         starts = list(range(0, self.rows, self.panel_rows))
         if len(starts) == 1:
             if not self.whole:
-                self.whole.append(self._read(0, self._buffers(0)))
+                with self.lane.waiting("read"):
+                    self.whole.append(self._read(0, self._buffers(0)))
             yield from self._delivered(self.whole[0])
             return
         ring = [self._buffers(slot) for slot in range(min(RING_SLOTS, len(starts)))]
-        with _Ahead(lambda i: self._read(starts[i], ring[i % len(ring)]), len(starts)) as panels:
+        with _Ahead(lambda i: self._read(starts[i], ring[i % len(ring)]), len(starts), self.lane) as panels:
             for panel in panels:
                 yield from self._delivered(panel)
 
@@ -105,8 +109,9 @@ class MatrixView:
     def _read(self, start: int, buffers: tuple[memoryview, memoryview]) -> Panel:
         began = time.perf_counter()
         count = min(self.panel_rows, self.rows - start)
-        base = self._read_side(self.base, start, count, buffers[0])
-        ft = self._read_side(self.ft, start, count, buffers[1])
+        with self.lane.ahead():
+            base = self._read_side(self.base, start, count, buffers[0])
+            ft = self._read_side(self.ft, start, count, buffers[1])
         self.stats.seconds += time.perf_counter() - began
         self.stats.bytes += count * self.cols * (self.base.item_bytes + self.ft.item_bytes)
         return Panel(start, base, ft, self.base.entry.dtype, self.ft.entry.dtype, self.wide)
@@ -132,8 +137,8 @@ class _Ahead:
     At most one result waits and one is being made, so that with three buffers none is overwritten while in use.
     """
 
-    def __init__(self, produce: Callable[[int], Panel], count: int) -> None:
-        self._produce, self._count = produce, count
+    def __init__(self, produce: Callable[[int], Panel], count: int, lane: Lane) -> None:
+        self._produce, self._count, self._lane = produce, count, lane
         self._ready: queue.Queue[Panel | BaseException] = queue.Queue(maxsize=1)
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
@@ -153,7 +158,8 @@ class _Ahead:
 
     def _results(self) -> Iterator[Panel]:
         for _ in range(self._count):
-            result = self._ready.get()
+            with self._lane.waiting("read"):
+                result = self._ready.get()
             if isinstance(result, BaseException):
                 raise result
             yield result

@@ -23,7 +23,7 @@ from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.write import ShardFile, ShardLayout
 from streamrepair.engine.accounts import Accounts
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
-from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord
+from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord, restored
 from streamrepair.units import format_bytes
 
 STATE = ".streamrepair"
@@ -49,10 +49,18 @@ class Workspace:
         self.shards = tuple(ShardFile(layout, out=out, work=self.work) for layout in layouts)
         self.damaged: tuple[Path, ...] = ()
         """Sealed shards whose length or header `open` found wrong."""
+        self.began_on = ""
+        """Where the run that is continued began to compute; "" for a new one, or if it is not known."""
         self._lock_fd = -1
 
-    def open(self, fingerprint: Fingerprint, *, overwrite: bool) -> dict[str, TensorRecord]:
+    def open(
+        self, fingerprint: Fingerprint, *, overwrite: bool, finished: Mapping[str, TensorRecord] | None = None
+    ) -> dict[str, TensorRecord]:
         """Take the lock, settle what an earlier run left, reserve the disk; returns the journalled records.
+
+        Args:
+            finished: records that the report of a finished result has; a journal that is damaged or lacks some gets
+                them again.
 
         Raises:
             LockedError: a live run holds OUT.
@@ -63,18 +71,20 @@ class Workspace:
         self._refuse_foreign(overwrite=overwrite)
         self._check_space(overwrite=overwrite)
         made_out = osfile.make_folder(self.out)
-        osfile.make_folder(self.state)
         self._lock()
         if made_out:
             osfile.close(osfile.open_output(self.state / "made"))
-        entries = self._begin(fingerprint) if overwrite else self._continue(fingerprint)
+        entries = self._begin(fingerprint) if overwrite else self._continue(fingerprint, finished)
         osfile.make_folder(self.work)
         self.accounts.open()
         self.damaged = tuple(shard.final for shard in self.shards if not shard.open())
-        osfile.sync_folder(self.work)
+        for folder in (self.work, self.state):  # names of partial shards; of the journal
+            osfile.sync_folder(folder)
         return {entry.name: entry.record for entry in entries}
 
-    def _continue(self, fingerprint: Fingerprint) -> list[JournalEntry]:
+    def _continue(
+        self, fingerprint: Fingerprint, finished: Mapping[str, TensorRecord] | None = None
+    ) -> list[JournalEntry]:
         """The journal of the run that OUT holds, which must be of this fingerprint; or of a new one."""
         if (self.state / "run.json").exists():
             self._refuse_changed(fingerprint)
@@ -82,7 +92,29 @@ class Workspace:
             for name in ("journal", "sessions"):
                 osfile.unlink(self.state / name)
             osfile.write_atomic(self.state / "run.json", msgspec.json.format(msgspec.json.encode(fingerprint)))
+        if finished:
+            return self._mended_journal(finished)
         return [self._entry(line) for line in self.journal.open()]
+
+    def _mended_journal(self, finished: Mapping[str, TensorRecord]) -> list[JournalEntry]:
+        """The journal, begun anew from a report's records where it is not the same as they are."""
+        of_report = [
+            JournalEntry(name, shard.layout.name, finished[name])
+            for shard in self.shards
+            for name in shard.layout.entries
+            if name in finished
+        ]
+        try:
+            entries = [self._entry(line) for line in self.journal.open()]
+        except InputError:
+            entries = []
+        if {entry.name for entry in entries} >= {entry.name for entry in of_report}:
+            return entries
+        self.journal.close()
+        osfile.unlink(self.state / "journal")
+        self.journal.open()
+        self.journal.append(msgspec.json.encode(entry) for entry in of_report)
+        return of_report
 
     def _begin(self, fingerprint: Fingerprint) -> list[JournalEntry]:
         """With --overwrite: go on with an unfinished run of this very kind, or else clear OUT and begin.
@@ -126,8 +158,10 @@ class Workspace:
             self._lock_fd = -1
 
     def _refuse_foreign(self, *, overwrite: bool) -> None:
-        if self.out.is_symlink() or (self.out.exists() and not self.out.is_dir()):
-            raise InputError(f"OUT {shown(str(self.out))} is not a folder: name a new or an empty one")
+        for path in (self.out, self.state, self.work):  # what is written below a link is written elsewhere
+            if osfile.is_other_than_folder(path):
+                what = f"OUT {shown(str(path))}" if path == self.out else shown(str(path))
+                raise InputError(f"{what} is not a folder: name a new or an empty one as OUT")
         if not self.out.is_dir():
             return
         if not overwrite:
@@ -156,7 +190,7 @@ class Workspace:
             names |= report.headers.keys()
         with contextlib.suppress(InputError, msgspec.MsgspecError):
             before = msgspec.json.decode(osfile.read_whole(self.state / "run.json"), type=Fingerprint)
-            names |= {Path(path).name for path in before.ft}
+            names |= {Path(restored(path)).name for path in before.ft}
         return names | {path.name for path in self.out.glob(_WEIGHTS[1]) if _shards_in(path) <= names}
 
     def _earlier_report(self) -> Report | None:
@@ -182,10 +216,17 @@ class Workspace:
             )
 
     def _lock(self) -> None:
-        self._lock_fd = osfile.open_output(self.state / "lock")
         path = self.state / "lock"
-        if not osfile.lock(self._lock_fd, path):
-            size = min(100, osfile.status(self._lock_fd).st_size)
+        while True:
+            osfile.make_folder(self.state)
+            self._lock_fd = osfile.open_output(path)
+            held = osfile.lock(self._lock_fd, path)
+            if not held or osfile.is_same_file(self._lock_fd, path):
+                break
+            # Whoever had it has removed it with all else that a refused run made: it is the lock of nothing.
+            osfile.close(self._lock_fd)
+        if not held:
+            size = min(100, osfile.status(self._lock_fd, path).st_size)
             holder = osfile.read_exactly(self._lock_fd, size, 0).decode("ascii", "replace").strip()
             by = f" ({shown(holder)})" if holder else ""  # it may not have written its name yet
             raise LockedError(f"OUT {shown(str(self.out))} is held by another run{by}: wait for it or stop it")
@@ -203,7 +244,7 @@ class Workspace:
             for path in self.out.glob(pattern):
                 if path.name in own:
                     osfile.unlink(path)
-        for name in report.sidecars if report is not None else ():
+        for name in map(restored, report.sidecars) if report is not None else ():
             # Another model's tokenizer must not be left to this one. The name is from a file: it may lead anywhere.
             if (self.out / name).resolve().is_relative_to(self.out.resolve()):
                 osfile.unlink(self.out / name)
@@ -217,6 +258,7 @@ class Workspace:
             before = msgspec.json.decode(osfile.read_whole(path), type=Fingerprint)
         except (InputError, msgspec.MsgspecError) as error:
             raise InputError(f"{shown(str(path))}: unreadable ({error}): start anew with --overwrite") from error
+        self.began_on = before.device
         if changes := fingerprint.differences(before):
             raise InputError(
                 f"OUT {shown(str(self.out))} holds a run that differs from this one: {'; '.join(changes)}: "
@@ -249,6 +291,7 @@ def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], report: Path | N
     Raises:
         InputError: it does.
     """
+    osfile.is_other_than_folder(out)  # a name that cannot be looked up is told of before it is looked at
     target = out.resolve()
     for side, checkpoint in inputs.items():
         folder = checkpoint.folder.resolve()

@@ -68,9 +68,23 @@ class HardThreshold:
         _check_spectrum(values, m, n)
         if values.size == 0:
             return Threshold(sigma_hat=0.0, tau=0.0, s_median=0.0, rank_kept=0, nearest_gap=math.inf)
-        beta = aspect_ratio(m, n)
         s_median = lower_median(values)
+        beta = aspect_ratio(m, n)
         sigma_hat = sigma_from_median(s_median, beta) if self.sigma == "median" else sigma_from_tail(values)
+        return self._applied(values, s_median, sigma_hat, beta)
+
+    def from_median(self, s_median: float, known: NDArray[np.float64], m: int, n: int) -> Threshold:
+        """The same from the lower median alone; `known` holds every value above τ and the largest one below it.
+
+        Raises:
+            UsageError: the estimator is not the median.
+        """
+        if self.sigma != "median":
+            raise UsageError(f"sigma is {self.sigma!r}: it needs all singular values, not the median alone")
+        beta = aspect_ratio(m, n)
+        return self._applied(known, s_median, sigma_from_median(s_median, beta), beta)
+
+    def _applied(self, values: NDArray[np.float64], s_median: float, sigma_hat: float, beta: float) -> Threshold:
         cut = tau(sigma_hat, beta, scale=self.scale)
         return Threshold(
             sigma_hat=sigma_hat,

@@ -41,8 +41,7 @@ def test_every_shape_with_every_spectrum_smallest_first() -> None:
 
 def test_words_split_at_commas_and_unknown_ones_are_named() -> None:
     assert _conditions(backends=["gram,full", "gram"]).backends == ("gram", "full")
-    assert set(_conditions().backends) == set(BACKENDS)
-    assert "auto" not in BACKENDS
+    assert set(_conditions().backends) == set(BACKENDS) - {"auto"}
     for wrong, word in [({"backends": ["gramm"]}, "gramm"), ({"dtype": "f64"}, "f64"), ({"repeats": 0}, "--repeats"),
                         ({"threads": 0}, "--threads"), ({"device": "gpu"}, "gpu")]:  # fmt: skip
         with pytest.raises(UsageError, match=word):

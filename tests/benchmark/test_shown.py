@@ -146,7 +146,7 @@ def test_the_command_prints_json_and_draws(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(["--shape", "96by64"], "96by64"), (["--backend", "fast"], "fast"), (["--plot", "c.png"], "c.png")],
+    [(["--shape", "96by64"], "96by64"), (["--backend", "quick"], "quick"), (["--plot", "c.png"], "c.png")],
 )
 def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], word: str, tmp_path: Path) -> None:
     done = _bench(*arguments, cwd=tmp_path)

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.headers import read_header
 from streamrepair.checkpoint.write import ShardFile, ShardLayout, layout_like
-from streamrepair.errors import DamageError, DiskSpaceError, InputError, OutputError
+from streamrepair.errors import DamageError, DiskSpaceError, OutputError
 from tests.builders import bf16, entry, write_file, write_safetensors
 from tests.faults import Kernel, fails
 from tests.pairs import read_tensors
@@ -186,7 +186,7 @@ def test_a_digest_of_a_range_past_the_end_is_refused(tmp_path: Path) -> None:
     shard, _, _ = _filled(tmp_path)
     os.truncate(shard.partial, shard.layout.file_bytes - 1)
     last = max(shard.layout.entries.values(), key=lambda e: e.start)
-    with pytest.raises(InputError, match="ends at byte"):
+    with pytest.raises(OutputError, match="ends at byte"):
         shard.digest(last.name)
 
 

@@ -13,7 +13,7 @@ from streamrepair.engine import commit
 from streamrepair.engine.accounts import Accounts, summed
 from streamrepair.errors import OutputError
 from streamrepair.report import Session, Timings
-from tests.faults import Kernel, fails
+from tests.faults import Kernel, fails, none
 from tests.pairs import Pair, matrices, read_tensors, shard_bytes, stored, write_split
 
 
@@ -29,12 +29,15 @@ def _pair(tmp_path: Path) -> Pair:
     return Pair(write_split(tmp_path / "base", base, 1), write_split(tmp_path / "ft", ft, 1))
 
 
-def _interrupted(pair: Pair, out: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """A run whose disk fails at its so-manyth write, every tensor being committed at once."""
+def _interrupted(pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run into `out` whose disk fails half-way, every tensor being committed at once."""
     monkeypatch.setattr(commit, "_EVERY_S", 0.0)
-    monkeypatch.setattr(osfile, "os", Kernel(("pwrite",), fails(number, 5)))
+    kernel = Kernel(("pwrite",), none)
+    monkeypatch.setattr(osfile, "os", kernel)
+    api.repair(pair.base, pair.ft, tmp_path / "counted", workers=1)
+    monkeypatch.setattr(osfile, "os", Kernel(("pwrite",), fails(len(kernel.calls) * 2 // 3, 5)))
     with pytest.raises(OutputError):
-        api.repair(pair.base, pair.ft, out, workers=1)
+        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
     monkeypatch.undo()
 
 
@@ -45,8 +48,8 @@ def test_times_bytes_and_warnings_are_those_of_all_sessions(tmp_path: Path, monk
     assert len(whole.warnings) == 1
     assert "low" in whole.warnings[0]
     out = tmp_path / "out"
-    _interrupted(pair, out, monkeypatch, 10)
-    assert (out / ".streamrepair" / "journal").stat().st_size > 0, "the first session was meant to finish something"
+    _interrupted(pair, tmp_path, monkeypatch)
+    assert (out / ".streamrepair" / "sessions").stat().st_size > 0, "the first session was meant to finish something"
     report = api.repair(pair.base, pair.ft, out, workers=1)
     assert shard_bytes(out) == shard_bytes(tmp_path / "whole")
     assert report.sessions == 2

@@ -10,30 +10,26 @@ import pytest
 
 from streamrepair import api
 from streamrepair.decompose import lapack
-from streamrepair.engine import pace
-from streamrepair.engine.memory import MatrixShape
-from streamrepair.engine.pace import Pace, steps, with_merge
+from streamrepair.engine import cost, pace
+from streamrepair.engine.cost import Stages
+from streamrepair.engine.pace import Pace, with_merge
 from streamrepair.engine.plan import Plan
 from tests.pairs import write_pair
 
-SQUARE = MatrixShape(rows=4096, cols=4096, base_item_bytes=2, ft_item_bytes=2, out_item_bytes=2)
+EXPECTED = Stages(gram_s=2.0, factor_s=6.5, merge_s=0.8)
 
 
-def test_the_shares_are_those_of_the_operations() -> None:
-    """Of a square matrix the factorisation takes most of the time, of a very tall one the passes."""
-    square = steps(SQUARE, "gram")
-    assert square.factor_s > 0.6 * square.total_s
-    tall = steps(MatrixShape(rows=128 * 1024, cols=1024, base_item_bytes=2, ft_item_bytes=2, out_item_bytes=2), "gram")
-    assert tall.factor_s < 0.1 * tall.total_s
-    assert with_merge(SQUARE, "gram", 1.0) == 1.0
-    assert with_merge(SQUARE, "gram", 0.0) == pytest.approx((square.gram_s + square.factor_s) / square.total_s)
+def test_the_merge_takes_its_share_and_no_more() -> None:
+    assert with_merge(EXPECTED, 1.0) == 1.0
+    assert with_merge(EXPECTED, 0.0) == pytest.approx(8.5 / 9.3)
+    assert with_merge(EXPECTED, 0.5) == pytest.approx(8.9 / 9.3)
 
 
 def test_the_clock_fills_a_step_and_stays_in_it() -> None:
     """The Gram pass took twice what was expected: so will the factorisation."""
     now, told = [0.0], [0.0]
-    expected = steps(SQUARE, "gram")
-    running = Pace(SQUARE, "gram", told.append, clock=lambda: now[0])
+    expected = EXPECTED
+    running = Pace(EXPECTED, 4096, told.append, clock=lambda: now[0])
     in_gram, in_factor = expected.gram_s / expected.total_s, (expected.gram_s + expected.factor_s) / expected.total_s
     now[0] = 0.5 * expected.gram_s
     running.tick()
@@ -41,7 +37,7 @@ def test_the_clock_fills_a_step_and_stays_in_it() -> None:
     now[0] = 50 * expected.gram_s
     running.tick()
     assert 0.9 * in_gram < told[-1] < in_gram
-    running = Pace(SQUARE, "gram", told.append, clock=lambda: now[0])
+    running = Pace(EXPECTED, 4096, told.append, clock=lambda: now[0])
     began = now[0]
     for quarter in range(1, 5):
         now[0] = began + quarter * 0.5 * expected.gram_s
@@ -107,7 +103,7 @@ def test_the_bar_moves_while_lapack_is_at_work(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(lapack, "tridiagonalise", slow)
     monkeypatch.setattr(pace, "_LEAST_S", 0.0)
     monkeypatch.setattr(pace, "_TICK_S", 0.001)
-    monkeypatch.setattr(pace, "_FACTOR_FLOPS_PER_S", 1e6)  # so that the bar has far to go
+    monkeypatch.setattr(cost, "CPU", cost.Rates(35e9, 1e6, 0.0))  # so that the bar has far to go
     threads = threading.active_count()
     report = api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, watcher=watcher)
     assert seen == [True] * 3

@@ -60,8 +60,58 @@ def test_a_bit_flipped_in_a_header_is_found(out: Path) -> None:
 
 def test_a_missing_shard(out: Path) -> None:
     (out / "model-00002-of-00002.safetensors").unlink()
-    (what,) = _found(out).values()
-    assert "model-00002-of-00002.safetensors" in what
+    assert _found(out) == {"model-00002-of-00002.safetensors": "a shard of the result, now missing"}
+
+
+def test_a_broken_shard_does_not_hide_what_is_wrong_elsewhere(out: Path) -> None:
+    """The other shard's tensors are compared all the same, and every fault is listed."""
+    first, second = (out / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    os.truncate(first, 5)
+    second.write_bytes(second.read_bytes()[:-1] + b"\x33")
+    (out / "tokenizer.json").unlink()
+    assert list(_found(out)) == [first.name, "tokenizer.json", "c"]
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "other.safetensors.index.json", "pytorch_model.bin", "x.gguf", "adapter_config.json"]
+)
+def test_what_loaders_would_pick_up_is_a_stray(out: Path, name: str) -> None:
+    """Also one that they would prefer to the result."""
+    shutil.copy(out / "model-00001-of-00002.safetensors", out / name)
+    assert name in _found(out)
+    (out / name).unlink()
+    (out / "notes.txt").write_text("mine")
+    (out / "optimizer.bin").write_bytes(b"")
+    assert _found(out) == {}
+
+
+def test_a_shard_that_is_a_link_is_damage(out: Path, tmp_path: Path) -> None:
+    shard = out / "model-00001-of-00002.safetensors"
+    shard.rename(tmp_path / "elsewhere")
+    shard.symlink_to(tmp_path / "elsewhere")
+    assert _found(out) == {shard.name: "a symbolic link, expected the file that was written"}
+
+
+def test_a_report_that_leads_elsewhere_is_not_followed(out: Path, tmp_path: Path) -> None:
+    shutil.copy(out / "model-00001-of-00002.safetensors", tmp_path / "x.safetensors")
+    path = out / "streamrepair.json"
+    path.write_text(path.read_text().replace('"model-00001-of-00002.safetensors": ', '"../x.safetensors": '))
+    assert "no plain file name" in _found(out)["../x.safetensors"]
+
+
+def test_a_shard_less_in_result_and_report_alike_is_found(out: Path) -> None:
+    """FT's headers are written as they are, so that the report's digest of FT's must be theirs."""
+    path = out / "streamrepair.json"
+    report = json.loads(path.read_text())
+    name = "model-00002-of-00002.safetensors"
+    lost = [n for n in report["tensors"] if n in ("b", "c")]
+    for where, key in ((report["headers"], name), *((report["tensors"], n) for n in lost)):
+        where.pop(key)
+    report["ft"]["shards"].remove(name)
+    path.write_text(json.dumps(report))
+    (out / name).unlink()
+    (out / "model.safetensors.index.json").unlink()
+    assert _found(out) == {"streamrepair.json": "its headers' digests are not those of FT"}
 
 
 def test_a_missing_index(out: Path) -> None:
@@ -151,6 +201,46 @@ def test_deep_finds_a_rank_that_was_edited(out: Path) -> None:
     damage = api.verify(out, deep=True).damage
     assert [d.where for d in damage] == ["b"]
     assert damage[0].what.startswith("rank 1, a float64 SVD keeps ")
+
+
+@pytest.mark.parametrize("dtypes", [("BF16", "BF16"), ("F32", "F32")])
+def test_deep_finds_other_bytes_that_the_report_vouches_for(tmp_path: Path, dtypes: tuple[str, str]) -> None:
+    """FT's tensor in the place of the repaired one, its digest in the report: only the inputs can tell."""
+    pair = write_pair(tmp_path, {"w": (64, 64), "b": (64, 48)}, dtypes=dtypes, shards=(1, 1))
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out)
+    assert api.verify(out, deep=True).damage == ()
+    shutil.copy(pair.ft / "model.safetensors", out / "model.safetensors")
+    for damage in api.verify(out).damage:
+        _edited(out, {"digest": damage.what.split()[1].rstrip(",")}, damage.where)
+    assert api.verify(out).damage == ()
+    result = api.verify(out, deep=True)
+    assert sorted(d.where for d in result.damage) == ["b", "w"]
+    assert all("float64" in d.what for d in result.damage)
+
+
+def test_deep_states_how_well_a_float32_result_agrees(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"w": (300, 80), "v": (80, 300)})
+    api.repair(pair.base, pair.ft, tmp_path / "out", out_dtype="float32")
+    result = api.verify(tmp_path / "out", deep=True)
+    assert result.damage == ()
+    assert all(check.delta_error < 1e-4 for check in result.deep)
+
+
+def test_deep_refuses_inputs_that_are_others(out: Path, pair: Pair) -> None:
+    for path in pair.ft.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"qt"'))
+    with pytest.raises(InputError, match=r"FT .*headers' digest is sha256:.*put the checkpoint back"):
+        api.verify(out, deep=True)
+
+
+def test_deep_finds_inputs_that_were_named_from_another_folder(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    api.repair("base/model.safetensors", "ft", "out")
+    monkeypatch.chdir("/")
+    assert len(api.verify(tmp_path / "out", deep=True).deep) == 3
 
 
 def test_deep_refuses_inputs_that_are_gone(out: Path, pair: Pair) -> None:

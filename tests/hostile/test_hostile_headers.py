@@ -234,6 +234,8 @@ INDICES: dict[str, tuple[bytes | str, str]] = {
     "metadata no object": ('{"metadata":[1],' + GOOD + "}", "expected an object"),
     "metadata with NaN": ('{"metadata":{"total_size":NaN},' + GOOD + "}", "metadata is broken"),
     "metadata with 5000 digits": ('{"metadata":{"total_size":' + "9" * 5000 + "}," + GOOD + "}", "metadata is broken"),
+    "metadata with infinity": ('{"metadata":{"total_size":1e999},' + GOOD + "}", "metadata is broken"),
+    "metadata with half a surrogate": ('{"metadata":{"k":"\\ud800"},' + GOOD + "}", "metadata is broken"),
     "metadata 100k deep": ('{"metadata":' + "[" * 100_000 + "]" * 100_000 + "," + GOOD + "}", "too deep"),
     "metadata of megabytes": ('{"metadata":{"k":"' + "x" * 3_000_000 + '"},' + GOOD + "}", "too long"),
     "weight_map 100k deep": ('{"weight_map":{"t":' + "[" * 100_000, "tensor t.*not a string"),

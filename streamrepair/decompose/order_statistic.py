@@ -1,0 +1,123 @@
+"""One eigenvalue of a symmetric matrix by its place in the order, without the others.
+
+A factorisation at a guess counts what lies below it, exactly (Sylvester). The guess is moved until the wanted
+eigenvalue is among its nearest neighbours; those are then found by block Lanczos on the inverse, which the factors
+give, and counted from the guess.
+
+Source: Ericsson & Ruhe 1980 (spectral transformation Lanczos); Parlett, The Symmetric Eigenvalue Problem, section 3.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamrepair.decompose.krylov import BlockLanczos
+from streamrepair.decompose.symmetric import SymmetricPair
+from streamrepair.decompose.truncation import UnresolvedError
+
+Doubles = NDArray[np.float64]
+
+REACH = 14
+"""Neighbours of a shift that are found rather than shifted to; further away a second factorisation is cheaper."""
+_BLOCK = 16
+_MOST_STEPS = 20
+_MOST_SHIFTS = 8
+_SEED = 0x5EED
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """An eigenvalue found by its place."""
+
+    value: float
+    bound: float
+    """It is off by no more than this."""
+
+
+def locate(
+    matrix: SymmetricPair, place: int, guess: float, slope: float, *, tolerance: float, probes: Doubles
+) -> Located:
+    """The eigenvalue with `place` eigenvalues below it.
+
+    Args:
+        guess: where to begin. slope: eigenvalues per unit there, roughly.
+        tolerance: largest bound that will do, absolute.
+        probes: (p, n) for the measurement of the factors' error.
+
+    Raises:
+        UnresolvedError: it was not found within the bound; another method will have to.
+        NumericalError: LAPACK failed.
+    """
+    low, high = (-np.inf, 0), (np.inf, matrix.size)  # (shift, eigenvalues below it)
+    c, stride = guess, 1.0
+    for _ in range(_MOST_SHIFTS):
+        below = matrix.size - matrix.shift(c)
+        if below <= place:
+            low = max(low, (c, below))
+        else:
+            high = min(high, (c, below))
+        steps = place - below + (place >= below)  # ±1 is the nearest on that side
+        if abs(steps) <= REACH:
+            found = _nearby(matrix, c, steps, tolerance, probes)
+            if isinstance(found, Located):
+                return found
+            c = found
+        else:
+            c = _next(c, stride * (place - below + 0.5), slope, low, high)
+            stride *= 3.0  # the density may be wrong by any factor
+    raise UnresolvedError(f"{_MOST_SHIFTS} factorisations did not come near the median eigenvalue")
+
+
+def _next(c: float, missing: float, slope: float, low: tuple[float, int], high: tuple[float, int]) -> float:
+    """The next shift: between two counts once there are two, by the given slope before."""
+    if np.isfinite(low[0]) and np.isfinite(high[0]):
+        place = missing + (low[1] if c == low[0] else high[1])
+        # Kept off both ends, where the secant of a curved distribution would stick.
+        part = float(np.clip((place - low[1]) / max(1, high[1] - low[1]), 0.1, 0.9))
+        return low[0] + part * (high[0] - low[0])
+    if slope <= 0.0:
+        raise UnresolvedError("no eigenvalues were seen near the estimated median")
+    return c + missing / slope
+
+
+def _nearby(matrix: SymmetricPair, c: float, steps: int, tolerance: float, probes: Doubles) -> Located | float:
+    """The eigenvalue so many steps from the shift; if it did not converge, a shift that is nearer."""
+    n, count = matrix.size, abs(steps)
+    capacity = min(n, (_MOST_STEPS + 1) * _BLOCK)
+    lanczos = BlockLanczos(matrix.solve, n, block=min(_BLOCK, n), capacity=capacity, seed=_SEED)
+    nu = 0.0
+    while not lanczos.full:
+        lanczos.extend()
+        if lanczos.size < 2 * count + _BLOCK:
+            continue
+        ritz = lanczos.ritz()
+        at = count - 1 if steps > 0 else len(ritz.values) - count
+        nu, residual = float(ritz.values[at]), float(ritz.residuals[at])
+        # ν = 1/(λ − c), so that an error of ν is one of λ divided by ν².
+        if np.sign(nu) == np.sign(steps) and residual <= 0.1 * tolerance * nu**2:
+            vector = lanczos.vectors(ritz.coefficients[:, at : at + 1])
+            return _checked(matrix, (c, nu, vector), tolerance, probes)
+    if np.sign(nu) != np.sign(steps):
+        raise UnresolvedError(f"the {count} eigenvalues next to the estimated median did not converge")
+    return c + 1.0 / nu
+
+
+def _checked(matrix: SymmetricPair, found: tuple[float, float, Doubles], tolerance: float, probes: Doubles) -> Located:
+    """The eigenvalue from its inverse's Ritz pair, which is tried out once more.
+
+    Some eigenvalue of the inverse lies within the residual of ν, and the factors' matrix differs from G by their error.
+    """
+    c, nu, vector = found
+    vector = vector / np.linalg.norm(vector)
+    residual = float(np.linalg.norm(matrix.solve(vector) - nu * vector))
+    error = matrix.shift_error(c, probes)
+    if not residual < 0.5 * abs(nu) or not (bound := 2.0 * residual / nu**2 + error) <= tolerance:
+        raise UnresolvedError(
+            f"the median eigenvalue's residual is {residual / nu**2:.1e}, its factors' error {error:.1e}"
+        )
+    if not error <= 0.5 * abs(1.0 / nu):
+        raise UnresolvedError(f"the count at the median is certain to {error:.1e} only")
+    return Located(c + 1.0 / nu, bound)

@@ -1,0 +1,237 @@
+"""Few values kept: the top of the spectrum by block Krylov, the median by its place in the order, and a proof of both.
+
+For large matrices of which a few percent lie above the noise a reduction to tridiagonal form does too much: it finds
+all values to use one of them and a few more. Here, on the Gram matrix G,
+
+1. block Lanczos finds the top of the spectrum and, from its start block, a first guess of the median;
+2. an inertia count and shift-and-invert make the median exact (`order_statistic`) – or, if an interval will do
+   (`estimate="fast"`), this is left out and the interval is stated;
+3. at least k: k Ritz values lie above τ² (Cauchy's interlacing); at most k: τ²·I − (G − VΘVᵀ) has a Cholesky factor
+   (Weyl). Together they prove the kept rank without assuming a gap.
+
+It gives up early, at little cost, where many values are kept: `gram` then goes on from the same G.
+
+Source: Halko, Martinsson & Tropp 2011; Musco & Musco 2015; Parlett, sections 3.3, 10.1, 11.5.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamrepair.decompose import certify
+from streamrepair.decompose.arithmetic import Gram, Precision
+from streamrepair.decompose.krylov import BlockLanczos, Density, Ritz
+from streamrepair.decompose.operator import PanelSource
+from streamrepair.decompose.order_statistic import Located, locate
+from streamrepair.decompose.symmetric import SymmetricPair
+from streamrepair.decompose.truncation import Truncation, UnresolvedError
+from streamrepair.spectral.noise import sigma_from_median
+from streamrepair.spectral.threshold import HardThreshold, aspect_ratio, tau
+
+Doubles = NDArray[np.float64]
+Estimate = Literal["exact", "fast"]
+
+CAPACITY_SHARE = 6
+"""The basis holds at most n / this many vectors; what needs more is cheaper by the reduction."""
+_BLOCK = 16
+_LOOK_AT = 6
+"""Steps after which the number of values to keep is estimated for the first time."""
+_MOST_KEPT = 0.08
+"""Share of the rank above which the reduction is quicker."""
+_ROTATION = 3e-6
+"""‖Δ*′ − Δ*‖/‖Δ*‖ up to which the basis is extended."""
+_MOST_ROTATION = 3e-5
+"""The same at the end, the rounding of G included; 1e-4 is the promise."""
+_RESIDUAL = 1e-5
+"""‖(VG − ΛV)X‖/(λ_max·‖X‖); what it allows in Δ* is bounded by the rotation."""
+_DEVIATIONS = 4.0
+"""Standard errors on either side of a fast estimate's median."""
+_DENSITY_STEPS = 12
+_SHARPENING = 3
+_SEED = 0xB10C
+
+
+def truncate(
+    source: PanelSource,
+    rule: HardThreshold,
+    *,
+    gram: Gram,
+    probes: Doubles,
+    precision: Precision,
+    estimate: Estimate = "exact",
+) -> Truncation:
+    """Decide and factor one delta, given its Gram matrix.
+
+    Args:
+        gram: in host memory. probes: (p, n) that entered no computation.
+        precision: of the products that G was summed from.
+
+    Raises:
+        UnresolvedError: another method is cheaper or is needed; G is as it was.
+        NumericalError: LAPACK failed, or its answer did not pass the checks; likewise.
+    """
+    assert gram.matrix is not None
+    if rule.sigma != "median":
+        raise UnresolvedError("this estimator needs all values")
+    matrix = SymmetricPair(gram.matrix)
+    bound = certify.spectral_bound(gram.images - gram.exact_images)
+    try:
+        return _decided(_Search(matrix, rule, (source.rows, source.cols), bound), gram, probes, precision, estimate)
+    finally:
+        matrix.restore()
+
+
+def _decided(search: _Search, gram: Gram, probes: Doubles, precision: Precision, estimate: Estimate) -> Truncation:
+    # The first estimate is a rough one: what is settled at first lies clear of the noise.
+    search.settle(1.2 * search.look())
+    density = search.density()
+    search.settle(search.cut(density.at(search.place)))
+    if estimate == "fast":
+        median, low, high = search.estimated(density)
+    else:
+        median = search.exact_median(density, probes)
+        off = median.bound + search.bound
+        low, high = search.cut(median.value - off), search.cut(median.value + off)
+    search.settle(low)
+    values, vectors, following, within = search.proven(low, high, probes)
+    if within and estimate == "exact":
+        raise UnresolvedError(f"{within} values within {high - low:.1e} of the squared threshold")
+    threshold = search.rule.from_median(median.value**0.5, _roots(np.append(following, values)), *search.shape)
+    kept = slice(len(values) - threshold.rank_kept, None)
+    defect, residual = certify.check_vectors(
+        vectors[kept], values[kept], probes, gram.images, orthonormal=certify.ORTHONORMALITY, belonging=_RESIDUAL
+    )
+    return Truncation(
+        values=_roots(values[kept]),
+        threshold=threshold,
+        vh=np.ascontiguousarray(vectors[kept]),
+        frob_delta_in=gram.trace**0.5,
+        backend=f"randomized-{precision}",
+        certificate=certify.Certificate(median.bound + search.bound, defect, residual),
+        interval=(low**0.5, high**0.5) if estimate == "fast" else None,
+        within=within,
+    )
+
+
+class _Search:
+    """The Krylov side: what is known of the spectrum so far."""
+
+    def __init__(self, matrix: SymmetricPair, rule: HardThreshold, shape: tuple[int, int], bound: float) -> None:
+        n = matrix.size
+        self.matrix, self.shape, self.rule, self.bound = matrix, shape, rule, bound
+        self.place = (n - 1) // 2
+        capacity = max(n // CAPACITY_SHARE, (_LOOK_AT + 2) * _BLOCK)
+        self.lanczos = BlockLanczos(matrix.times, n, block=_BLOCK, capacity=capacity, seed=_SEED)
+        self.ritz: Ritz
+
+    def cut(self, median: float) -> float:
+        """τ² for a median eigenvalue."""
+        beta = aspect_ratio(*self.shape)
+        return tau(sigma_from_median(max(median, 0.0) ** 0.5, beta), beta, scale=self.rule.scale) ** 2
+
+    def look(self) -> float:
+        """A first estimate of τ², from the first few steps."""
+        n = self.matrix.size
+        while self.lanczos.size < _LOOK_AT * _BLOCK:
+            self.lanczos.extend()
+        self.ritz = self.lanczos.ritz()
+        self.bound += certify.solver_bound(float(self.ritz.values[0]), n)
+        cut = self.cut(Density.of(self.ritz, n).at(self.place))
+        self._refuse_many(float(self.ritz.weights[self.ritz.values > cut].sum()) / _BLOCK * n)
+        return cut
+
+    def settle(self, cut: float) -> None:
+        """Extend the basis until every Ritz value above `cut` is an eigenvalue, with its vector."""
+        while True:
+            above = int(np.count_nonzero(self.ritz.values > cut))
+            self._refuse_many(above)
+            # As if the threshold were a little lower: its exact value may not be known yet.
+            rest = max(0.9 * cut, float(self.ritz.values[min(above, self.lanczos.size - 1)]))
+            if above < self.lanczos.size and self.rotation(above, rest) <= _ROTATION:
+                return
+            if self.lanczos.full:
+                raise UnresolvedError(f"the kept vectors did not converge in {self.lanczos.size} Krylov vectors")
+            self.lanczos.extend()
+            self.ritz = self.lanczos.ritz()
+
+    def density(self) -> Density:
+        """The distribution of what has not converged, from a block of its own."""
+        n, apart = self.matrix.size, int(np.argmax(self.ritz.residuals > 1e-4 * self.ritz.values))
+        known = self.lanczos.vectors(self.ritz.coefficients[:, :apart])
+        rest = BlockLanczos(
+            self.matrix.times, n, block=_BLOCK, capacity=(_DENSITY_STEPS + 1) * _BLOCK, seed=_SEED + 1, without=known
+        )
+        for _ in range(_DENSITY_STEPS):
+            rest.extend()
+        return Density.of(rest.ritz(), n - apart)
+
+    def _refuse_many(self, expected: float) -> None:
+        if expected > _MOST_KEPT * self.matrix.size:
+            share = expected / self.matrix.size
+            raise UnresolvedError(f"about {share:.0%} of the values would be kept: the reduction is quicker")
+
+    def rotation(self, count: int, rest: float, error: float = 0.0) -> float:
+        """‖Δ*′ − Δ*‖/‖Δ*‖ to first order, if the other eigenvalues lie below `rest` (Davis & Kahan 1970).
+
+        `error` is what each vector's image may be off by, beside its residual: an error of norm ‖E‖₂ that is spread
+        over a matrix moves a vector by half of it.
+        """
+        values, residuals = self.ritz.values[:count], self.ritz.residuals[:count] + error
+        gaps = values - rest
+        if count == 0 or gaps.min() <= 0.0:
+            return np.inf if count else 0.0
+        return float(np.sqrt(np.sum(np.square(residuals / gaps) * (values + rest)) / values.sum()))
+
+    def estimated(self, density: Density) -> tuple[Located, float, float]:
+        """λ_med as the start block saw it, and τ² at the ends of its confidence interval."""
+        median = density.at(self.place)
+        spread = _DEVIATIONS * density.spread(median) + 0.002 * self.matrix.size  # the quadrature's own error
+        low, high = density.at(self.place - spread), density.at(self.place + spread)
+        return Located(median, max(high - median, median - low)), self.cut(low), self.cut(high)
+
+    def exact_median(self, density: Density, probes: Doubles) -> Located:
+        """λ_med by counting."""
+        guess = density.at(self.place)
+        slope = density.slope(guess)
+        tolerance = max(1e-7 * guess, self.bound)
+        return locate(self.matrix, self.place, guess, slope, tolerance=tolerance, probes=probes)
+
+    def _sharpen(self, cut: float) -> None:
+        """A few more steps for the largest value below, which the report tells of."""
+        for _ in range(_SHARPENING):
+            count = int(np.count_nonzero(self.ritz.values > cut))
+            if self.ritz.residuals[count] <= 0.01 * self.ritz.values[count] or self.lanczos.full:
+                return
+            self.lanczos.extend()
+            self.ritz = self.lanczos.ritz()
+
+    def proven(self, low: float, high: float, probes: Doubles) -> tuple[Doubles, Doubles, float, int]:
+        """All eigenvalues above `low`, ascending, and their vectors as rows, with the proof that there are no others.
+
+        Returns:
+            Values, vectors, the largest Ritz value below, and how many values lie between `low` and `high`.
+
+        Raises:
+            UnresolvedError: there may be others.
+        """
+        low -= self.bound
+        self._sharpen(low)
+        ritz, count = self.ritz, int(np.count_nonzero(self.ritz.values > low))
+        following = float(ritz.values[count])
+        turned = self.rotation(count, max(following, 0.5 * low), error=0.5 * self.bound)
+        if turned > _MOST_ROTATION:
+            raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
+        vectors = self.lanczos.vectors(ritz.coefficients[:, :count][:, ::-1])
+        values = ritz.values[:count][::-1]
+        ceiling = low - 1e-3 * (low - following)
+        error = self.matrix.none_above(ceiling, values, vectors, probes)
+        if error is None or ceiling + error > low:
+            raise UnresolvedError(f"not all values above {low:.3g} were found")
+        return values, vectors, following, int(np.count_nonzero(values < high + self.bound))
+
+
+def _roots(values: Doubles) -> Doubles:
+    return np.sqrt(np.maximum(values, 0.0))

@@ -1,0 +1,340 @@
+"""The Gram route in float32, made exact where it decides: half the time of float64 for reduction and vectors.
+
+Tridiagonal form, in float32, of a float32 Gram matrix gives all eigenvalues to within e, measured on probes, which is
+about the distance of two neighbouring values: too blunt to name the median or to count at τ². But it gives approximate
+vectors, and a few of them around the median, a few around τ² and the largest span an almost invariant subspace X of
+ΔᵀΔ. Its Ritz values, from float64 products with the Gram matrix or, where that is too blunt, with Δ itself in one more
+pass, are right to the square of their residual, and
+
+    the eigenvalues of ΔᵀΔ are those Ritz values and n − |X| others, each within e of a value of T outside the window:
+
+add K·XXᵀ to ΔᵀΔ and to Q·T·Qᵀ, with K as wide as a window, and by Weyl the ordered eigenvalues still differ by e at
+most, while those of the window have moved out of the way. So wherever the nearest value of T outside is further away
+than e, counting Ritz values and values of T counts eigenvalues of ΔᵀΔ. What rests on float32 alone is the direction of
+vectors well above τ.
+
+Source: Parlett, The Symmetric Eigenvalue Problem, sections 10.1, 11.5 and 11.7; Mathias 1998 (quadratic residual
+bounds); Davis & Kahan 1970.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import scipy.linalg
+from numpy.typing import NDArray
+
+from streamrepair.decompose import certify, lapack, twisted
+from streamrepair.decompose.arithmetic import Gram
+from streamrepair.decompose.host import HostArithmetic
+from streamrepair.decompose.operator import PanelSource
+from streamrepair.decompose.truncation import Truncation, UnresolvedError, mixing
+from streamrepair.errors import NumericalError
+from streamrepair.spectral.threshold import HardThreshold, Threshold
+
+Doubles = NDArray[np.float64]
+Singles = NDArray[np.float32]
+Products = Callable[[Doubles], tuple[Doubles, Doubles]]
+"""(k, n) rows → their images under ΔᵀΔ, and (k, k) inner products of rows and images."""
+
+_BESIDE = 12
+"""Vectors on either side of the median and of τ², at least."""
+_LARGEST = 16
+"""Vectors of the largest values, along which float32 errors of the others are largest."""
+_WIDEST = 192
+"""Vectors of one window at most; a wider one costs more than float64."""
+_FACTOR = 2e-5
+"""‖G − QTQᵀ‖/λ_max that float32 explains."""
+_ORTHONORMALITY = 2e-5
+_RESIDUAL = 2e-5
+_SKEW = 1e-5
+"""Relative change of eigenvalues by reflectors that are orthogonal to float32 only (Ostrowski)."""
+_MOST_MIXING = 3e-5
+"""‖Δ*′ − Δ*‖/‖Δ*‖ to expect at most; 1e-4 is the promise, and what is expected may be met by three times."""
+_MOST_SLACK = 1e-4
+"""Error of G, in units of the median eigenvalue, up to which it serves in place of another pass over Δ."""
+_LEAST_VALUE = 1e-28
+"""Squares below this could have met float32's underflow."""
+
+
+class SingleTridiagonal:
+    """ssytrd on a scaled copy of G, everything after it that is O(n²) in float64.
+
+    Args:
+        gram: (n, n) float64, C upper triangle; left as it is.
+    """
+
+    def __init__(self, gram: Doubles) -> None:
+        largest = float(gram.diagonal().max())
+        self._scale = 2.0 ** np.floor(np.log2(largest))  # a power of two: the copy rounds, the scale does not
+        self._reflectors: Singles = np.empty(gram.shape, np.float32)
+        for start in range(0, len(gram), 256):
+            np.multiply(
+                gram[start : start + 256],
+                1.0 / self._scale,
+                out=self._reflectors[start : start + 256],
+                casting="same_kind",
+            )
+        diagonal, off, scales = lapack.tridiagonalise(self._reflectors)
+        self._scales = scales
+        self._diagonal, self._off = diagonal.astype(np.float64), off.astype(np.float64)
+        self._values = lapack.tridiagonal_values(self._diagonal, self._off)
+        self.values: Doubles = self._values * self._scale
+        """(n,) eigenvalues of T, ascending, in the units of G."""
+
+    def product(self, probes: Doubles) -> Doubles:
+        """(p, n) Q·T·Qᵀ·X."""
+        rotated = probes.astype(np.float32)
+        lapack.rotate_back(self._reflectors, self._scales, rotated, transpose=True)
+        image = rotated * self._diagonal
+        image[:, :-1] += rotated[:, 1:] * self._off
+        image[:, 1:] += rotated[:, :-1] * self._off
+        rotated = image.astype(np.float32)
+        lapack.rotate_back(self._reflectors, self._scales, rotated)
+        images: Doubles = rotated.astype(np.float64) * self._scale
+        return images
+
+    def check_count(self, at: float) -> None:
+        """Hold that as many values lie above `at` as a Sturm sequence of T finds there.
+
+        Raises:
+            NumericalError: they do not.
+        """
+        place = int(np.clip(np.searchsorted(self.values, at), 1, len(self.values) - 1))
+        between = 0.5 * float(self._values[place - 1] + self._values[place])  # nowhere near a value
+        counted = certify.sturm_count(self._diagonal, self._off, between)
+        certify.check_count(counted, len(self.values) - place, close=0)
+
+    def vectors(self, places: NDArray[np.intp]) -> Singles:
+        """(k, n) eigenvectors of the values at these places, as rows; not orthonormal where values are clustered."""
+        rows: Singles = np.empty((len(places), len(self._values)), np.float32)
+        for start in range(0, len(places), twisted.AT_ONCE):
+            batch = places[start : start + twisted.AT_ONCE]
+            rows[start : start + len(batch)] = twisted.vectors(self._diagonal, self._off, self._values[batch])
+        lapack.rotate_back(self._reflectors, self._scales, rows)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Windows:
+    """Ritz pairs of ΔᵀΔ in the windows, and what T says of the rest."""
+
+    values: Doubles
+    """(w,) Ritz values, ascending."""
+    vectors: Doubles
+    """(w, n) as rows."""
+    residual: float
+    """Largest ‖ΔᵀΔ·y − θ·y‖."""
+    slack: float
+    """How far the products that it was computed from may be from those with ΔᵀΔ."""
+    outside: Doubles
+    """Values of T at the other places, ascending."""
+    blunt: float
+    """How far eigenvalues may be from `outside`."""
+
+    def place(self, place: int) -> tuple[float, float]:
+        """The eigenvalue with `place` below it, and how far it may be off.
+
+        Raises:
+            UnresolvedError: it may not be among the Ritz values.
+        """
+        value = float(np.sort(np.concatenate([self.values, self.outside]))[place])
+        self.clear(value)
+        if value not in self.values:
+            raise UnresolvedError("the median is not in the window that was made for it")
+        return value, self.error(value)
+
+    def clear(self, value: float) -> None:
+        """Hold that all that lies near `value` is in the windows.
+
+        Raises:
+            UnresolvedError: it is not.
+        """
+        nearest, margin = float(np.abs(self.outside - value).min(initial=np.inf)), self.blunt + _SKEW * value
+        if not nearest > margin:
+            raise UnresolvedError(
+                f"values outside the window come within {nearest / value:.1e}, {margin / value:.1e} is known"
+            )
+
+    def error(self, value: float) -> float:
+        """How far a Ritz value near `value` may be from an eigenvalue: residual² over the distance to the others."""
+        gap = float(np.abs(self.outside - value).min(initial=np.inf)) - self.blunt
+        return self.slack + (min(self.residual, self.residual**2 / gap) if gap > 0.0 else self.residual)
+
+    def mixing(self, cut: float) -> float:
+        """‖Δ*′ − Δ*‖/‖Δ*‖ to expect of what Ritz vectors on either side of τ² have of each other.
+
+        As `truncation.mixing` has it. Both errors are taken as spread: that of the products over n places, that of the
+        span over those of the windows.
+        """
+        n, w = self.vectors.shape[1], len(self.values)
+        each = self.slack / (2.0 * n**0.5) + (self.error(cut) - self.slack) / w**0.5
+        kept, dropped = self.values[self.values > cut], self.values[self.values <= cut]
+        if len(kept) == 0:
+            return 0.0
+        i, j = kept[:, None], dropped[None, :]
+        return float(each * np.sqrt(np.sum((i + np.abs(j)) / np.square(i - j)) / kept.sum()))
+
+
+def truncate(
+    source: PanelSource, rule: HardThreshold, *, arithmetic: HostArithmetic, gram: Gram, probes: Doubles
+) -> Truncation:
+    """Decide and factor one delta, given its float32 Gram matrix.
+
+    Raises:
+        UnresolvedError: the error is too large for windows of a reasonable width, or values lie too near τ.
+        NumericalError: LAPACK failed, or its answer did not pass the checks.
+    """
+    assert gram.matrix is not None
+    if rule.sigma != "median":
+        raise UnresolvedError("this estimator needs more values than the median")
+    form = SingleTridiagonal(gram.matrix)
+    error = _factor_error(form, gram, probes)
+    first = rule.estimate(_roots(form.values), source.rows, source.cols)
+    if first.s_median**2 < max(_LEAST_VALUE, 2.0 * error):
+        raise UnresolvedError(f"bound {error:.1e} against a median eigenvalue of {first.s_median**2:.1e}")
+    basis = _Basis.chosen(form, first, error)
+    del form
+    matrix = _Matrix(source, rule, gram, probes)
+    slack = certify.spectral_bound(gram.images - gram.exact_images)
+    if slack <= _MOST_SLACK * first.s_median**2:
+        try:
+            return _decided(basis, (_by_gram(gram.matrix), slack), matrix)
+        except UnresolvedError:
+            pass  # by the delta itself it may be
+    return _decided(basis, (partial(arithmetic.products, source), 0.0), matrix)
+
+
+def _decided(basis: _Basis, by: tuple[Products, float], matrix: _Matrix) -> Truncation:
+    """The decision by Ritz values of products, and how far those may be off."""
+    source, rule, gram, probes = matrix
+    windows, n = _ritz(*by, basis), source.cols
+    median, off = windows.place((n - 1) // 2)
+    values = np.sort(np.concatenate([windows.values, windows.outside]))
+    threshold = rule.estimate(_roots(values), source.rows, n)
+    cut = threshold.tau**2
+    windows.clear(cut)
+    margin = windows.error(cut) + cut / median * off
+    if close := int(np.count_nonzero(np.abs(windows.values - cut) <= margin)):
+        raise UnresolvedError(f"{close} values within {margin:.1e} of the squared threshold")
+    turned = mixing(values, threshold.rank_kept, basis.error, basis.exact) + windows.mixing(cut)
+    if turned > _MOST_MIXING:
+        raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
+    vectors = _assembled(windows, basis, values, threshold.rank_kept)
+    top = values[n - threshold.rank_kept :]
+    defect, residual = certify.check_vectors(
+        vectors, top, probes, gram.exact_images, orthonormal=_ORTHONORMALITY, belonging=_RESIDUAL
+    )
+    return Truncation(
+        values=_roots(values),
+        threshold=threshold,
+        vh=vectors,
+        frob_delta_in=gram.trace**0.5,
+        backend="gram-float32",
+        certificate=certify.Certificate(max(off, margin), defect, residual),
+    )
+
+
+class _Matrix(NamedTuple):
+    """What is decided, by what, and what it is held against."""
+
+    source: PanelSource
+    rule: HardThreshold
+    gram: Gram
+    probes: Doubles
+
+
+@dataclass(frozen=True, slots=True)
+class _Basis:
+    """Float32 vectors of the values that may be kept and of those in the windows."""
+
+    rows: Singles
+    """(k, n), in the order of their values."""
+    windowed: NDArray[np.bool_]
+    """(k,) which of them belong to windows."""
+    outside: Doubles
+    """Values of T that no window holds, ascending."""
+    exact: slice
+    """Places of the window around τ²."""
+    error: float
+    """‖ΔᵀΔ − QTQᵀ‖₂."""
+
+    @staticmethod
+    def chosen(form: SingleTridiagonal, first: Threshold, error: float) -> _Basis:
+        """By the float32 values and the threshold that they give.
+
+        Raises:
+            UnresolvedError: windows would have to be too wide.
+            NumericalError: the values are not those of T.
+        """
+        t, n = form.values, len(form.values)
+        form.check_count(first.s_median**2)
+        form.check_count(first.tau**2)
+        middle, edge = _window(t, first.s_median**2, error), _window(t, first.tau**2, error)
+        places = np.unique(np.concatenate([middle, edge, np.arange(max(0, n - _LARGEST), n)]))
+        wanted = np.union1d(places, np.arange(edge[0], n))
+        exact = slice(int(edge[0]), int(edge[-1]) + 1)
+        return _Basis(form.vectors(wanted), np.isin(wanted, places), np.delete(t, places), exact, error)
+
+
+def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> float:
+    """‖ΔᵀΔ − QTQᵀ‖₂: products, reduction and all, from probes that met none of it."""
+    values, largest = form.values, float(form.values[-1])
+    if not (np.isfinite(values).all() and largest > 0.0):
+        raise NumericalError(f"eigenvalues up to {largest} of a matrix of trace {gram.trace}")
+    difference = form.product(probes) - gram.exact_images
+    certify.check_factor(difference, largest, tolerance=_FACTOR)
+    return certify.spectral_bound(difference) + certify.solver_bound(largest, len(values))
+
+
+def _by_gram(matrix: Doubles) -> Products:
+    """Images under G, and inner products, of rows."""
+
+    def products(rows: Doubles) -> tuple[Doubles, Doubles]:
+        images = lapack.times_symmetric(matrix, rows)
+        return images, images @ rows.T
+
+    return products
+
+
+def _window(values: Doubles, at: float, error: float) -> NDArray[np.intp]:
+    """Places of the values that may be near `at`, and some more on either side."""
+    reach = 4.0 * error + 2.0 * _SKEW * at
+    middle = int(np.searchsorted(values, at))
+    low = min(int(np.searchsorted(values, at - reach)), middle - _BESIDE)
+    high = max(int(np.searchsorted(values, at + reach)), middle + _BESIDE)
+    if high - low > _WIDEST:
+        raise UnresolvedError(f"{high - low} values within {reach / at:.1e} of one that decides")
+    return np.arange(max(0, low), min(len(values), high))
+
+
+def _ritz(products: Products, slack: float, basis: _Basis) -> _Windows:
+    """Rayleigh–Ritz in float64, in the span of the windows' vectors."""
+    rows = basis.rows[basis.windowed].astype(np.float64)
+    frame: Doubles = np.ascontiguousarray(scipy.linalg.qr(rows.T, mode="economic", check_finite=False)[0].T)
+    images, inner = products(frame)
+    if not np.isfinite(inner).all():
+        raise NumericalError("products with the delta are not finite")
+    values, mix = np.linalg.eigh(inner)
+    vectors = mix.T @ frame
+    residuals = np.linalg.norm(mix.T @ images - values[:, None] * vectors, axis=1)
+    worst = float(residuals.max())
+    return _Windows(values, vectors, worst, slack, basis.outside, basis.error + worst)
+
+
+def _assembled(windows: _Windows, basis: _Basis, values: Doubles, rank: int) -> Singles:
+    """(rank, n) kept vectors in the order of `values`: exact ones where there are, float32 ones elsewhere."""
+    vectors: Singles = np.empty((rank, basis.rows.shape[1]), np.float32)
+    exact = np.isin(values[len(values) - rank :], windows.values)
+    plain = basis.rows[~basis.windowed]
+    vectors[exact] = windows.vectors[len(windows.values) - int(exact.sum()) :]
+    vectors[~exact] = plain[len(plain) - int(rank - exact.sum()) :]
+    return vectors
+
+
+def _roots(values: Doubles) -> Doubles:
+    return np.sqrt(np.maximum(values, 0.0))

@@ -1,0 +1,129 @@
+"""What fits: the budgets held against a plan's tasks, and how many workers they allow. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from streamrepair.engine import memory
+from streamrepair.errors import BudgetError, shown
+from streamrepair.units import format_bytes
+
+if TYPE_CHECKING:
+    from streamrepair.engine.plan import Plan, Task
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The memory that a run may use."""
+
+    ram_bytes: int
+    vram_bytes: int | None
+    """Of each GPU; None without one."""
+    tensors: int
+    """Of both sides: their records take memory too."""
+    gpus: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What the process takes before any worker."""
+        return memory.run_bytes(0, tensors=self.tensors, gpus=self.gpus)
+
+    def fits_device(self, vram_bytes: int) -> bool:
+        """Whether a task that needs so much of a GPU can run there."""
+        return self.vram_bytes is not None and vram_bytes + memory.CUDA_CONTEXT_BYTES <= self.vram_bytes
+
+
+def gpus_of(devices: Sequence[str]) -> tuple[str, ...]:
+    """The GPUs among devices."""
+    return tuple(device for device in devices if device != "cpu")
+
+
+def refuse_too_large(tasks: Sequence[Task], room: Room) -> None:
+    """Hold the neediest tensor against the budgets: what it is told to need is enough for all the others.
+
+    Raises:
+        BudgetError: even with the smallest panels it does not fit.
+    """
+    if not tasks:
+        return
+    if room.vram_bytes is not None:
+        largest = max(tasks, key=lambda task: task.vram_bytes)
+        need = largest.vram_bytes + memory.CUDA_CONTEXT_BYTES
+        if need > room.vram_bytes:
+            names_cpu = "let the CPU take it: --device cuda,cpu or --device cpu"
+            raise BudgetError(f"{_refusal(largest, '--vram', need, room.vram_bytes)}, or {names_cpu}")
+    largest = max(tasks, key=_least_bytes)
+    need = room.fixed_bytes + _least_workers(tasks) * memory.WORKER_BYTES + _least_bytes(largest)
+    if need > room.ram_bytes:
+        raise BudgetError(_refusal(largest, "--ram", need, room.ram_bytes))
+
+
+def _least_workers(tasks: Sequence[Task]) -> int:
+    """One for each place that has tasks."""
+    return max(1, len({task.place for task in tasks}))
+
+
+def _least_bytes(task: Task) -> int:
+    """Projected bytes of a task with the smallest panels."""
+    if task.shape is None:
+        return task.ram_bytes
+    cuda = task.place == "cuda"
+    return min(task.ram_bytes, memory.repair_bytes(task.shape, task.backend, task.shape.block, cuda=cuda))
+
+
+def fitted(task: Task, room: Room) -> Task:
+    """The task, with the smallest panels where its preferred ones do not fit."""
+    workers = 1 if room.gpus == 0 else 2
+    if task.shape is None or task.ram_bytes <= room.ram_bytes - room.fixed_bytes - workers * memory.WORKER_BYTES:
+        return task
+    return replace(task, panel_rows=task.shape.block, ram_bytes=_least_bytes(task))
+
+
+def _refusal(task: Task, option: str, need_bytes: int, allowed_bytes: int) -> str:
+    need_mb = -(-need_bytes // 1_000_000)
+    return (
+        f"tensor {shown(task.name)} {list(task.out.shape)} needs {format_bytes(need_bytes)}, {option} allows "
+        f"{format_bytes(allowed_bytes)}: the smallest budget that works is {option} {need_mb}MB"
+    )
+
+
+def affordable_lanes(tasks: Sequence[Task], devices: Sequence[str], workers: int, room: Room) -> tuple[str, ...]:
+    """The device of each worker: every GPU, then the CPU's; as many as leave room for the largest task.
+
+    And for at least as much work as stacks. A GPU that has to go is the last one, CPU workers go before it.
+    """
+    left_bytes = room.ram_bytes - room.fixed_bytes
+    largest = max((task.ram_bytes for task in tasks), default=0)
+    most = min((left_bytes - largest) // memory.WORKER_BYTES, left_bytes // memory.WORKER_BYTES // 2)
+    on_cpu = sum(task.place == "cpu" for task in tasks)
+    on_gpus = len(tasks) - on_cpu
+    gpus = gpus_of(devices)[: max(1, on_gpus)] if on_gpus else ()
+    if on_gpus and on_cpu:
+        gpus = gpus[: max(1, most - 1)]
+    elif on_gpus:
+        gpus = gpus[: max(1, most)]
+    cpus = min(workers, on_cpu, max(1, most - len(gpus))) if on_cpu else 0
+    return (*gpus, *["cpu"] * cpus) or ("cpu",)
+
+
+def fits_climb(plan: Plan, backend: str) -> Mapping[str, bool]:
+    """For each repair, whether the CPU's part of a dearer backend fits beside the other workers' largest tasks."""
+    at_once = sorted((task.ram_bytes for task in plan.at_once), reverse=True)
+    others = sum(at_once[: plan.workers - 1])
+    fixed = memory.run_bytes(plan.workers, tensors=plan.tensors, gpus=len(plan.gpus))
+    room = plan.ram_allowed_bytes - fixed - others
+    return {
+        task.name: memory.repair_bytes(task.shape, backend, task.shape.block) <= room
+        for task in plan.tasks
+        if task.shape is not None
+    }
+
+
+def full_budget(plan: Plan, task: Task) -> int:
+    """Bytes of --ram in which the reference route fits for a task, with one worker on the CPU."""
+    assert task.shape is not None
+    others = sorted((other.ram_bytes for other in plan.at_once), reverse=True)[: len(plan.gpus)]
+    fixed = memory.run_bytes(1 + len(plan.gpus), tensors=plan.tensors, gpus=len(plan.gpus))
+    return fixed + sum(others) + memory.repair_bytes(task.shape, "full", task.shape.block)

@@ -1,0 +1,118 @@
+"""What this process may use of the machine: memory and processors, as control groups (containers, SLURM) leave them.
+
+Linux only. Every group from the process's own up to the root may have a limit, and the tightest counts; of version 1
+and version 2 both are asked, as hybrid machines have both. File pages that a group holds are the kernel's to drop, as
+`MemAvailable` counts them too, so they do not count as used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+RAM_SHARE = 0.8
+"""Share of the memory that is free now which a run may take when --ram is not given."""
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """Where the kernel tells of itself; tests point it elsewhere."""
+
+    membership: Path = Path("/proc/self/cgroup")
+    groups: Path = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """The names that one version of control groups uses."""
+
+    limits: tuple[str, ...]
+    usage: str
+    file_pages: tuple[str, ...]
+    """Fields of memory.stat."""
+
+
+_V1 = _Version(("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+_V2 = _Version(("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file"))
+
+
+def default_ram_bytes(system: System | None = None, *, available_bytes: int | None = None) -> int:
+    """RAM_SHARE of what the machine, and every control group this process is in, have free.
+
+    Args:
+        available_bytes: free on the machine; the kernel's own estimate by default.
+    """
+    return int(RAM_SHARE * free_bytes(system, available_bytes=available_bytes))
+
+
+def free_bytes(system: System | None = None, *, available_bytes: int | None = None) -> int:
+    """What the machine, and every control group this process is in, have free."""
+    free = psutil.virtual_memory().available if available_bytes is None else available_bytes
+    for folder, version in _folders(system or System(), "memory"):
+        with contextlib.suppress(OSError, ValueError):  # no such file at the root
+            free = min(free, max(0, _limit(folder, version) - _used(folder, version)))
+    return free
+
+
+def default_workers(system: System | None = None, *, processors: int | None = None) -> int:
+    """One worker per processor this process may use, by its affinity and by every group's share of time.
+
+    Args:
+        processors: by affinity; the kernel's answer by default.
+    """
+    count = float(len(os.sched_getaffinity(0)) if processors is None else processors)
+    for folder, version in _folders(system or System(), "cpu"):
+        with contextlib.suppress(OSError, ValueError):
+            if version is _V2:
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{word}_us").read_text() for word in ("quota", "period"))
+            if quota != "max" and int(quota) > 0 and int(period) > 0:
+                count = min(count, int(quota) / int(period))
+    return max(1, math.ceil(count))
+
+
+def _limit(folder: Path, version: _Version) -> int:
+    found = []
+    for name in version.limits:
+        with contextlib.suppress(OSError, ValueError):  # "max"
+            found.append(int((folder / name).read_text()))
+    return min(found, default=1 << 62)
+
+
+def _used(folder: Path, version: _Version) -> int:
+    """What a group uses and the kernel could not drop."""
+    used = int((folder / version.usage).read_text())
+    with contextlib.suppress(OSError, ValueError):
+        for line in (folder / "memory.stat").read_text().splitlines():
+            field, _, value = line.partition(" ")
+            if field in version.file_pages:
+                used -= int(value)
+    return max(0, used)
+
+
+def _folders(system: System, controller: str) -> Iterator[tuple[Path, _Version]]:
+    """Every group of this process that can limit `controller`, its own first, up to the root."""
+    try:
+        lines = system.membership.read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, group = [*line.split(":", 2), "", ""][:3]
+        # A path that leads out of a container's view ("/../x") is looked for from the root of what can be seen.
+        parts = [part for part in group.split("/") if part not in ("", "..")]
+        if controllers == "":
+            roots, version = [system.groups, system.groups / "unified"], _V2
+        elif controller in controllers.split(","):
+            roots, version = [system.groups / controller, system.groups / controllers], _V1
+        else:
+            continue
+        for root in roots:
+            for depth in range(len(parts), -1, -1):
+                yield root.joinpath(*parts[:depth]), version

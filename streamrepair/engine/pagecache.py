@@ -1,0 +1,96 @@
+"""The kernel's page cache as a run uses it: what is next in line is read ahead, what is done with is let go.
+
+Letting go is for checkpoints that are large against the machine's memory: 300 GB read once would push out everything
+that other programs have there. What fits easily stays, so that a second run finds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+
+from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.headers import ShardHeader
+from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.checkpoint.read import InputFiles
+from streamrepair.engine.plan import Plan, Task
+from streamrepair.errors import InputError
+
+_PIECE_BYTES = 1 << 23
+_AHEAD_SHARE = 0.1
+"""Of the machine's free memory, as much as may be read ahead."""
+_LARGE_SHARE = 0.5
+"""A run that moves more than this share of the machine's free memory lets go of what it is done with."""
+
+
+def lets_go(plan: Plan, free_bytes: int) -> bool:
+    """Whether a run is so large that it should leave the page cache as it found it."""
+    moved = plan.out_bytes + sum(task.read_once_bytes for task in plan.tasks)
+    return moved > _LARGE_SHARE * free_bytes
+
+
+Range = tuple[ShardHeader, int, int]
+
+
+class PageCache:
+    """Advice to the kernel about a run's inputs; wrong advice costs time, never correctness.
+
+    Args:
+        free_bytes: memory that the machine has free when the run begins.
+    """
+
+    def __init__(self, plan: Plan, files: InputFiles, *, free_bytes: int) -> None:
+        self._base, self._ft, self._files = plan.base, plan.ft, files
+        self._lets_go = lets_go(plan, free_bytes)
+        self._room_bytes = int(_AHEAD_SHARE * free_bytes)
+        self._ahead: dict[str, int] = {}
+        """Bytes read ahead of tasks that are not done."""
+        self._seen: set[str] = set()
+        self._lock = threading.Lock()
+        self._orders: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._read, name="read-ahead of the line", daemon=True)
+        self._thread.start()
+
+    def upcoming(self, task: Task) -> None:
+        """A task will start soon: read its inputs ahead, once, if there is room."""
+        with self._lock:
+            held = sum(self._ahead.values())
+            if task.name in self._seen or held + task.read_once_bytes > self._room_bytes:
+                return
+            self._seen.add(task.name)
+            self._ahead[task.name] = task.read_once_bytes
+        self._orders.put(task)
+
+    def done_with(self, task: Task) -> None:
+        """A task needs its inputs no more."""
+        with self._lock:
+            self._ahead.pop(task.name, None)
+            self._seen.discard(task.name)
+        if self._lets_go:
+            for shard, start, nbytes in _ranges(task, self._base, self._ft):
+                osfile.let_go(self._files.descriptor(shard), start, nbytes)
+
+    def close(self) -> None:
+        """Read no more ahead."""
+        self._closed = True
+        self._orders.put(None)
+        self._thread.join()
+
+    def _read(self) -> None:
+        while (task := self._orders.get()) is not None:
+            for shard, start, nbytes in _ranges(task, self._base, self._ft):
+                for offset, length in osfile.chunks(nbytes, _PIECE_BYTES):
+                    if self._closed or task.name not in self._ahead:
+                        break  # done already
+                    with contextlib.suppress(InputError):  # the task itself will meet it, and name it
+                        osfile.read_ahead(self._files.descriptor(shard), start + offset, length)
+
+
+def _ranges(task: Task, base: Checkpoint, ft: Checkpoint) -> Iterator[Range]:
+    if task.shape is not None and task.pairing.base is not None:
+        side = task.pairing.base
+        yield base.shards[side.shard], side.entry.start, side.entry.nbytes
+    yield ft.shards[task.ft.shard], task.ft.entry.start, task.ft.entry.nbytes

@@ -1,0 +1,82 @@
+"""Where each task runs and in which order they start. Pure: shapes, shards and predicted seconds in, an order out.
+
+Three aims, in this order: what a task computes must not depend on how many workers there are, so its *place* (CPU or
+GPU) is a matter of its shape and of the kinds of device that the user named; shards seal one after another, so tasks go
+by shard; and no device is left alone with a long task at the end, so tasks that are long against what comes after them
+start earlier. Which device of a kind a task gets is decided by the ledger when one is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+from streamrepair.engine import cost
+
+if TYPE_CHECKING:
+    from streamrepair.engine.plan import Task
+
+Place = Literal["cpu", "cuda"]
+
+CPU_PAYS = 8.0
+"""With `--device cuda,cpu` a matrix goes to the CPU if one core takes at most so many times as long as a GPU."""
+
+
+def place_of(task: Task, devices: Sequence[str]) -> Place:
+    """Where a task runs, given the devices that the user named.
+
+    Copies need no GPU. Beside GPUs the CPU takes, if named, the matrices that it is nearly as quick with: small ones.
+    """
+    if task.shape is None or all(device == "cpu" for device in devices):
+        return "cpu"
+    if "cpu" in devices and cost.seconds(task, "cpu") <= CPU_PAYS * cost.seconds(task, "cuda"):
+        return "cpu"
+    return "cuda"
+
+
+def order(tasks: Sequence[Task], lanes: Sequence[str]) -> tuple[Task, ...]:
+    """All tasks in the order they start.
+
+    Args:
+        tasks: each with its place. lanes: the device of each worker.
+    """
+    ordered: list[Task] = []
+    places: tuple[Place, ...] = ("cuda", "cpu")
+    for place in places:  # two queues, independent of each other
+        workers = sum((lane == "cpu") == (place == "cpu") for lane in lanes)
+        ordered += _ordered([task for task in tasks if task.place == place], max(1, workers))
+    return tuple(ordered)
+
+
+def _ordered(tasks: Sequence[Task], workers: int) -> list[Task]:
+    """Tasks of one place: by shard and dearest first, but none so late that it would run on alone.
+
+    A task of s seconds should start while the others still have s seconds for each worker: the latest such position in
+    the order by shard is where it is put.
+    """
+
+    def seconds(task: Task) -> float:
+        return cost.seconds(task, task.place)
+
+    by_shard = sorted(tasks, key=lambda task: (task.shard, -seconds(task), -task.out.nbytes))
+    left_s = list(accumulate(seconds(task) for task in reversed(by_shard)))[::-1]
+    keyed = []
+    for i, task in enumerate(by_shard):
+        start = _latest(left_s, workers * seconds(task), i)
+        keyed.append((start, start == i, -seconds(task), i))
+    return [by_shard[key[-1]] for key in sorted(keyed)]
+
+
+def _latest(left_s: list[float], need_s: float, last: int) -> int:
+    """The largest position up to `last` with `need_s` left from it on; 0 if there is none. `left_s` falls."""
+    if left_s[last] >= need_s:
+        return last
+    low, high = 0, last
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left_s[middle] >= need_s:
+            low = middle
+        else:
+            high = middle - 1
+    return low

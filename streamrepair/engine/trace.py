@@ -1,0 +1,43 @@
+"""A run's timeline as a trace in Chrome's format, which Perfetto (ui.perfetto.dev) and chrome://tracing open.
+
+Source: "Trace Event Format" (Google): a JSON object with `traceEvents`; complete events ("X") with microseconds, and
+metadata events ("M") that name the tracks.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from streamrepair.engine.timeline import Timeline
+
+_PROCESS = 1
+
+
+def chrome_trace(timeline: Timeline, lanes: list[str]) -> bytes:
+    """The trace as JSON: a track for each lane, below it its reader, and one for commits."""
+    tracks = [track for lane in lanes for track in (lane, f"{lane} reader")]
+    tracks += sorted({span.track for span in timeline.spans} - set(tracks))
+    number = {track: i for i, track in enumerate(tracks, 1)}
+    events: list[dict[str, object]] = [_named("process_name", 0, "streamrepair")]
+    for track, i in number.items():
+        events.append(_named("thread_name", i, track))
+        events.append({"name": "thread_sort_index", "ph": "M", "pid": _PROCESS, "tid": i, "args": {"sort_index": i}})
+    # A span that encloses others comes before them: some readers nest by order where starts are equal.
+    for span in sorted(timeline.spans, key=lambda span: (span.start_s, -span.end_s)):
+        start_us = round(span.start_s * 1e6, 3)
+        events.append(
+            {
+                "name": span.name or span.kind,
+                "cat": span.kind,
+                "ph": "X",
+                "ts": start_us,
+                "dur": max(0.0, round(span.end_s * 1e6 - start_us, 3)),
+                "pid": _PROCESS,
+                "tid": number[span.track],
+            }
+        )
+    return msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms"})
+
+
+def _named(what: str, track: int, name: str) -> dict[str, object]:
+    return {"name": what, "ph": "M", "pid": _PROCESS, "tid": track, "args": {"name": name}}

@@ -1,0 +1,39 @@
+"""A worker as its task sees it: a device, working memory, a lane of the timeline, a share of the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from streamrepair.decompose.scratch import Scratch
+from streamrepair.engine.ledger import Ledger
+from streamrepair.engine.schedule import Place
+from streamrepair.engine.timeline import Lane
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A thread that runs tasks on one device."""
+
+    number: int
+    device: str
+    scratch: Scratch
+    lane: Lane
+    ledger: Ledger
+    peers: int
+    """Workers that take tasks from the same queue, this one included."""
+
+    @property
+    def place(self) -> Place:
+        """Which tasks it takes."""
+        return "cpu" if self.device == "cpu" else "cuda"
+
+    def grow(self, more_bytes: int) -> bool:
+        """Reserve more for the task in hand; False if it cannot be had."""
+        with self.lane.waiting_for_more():
+            return self.ledger.grow(self.number, more_bytes)
+
+
+def lane_names(lanes: Sequence[str]) -> list[str]:
+    """What each worker is called: a GPU by its name, the CPU's by number."""
+    return [f"cpu {lanes[:i].count('cpu')}" if lane == "cpu" else lane for i, lane in enumerate(lanes)]

@@ -1,0 +1,208 @@
+"""Block Krylov with an exact median and a proven count, against a float64 SVD."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from streamrepair.decompose import certify, gram, ladder, lapack, randomized
+from streamrepair.decompose.host import HostArithmetic
+from streamrepair.decompose.symmetric import SymmetricPair
+from streamrepair.decompose.truncation import Truncation, UnresolvedError
+from streamrepair.spectral.threshold import HardThreshold
+from tests.decompose.sources import ArraySource, from_delta, low_rank_plus_noise, with_spectrum
+
+RULE = HardThreshold()
+Doubles = NDArray[np.float64]
+N = 320
+
+
+def _gapped(m: int = 500, n: int = N, rank: int = 6, dtype: str = "F32") -> ArraySource:
+    return from_delta(low_rank_plus_noise(m, n, rank), dtype)
+
+
+def _alone(source: ArraySource, estimate: randomized.Estimate = "exact", precision: Any = "float64") -> Truncation:
+    """No other rung to fall back on."""
+    probes = certify.probe_vectors(source.cols)
+    formed = HostArithmetic().gram(source, probes, precision)
+    return randomized.truncate(source, RULE, gram=formed, probes=probes, precision=precision, estimate=estimate)
+
+
+def _check(source: ArraySource, truncation: Truncation) -> None:
+    delta = source.delta()
+    u, s, vh = np.linalg.svd(delta, full_matrices=False)
+    exact = RULE.estimate(s, *delta.shape)
+    assert truncation.threshold.rank_kept == exact.rank_kept
+    star, found = (u[:, : exact.rank_kept] * s[: exact.rank_kept]) @ vh[: exact.rank_kept], truncation.vh
+    assert np.linalg.norm(delta @ found.T @ found - star) <= 1e-4 * np.linalg.norm(star)
+    if truncation.interval is None:
+        assert truncation.threshold.tau == pytest.approx(exact.tau, rel=1e-6)
+        assert truncation.threshold.nearest_gap == pytest.approx(exact.nearest_gap, rel=0.03)
+        assert truncation.frob_delta_out == pytest.approx(np.linalg.norm(star), rel=1e-6)
+    else:
+        low, high = truncation.interval
+        assert low <= exact.tau <= high
+        assert truncation.within == np.count_nonzero((s > low) & (s < high))
+
+
+@pytest.mark.parametrize("estimate", ["exact", "fast"])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(320, 320), (500, 320), (320, 500), (2000, 320)])
+def test_a_gapped_spectrum_is_decided_as_by_a_float64_svd(
+    shape: tuple[int, int], precision: str, estimate: randomized.Estimate
+) -> None:
+    source = _gapped(max(shape))
+    truncation = _alone(source.transposed() if shape[1] > shape[0] else source, estimate, precision)
+    assert truncation.backend == f"randomized-{precision}"
+    assert (truncation.interval is None) == (estimate == "exact")
+    _check(source, truncation)
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-4, -1e-4, -1e-3])
+def test_a_value_next_to_the_threshold_falls_on_its_side(gap: float) -> None:
+    """Above or below τ by so much of it: proven, or handed over; never wrong."""
+    s = np.concatenate([np.linspace(0.5, 1.5, N - 4), [0.0, 6.0, 8.0, 9.0]])
+    s[-4] = RULE.estimate(np.sort(s), 500, N).tau * (1.0 + gap)
+    source = from_delta(with_spectrum(np.sort(s), 500), "F64")
+    try:
+        truncation = _alone(source)
+    except UnresolvedError:
+        truncation = ladder.decompose(source, RULE, arithmetic=HostArithmetic(), backend="randomized", sharp=True)
+        assert truncation.climbed[0].startswith("randomized-float64: ")
+    _check(source, truncation)
+
+
+def test_many_kept_values_are_handed_over_early_and_g_is_left_as_it_was() -> None:
+    rng = np.random.default_rng(0)
+    source = from_delta(rng.standard_normal((500, N)) * (1.0 + np.arange(N) / 4.0) ** -1.0, "F64")
+    probes = certify.probe_vectors(N)
+    formed = HostArithmetic().gram(source, probes, "float64")
+    assert formed.matrix is not None
+    before = np.triu(formed.matrix).copy()
+    with pytest.raises(UnresolvedError, match="would be kept"):
+        randomized.truncate(source, RULE, gram=formed, probes=probes, precision="float64")
+    np.testing.assert_array_equal(np.triu(formed.matrix), before)
+    truncation = ladder.decompose(source, RULE, arithmetic=HostArithmetic(), backend="randomized", sharp=True)
+    assert truncation.backend == "gram-float64"
+    _check(source, truncation)
+
+
+def test_other_estimators_are_left_to_methods_that_know_all_values() -> None:
+    tail = HardThreshold(sigma="tail")
+    truncation = ladder.decompose(_gapped(), tail, arithmetic=HostArithmetic(), backend="randomized")
+    assert truncation.backend.startswith("gram")
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    rank=st.integers(0, 12),
+    strength=st.floats(1.05, 1e3),
+    beta=st.sampled_from([1.0, 0.6, 0.2]),
+)
+@settings(max_examples=25, deadline=None)
+def test_whatever_the_signal_the_ladder_that_begins_with_krylov_is_right(
+    seed: int, rank: int, strength: float, beta: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    n, m = 260, round(260 / beta)
+    delta = rng.standard_normal((m, n))
+    for _ in range(rank):
+        delta += (
+            strength * (m**0.5 + n**0.5) * np.outer(rng.standard_normal(m) / m**0.5, rng.standard_normal(n) / n**0.5)
+        )
+    source = from_delta(delta, "F64")
+    truncation = ladder.decompose(source, RULE, arithmetic=HostArithmetic(), backend="randomized", sharp=True)
+    if truncation.undecidable == 0:
+        _check(source, truncation)
+
+
+def _one_less(original: Callable[..., Any], *arguments: Any, **knobs: Any) -> Any:
+    return original(*arguments, **knobs) - 1
+
+
+def _far_less(original: Callable[..., Any], *arguments: Any, **knobs: Any) -> Any:
+    return original(*arguments, **knobs) - 9
+
+
+def _noisy(original: Callable[..., Any], *arguments: Any, **knobs: Any) -> Any:
+    result = original(*arguments, **knobs)
+    return result * (1.0 + 1e-3 * np.random.default_rng(0).standard_normal(result.shape))
+
+
+def _not_finite(original: Callable[..., Any], *arguments: Any, **knobs: Any) -> Any:
+    return original(*arguments, **knobs) * np.nan
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("method", "fault"), [("solve", _noisy), ("solve", _not_finite), ("times", _noisy), ("times", _not_finite)]
+)
+def test_faulty_products_and_solutions_are_caught(
+    monkeypatch: pytest.MonkeyPatch, method: str, fault: Callable[..., Any]
+) -> None:
+    original = getattr(SymmetricPair, method)
+    monkeypatch.setattr(SymmetricPair, method, lambda *a, **k: fault(original, *a, **k))
+    truncation = ladder.decompose(_gapped(), RULE, arithmetic=HostArithmetic(), backend="randomized")
+    assert truncation.climbed[0].startswith("randomized-float32: ")
+    assert truncation.backend == "gram-float32"
+    _check(_gapped(), truncation)
+
+
+def test_a_missed_direction_is_caught_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ritz pair that is lost leaves its value in what Cholesky is to factor."""
+    original = randomized.BlockLanczos.ritz
+
+    def lossy(self: randomized.BlockLanczos) -> randomized.Ritz:
+        ritz = original(self)
+        keep = np.arange(len(ritz.values)) != 2
+        return randomized.Ritz(ritz.values[keep], ritz.residuals[keep], ritz.weights[keep], ritz.coefficients[:, keep])
+
+    monkeypatch.setattr(randomized.BlockLanczos, "ritz", lossy)
+    with pytest.raises(UnresolvedError):
+        _alone(_gapped())
+
+
+def test_cholesky_that_always_succeeds_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it left behind is not a factor: the probes tell."""
+    original = lapack.cholesky
+
+    def careless(matrix: Doubles) -> bool:
+        original(matrix)
+        return True
+
+    lossy_ritz = randomized.BlockLanczos.ritz
+
+    def lossy(self: randomized.BlockLanczos) -> randomized.Ritz:
+        ritz = lossy_ritz(self)
+        keep = np.arange(len(ritz.values)) != 2
+        return randomized.Ritz(ritz.values[keep], ritz.residuals[keep], ritz.weights[keep], ritz.coefficients[:, keep])
+
+    monkeypatch.setattr(randomized.BlockLanczos, "ritz", lossy)
+    monkeypatch.setattr(lapack, "cholesky", careless)
+    with pytest.raises(UnresolvedError):
+        _alone(_gapped())
+
+
+def test_gram_goes_on_from_the_same_matrix() -> None:
+    """One pass over the delta serves both."""
+    source = _gapped()
+    passes = 0
+
+    class Counting(HostArithmetic):
+        def gram(self, *arguments: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            return super().gram(*arguments)
+
+    rng = np.random.default_rng(0)
+    heavy = from_delta(rng.standard_normal((500, N)) * (1.0 + np.arange(N) / 4.0) ** -1.0, "F64")
+    for each in (source, heavy):
+        passes = 0
+        gram.truncate(each, RULE, arithmetic=Counting(), precision="float32", krylov=True)
+        assert passes == 1

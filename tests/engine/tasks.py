@@ -1,0 +1,33 @@
+"""Tasks of given shapes without files, for the ledger, the schedule and the simulation."""
+
+from __future__ import annotations
+
+from streamrepair.checkpoint.headers import TensorEntry
+from streamrepair.checkpoint.pairing import Pairing, Side
+from streamrepair.engine import memory
+from streamrepair.engine.memory import MatrixShape
+from streamrepair.engine.plan import Task, flops
+from streamrepair.engine.schedule import Place
+
+Shape = tuple[int, ...]
+
+
+def bf16_task(name: str, shape: Shape, *, shard: int = 0, place: Place = "cpu", ram_bytes: int | None = None) -> Task:
+    """The task of one bfloat16 tensor: a repair in panels of one block, or for a vector a copy."""
+    nbytes = 2
+    for side in shape:
+        nbytes *= side
+    entry = TensorEntry(name, "BF16", shape, 0, nbytes)
+    side_of = Side(shard, entry)
+    pairing = Pairing(name, "repair" if len(shape) == 2 else "keep", "", side_of, side_of)
+    if len(shape) != 2:
+        copied = memory.copy_bytes() if ram_bytes is None else ram_bytes
+        return Task(pairing, side_of, shard, entry, None, 0, "", "cpu", copied, 0, 0.0)
+    matrix = MatrixShape(max(shape), min(shape), 2, 2, 2)
+    if ram_bytes is None:
+        ram_bytes = memory.repair_bytes(matrix, "gram", matrix.block, cuda=place == "cuda")
+    vram_bytes = memory.device_bytes(matrix, "gram") if place == "cuda" else 0
+    return Task(
+        pairing, side_of, shard, entry, matrix, matrix.block, "gram", place, ram_bytes, vram_bytes,
+        flops(matrix, "gram"),
+    )  # fmt: skip

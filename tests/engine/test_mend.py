@@ -1,0 +1,178 @@
+"""`verify --repair` does damaged tensors again and nothing else, and what it cannot put right stays reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from streamrepair import api
+from streamrepair.engine import task
+from streamrepair.errors import BudgetError, DamageError, InputError
+from tests.command import run
+from tests.pairs import Pair, shard_bytes, snapshot, write_pair
+
+SHAPES = {"a": (64, 40), "b": (40, 64), "v": (40,), "c": (64, 64)}
+FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return write_pair(tmp_path, SHAPES, shards=(1, 2))
+
+
+@pytest.fixture
+def out(pair: Pair, tmp_path: Path) -> Path:
+    api.repair(pair.base, pair.ft, tmp_path / "out", scale=1.1)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of tensors that are worked on from now on."""
+    names: list[str] = []
+    run_task = task.run_task
+
+    def noted(work: task.Task, *rest: object) -> object:
+        names.append(work.name)
+        return run_task(work, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("streamrepair.engine.run.run_task", noted)
+    return names
+
+
+def _flip(path: Path, name: str) -> None:
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start + json.loads(content[8:start])[name]["data_offsets"][1] - 1] ^= 4
+    path.write_bytes(content)
+
+
+def test_a_whole_result_is_left_as_it_is(out: Path) -> None:
+    before = snapshot(out)
+    result = api.verify(out, repair=True)
+    assert (result.damage, result.mended) == ((), ())
+    assert snapshot(out) == before
+
+
+def test_only_the_damaged_tensor_is_done_again(out: Path, started: list[str]) -> None:
+    """With the settings of the report, which are not the default ones."""
+    expected = shard_bytes(out)
+    _flip(out / SECOND, "c")
+    result = api.verify(out, repair=True)
+    assert (result.damage, [d.where for d in result.mended], started) == ((), ["c"], ["c"])
+    assert shard_bytes(out) == expected
+    assert json.loads((out / "streamrepair.json").read_text())["settings"]["scale"] == 1.1
+
+
+@pytest.mark.parametrize(
+    ("damage", "redone"), [("cut", {"v"}), ("header", set()), ("gone", {"a", "v"}), ("all of it", {"a", "v"})]
+)
+def test_a_shard_that_is_broken_or_lost_is_written_again(
+    out: Path, started: list[str], damage: str, redone: set[str]
+) -> None:
+    """A cut costs the tensors it hits, a header none, a shard that is gone its own; the other shard nothing."""
+    expected, path = shard_bytes(out), out / FIRST
+    match damage:
+        case "cut":
+            os.truncate(path, path.stat().st_size - 10)
+        case "header":
+            path.write_bytes(path.read_bytes().replace(b'"format":"pt"', b'"format":"qt"'))
+        case "gone":
+            path.unlink()
+        case "all of it":
+            path.write_bytes(b"\xff" * path.stat().st_size)
+    result = api.verify(out, repair=True)
+    assert result.damage == ()
+    assert [d.where for d in result.mended] == [FIRST]
+    assert shard_bytes(out) == expected
+    assert set(started) == redone
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors.index.json"])
+def test_what_lies_beside_the_weights_is_written_again(out: Path, started: list[str], name: str) -> None:
+    content = (out / name).read_bytes()
+    (out / name).unlink()
+    assert api.verify(out, repair=True).damage == ()
+    assert ((out / name).read_bytes(), started) == (content, [])
+
+
+@pytest.mark.parametrize("state", ["damaged", "gone", "half"])
+def test_a_lost_journal_costs_nothing_while_the_report_stands(out: Path, started: list[str], state: str) -> None:
+    """The report has the same records."""
+    journal, expected = out / ".streamrepair" / "journal", shard_bytes(out)
+    content = journal.read_bytes()
+    journal.unlink()
+    if state == "damaged":
+        journal.write_bytes(content[:20] + b"?" + content[21:])
+    elif state == "half":
+        journal.write_bytes(content[: len(content) // 2])
+    _flip(out / FIRST, "a")
+    assert api.verify(out, repair=True).damage == ()
+    assert (started, shard_bytes(out)) == (["a"], expected)
+
+
+def test_a_lost_fingerprint_is_refused(out: Path) -> None:
+    """Nothing would tell whether the inputs are those of the other tensors."""
+    shutil.rmtree(out / ".streamrepair")
+    _flip(out / FIRST, "a")
+    before = snapshot(out)
+    with pytest.raises(DamageError, match=r"run\.json: missing.*--overwrite"):
+        api.verify(out, repair=True)
+    assert snapshot(out) == before
+
+
+def test_changed_inputs_are_refused(out: Path, pair: Pair) -> None:
+    _flip(out / FIRST, "a")
+    damaged = shard_bytes(out)
+    os.utime(pair.base / "model.safetensors", ns=(0, 0))
+    with pytest.raises(InputError, match=r"BASE file .* was .*mtime"):
+        api.verify(out, repair=True)
+    shutil.rmtree(pair.base)
+    with pytest.raises(InputError, match="BASE: "):
+        api.verify(out, repair=True)
+    assert shard_bytes(out) == damaged
+
+
+def test_options_are_those_of_a_run(out: Path) -> None:
+    _flip(out / FIRST, "a")
+    with pytest.raises(BudgetError):
+        api.verify(out, repair=True, ram="1MB")
+    assert api.verify(out, repair=True, ram="2GB", workers=1, device="cpu", deep=True).deep
+
+
+def test_the_command_mends_and_exits_0(out: Path) -> None:
+    _flip(out / FIRST, "a")
+    found = run("verify", out)
+    assert found.status == 4
+    assert "1 fault: a: digest" in found.error
+    assert found.error.endswith("do it again with verify --repair")
+    result = run("verify", out, "--repair", "--json")
+    assert result.status == 0
+    parsed = json.loads(result.out)
+    assert (parsed["damage"], [d["where"] for d in parsed["mended"]]) == ([], ["a"])
+    assert "tensor a is damaged and is done again" in result.err
+    assert run("verify", out, "--repair").out.count("whole") == 1
+
+
+def test_a_stray_file_stays_and_is_4(out: Path) -> None:
+    """It is not the run's to remove."""
+    shutil.copy(out / FIRST, out / "stray.safetensors")
+    _flip(out / FIRST, "a")
+    result = run("verify", out, "--repair")
+    assert result.status == 4
+    assert "1 fault: stray.safetensors: a weights file that is not part of the result" in result.error
+    assert (out / "stray.safetensors").exists()
+
+
+def test_the_one_line_lists_a_few_faults_and_stdout_all(out: Path) -> None:
+    for number in range(9):
+        (out / f"stray{number}.safetensors").write_bytes(b"")
+    result = run("verify", out)
+    assert result.status == 4
+    assert "9 faults: stray0.safetensors" in result.error
+    assert "; and 4 more: " in result.error
+    assert result.out.count("loaders may pick it up") == 9
