@@ -9,7 +9,7 @@ from typing import Literal
 import msgspec
 
 from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
-from streamrepair.engine import budget, limits
+from streamrepair.engine import budget, limits, rates
 from streamrepair.engine.fit import gpus_of
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import Watcher, execute
@@ -136,6 +136,7 @@ def _planned(base: Checkpoint, ft: Checkpoint, settings: Settings, resources: _R
         workers=resources.workers,
         ram_bytes=resources.ram_bytes,
         vram_bytes=resources.vram_bytes,
+        rates=rates.load() or rates.CPU,
     )
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.decompose import full
+from streamrepair.decompose.arithmetic import on_host
 from streamrepair.decompose.convert import difference, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
@@ -74,7 +75,7 @@ def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: Input
     rule = HardThreshold(scale=report.settings.scale, sigma=report.settings.sigma)
     truncation = full.truncate(view, rule, arithmetic=HostArithmetic())
     written = MatrixView(files=files, base=base, ft=result, scratch=Scratch(), panel_rows=view.panel_rows)
-    agreement, vh = _Agreement(), truncation.vh.astype(np.float64)
+    agreement, vh = _Agreement(), on_host(truncation.vh).astype(np.float64)
     for pair, found in zip(view.panels(), written.panels(), strict=True):
         for block, stored in zip(pair.blocks(), found.blocks(), strict=True):
             delta, exact, value = (np.empty(block.ft.shape) for _ in range(3))

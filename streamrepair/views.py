@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from streamrepair.engine import cost
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan, Task
+from streamrepair.engine.rates import Rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ def groups(plan: Plan) -> list[Group]:
     gathered: dict[tuple[str, tuple[int, ...]], list[Task]] = defaultdict(list)
     for task in plan.tasks:
         on = ", on GPU" if task.place == "cuda" else ""
-        treatment = f"repair, {task.backend}{on}" if task.shape else _kind(task.pairing.reason)
+        first = "randomized or " if task.krylov and task.place == "cpu" else ""
+        treatment = f"repair, {first}{task.backend}{on}" if task.shape else _kind(task.pairing.reason)
         shape = task.out.shape if task.shape else ()
         gathered[treatment, shape].append(task)
     found = [
@@ -47,7 +49,7 @@ def groups(plan: Plan) -> list[Group]:
             ram_bytes=max(t.ram_bytes for t in tasks),
             vram_bytes=max(t.vram_bytes for t in tasks),
             flops=sum(t.flops for t in tasks),
-            seconds=sum(cost.seconds(t, t.place) for t in tasks),
+            seconds=sum(cost.seconds(t, t.place, plan.rates) for t in tasks),
         )
         for (treatment, shape), tasks in gathered.items()
     ]
@@ -79,12 +81,12 @@ def plan_view(plan: Plan) -> dict[str, object]:
         },
         "warnings": plan_warnings(plan),
         "groups": groups(plan),
-        "tensors": {t.name: _task_view(t) for t in plan.tasks}
+        "tensors": {t.name: _task_view(t, plan.rates) for t in plan.tasks}
         | {p.name: {"intent": "drop", "reason": p.reason} for p in plan.dropped},
     }
 
 
-def _task_view(task: Task) -> dict[str, object]:
+def _task_view(task: Task, rates: Rates) -> dict[str, object]:
     view: dict[str, object] = {
         "intent": "repair" if task.shape else "keep",
         "reason": task.pairing.reason,
@@ -99,9 +101,30 @@ def _task_view(task: Task) -> dict[str, object]:
             "panel_rows": task.panel_rows,
             "vram_bytes": task.vram_bytes,
             "flops": task.flops,
-            "seconds": round(cost.seconds(task, task.place), 6),
+            "seconds": round(cost.seconds(task, task.place, rates), 6),
         }
+        if task.place == "cpu":
+            view |= {"tries": _tries(task), "predicted_s": predicted_s(task, rates)}
     return view
+
+
+def _tries(task: Task) -> list[str]:
+    """Backends in the order in which they are tried, as far as numbers alone decide."""
+    if task.backend == "full":
+        return ["full"]
+    return ["randomized", "gram", "full"] if task.krylov else ["gram", "full"]
+
+
+def predicted_s(task: Task, rates: Rates) -> dict[str, float]:
+    """Backend → predicted seconds: `randomized` if 3% are kept, `gram` if 3% and if 20% are."""
+    assert task.shape is not None
+    few, many = 0.03, 0.2
+    return {
+        "randomized": round(cost.predicted(task.shape, "randomized", rates, few).total_s, 6),
+        "gram": round(cost.predicted(task.shape, "gram", rates, few).total_s, 6),
+        "gram_many_kept": round(cost.predicted(task.shape, "gram", rates, many).total_s, 6),
+        "full": round(cost.predicted(task.shape, "full", rates).total_s, 6),
+    }
 
 
 def _kind(reason: str) -> str:

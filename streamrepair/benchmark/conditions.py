@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from streamrepair.benchmark.cases import Case, choose
+from streamrepair.decompose.choose import Backend, Estimate
 from streamrepair.decompose.convert import STORED_TYPE
-from streamrepair.decompose.ladder import Backend
-from streamrepair.decompose.randomized import Estimate
 from streamrepair.engine import budget, limits
 from streamrepair.errors import BudgetError, UsageError
 from streamrepair.units import format_bytes

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from streamrepair.benchmark.records import RANK_TOLERANCE, Check
 from streamrepair.benchmark.sources import MemorySource
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles
+from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Vectors
 from streamrepair.decompose.convert import widened
-from streamrepair.decompose.operator import blocks
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 
@@ -52,13 +51,13 @@ def exact(source: MemorySource, rule: HardThreshold) -> Exact:
     return Exact(rank=k, close=close, star=(u[:, :k] * s[:k]) @ vh[:k], scale=scale)
 
 
-def merged_delta(source: MemorySource, vh: Doubles, arithmetic: Arithmetic) -> Doubles:
+def merged_delta(source: MemorySource, vh: Vectors, arithmetic: Arithmetic) -> Doubles:
     """(m, n) Δ* as a backend's merge makes it, unrounded: the float64 sum W_base + Δ*, less W_base."""
     star = np.empty((source.rows, source.cols))
     merge = arithmetic.merger(vh, "F64")
-    for block in blocks(source):
+    for block, merged in merge.merged(source.panels()):
         base = np.empty(block.base.shape)
         widened(block.base, block.base_dtype, base)
-        difference = merge(block)[0] - base
+        difference = merged - base
         star[block.start : block.start + block.rows] = difference.T if block.wide else difference
     return star

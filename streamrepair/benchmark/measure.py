@@ -31,7 +31,6 @@ from streamrepair.decompose import ladder
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.convert import STORED_TYPE, Raw
 from streamrepair.decompose.host import HostArithmetic
-from streamrepair.decompose.operator import blocks
 from streamrepair.decompose.truncation import Truncation
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.errors import NumericalError
@@ -209,9 +208,9 @@ class _Worker:
             sharp=self._source.dtype not in ("BF16", "F16"),
         )
         merge = self.arithmetic.merger(truncation.vh, self._source.dtype)
-        for block in blocks(self._source):
+        for block, merged in merge.merged(self._source.panels()):
             rows = slice(block.start, block.start + block.rows)
-            self._out[(slice(None), rows) if block.wide else rows] = merge(block)[0]
+            self._out[(slice(None), rows) if block.wide else rows] = merged
         return truncation
 
     def warm_up(self) -> tuple[Truncation, int, int | None]:

@@ -5,7 +5,8 @@ A backend's answer is used only when these pass. They cost O(n²) per probe wher
 - *Gram error*: for probes X with independent ±1 entries, E‖EX‖² per probe is ‖E‖_F² with E = G − ΔᵀΔ (Hutchinson 1990).
 - *Factor error*: the same with E = G − Q·T·Qᵀ (or V·Λ·Vᵀ), which covers every eigenvalue at once: by Weyl, no ordered
   eigenvalue is off by more than ‖E‖₂.
-- *Count*: a Sturm sequence on T at τ² counts the values above it independently of the eigenvalue solver (Sylvester).
+- *Count*: a Sturm sequence on T at τ² counts the values above it independently of the eigenvalue solver (Sylvester);
+  where there is no T, see `cholesky_count`.
 - *Vectors*: ‖VᵀV − I‖ in full, and the residual VᵀG − ΛVᵀ on the probes.
 
 Source: Hutchinson 1990; Halko, Martinsson & Tropp 2011, section 4.3 (a posteriori bounds from random probes);
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from streamrepair.decompose.arithmetic import Vectors
 from streamrepair.errors import NumericalError
 
 PROBES = 8
@@ -83,7 +85,7 @@ def check_factor(difference: NDArray[np.float64], largest: float, *, tolerance: 
 
 
 def check_vectors(
-    vectors: NDArray[np.float64] | NDArray[np.float32],
+    vectors: Vectors,
     values: NDArray[np.float64],
     probes: NDArray[np.float64],
     images: NDArray[np.float64],
@@ -94,7 +96,7 @@ def check_vectors(
     """(orthonormality, residual) of eigenvectors given as rows.
 
     Args:
-        vectors: (k, n) eigenvectors. values: (k,) their eigenvalues.
+        vectors: (k, n) eigenvectors, wherever they are. values: (k,) their eigenvalues.
         probes: (PROBES, n) X. images: (PROBES, n) G·X.
         orthonormal, belonging: the largest defect and residual that pass; the defaults are for float64.
 
@@ -107,19 +109,27 @@ def check_vectors(
     if not defect <= orthonormal:
         raise NumericalError(f"singular vectors are not orthonormal (off by {defect:.1e})")
     square = 0.0
-    for start in range(0, len(vectors), _AT_ONCE):  # float32 ones are widened
-        rows, own = vectors[start : start + _AT_ONCE], values[start : start + _AT_ONCE, None]
-        square += float(np.square((rows @ images.T - own * (rows @ probes.T)) / values.max()).sum())
+    for start in range(0, len(values), _AT_ONCE):  # float32 ones are widened
+        own = values[start : start + _AT_ONCE, None]
+        if isinstance(vectors, np.ndarray):
+            rows = vectors[start : start + _AT_ONCE]
+            seen, expected = rows @ images.T, rows @ probes.T
+        else:
+            part = slice(start, start + _AT_ONCE)
+            seen, expected = vectors.times(images)[part], vectors.times(probes)[part]
+        square += float(np.square((seen - own * expected) / values.max()).sum())
     residual = (square / PROBES) ** 0.5
     if not residual <= belonging:
         raise NumericalError(f"singular vectors do not belong to their values (residual {residual:.1e})")
     return defect, residual
 
 
-def orthonormality(vectors: NDArray[np.float64] | NDArray[np.float32]) -> float:
+def orthonormality(vectors: Vectors) -> float:
     """Largest entry of |VᵀV − I| of vectors given as rows; NaN if they are not finite."""
     if len(vectors) == 0:
         return 0.0
+    if not isinstance(vectors, np.ndarray):
+        return vectors.orthonormality()
     product = vectors @ vectors.T
     product.flat[:: len(vectors) + 1] -= product.dtype.type(1.0)
     return float(max(product.max(), -product.min()))

@@ -14,7 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from streamrepair.decompose import certify, randomized, single
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Precision
+from streamrepair.decompose.arithmetic import Arithmetic, Count, Gram, Precision, Spectrum
+from streamrepair.decompose.choose import Estimate
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError, decide, mixing
@@ -34,7 +35,7 @@ def truncate(
     arithmetic: Arithmetic,
     precision: Precision,
     krylov: bool = False,
-    estimate: randomized.Estimate = "exact",
+    estimate: Estimate = "exact",
 ) -> Truncation:
     """Decide and factor one delta through its Gram matrix.
 
@@ -49,10 +50,7 @@ def truncate(
     probes = certify.probe_vectors(source.cols)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is met just below
         gram = arithmetic.gram(source, probes, precision)
-    if not (np.isfinite(gram.trace) and np.isfinite(gram.exact_images).all()):
-        raise NonFiniteDeltaError(f"the sum of squares of the delta is {gram.trace}")
-    if gram.trace == 0.0:
-        raise UnresolvedError("every square vanished")
+    check_sums(gram)
     left: tuple[str, ...] = ()
     if krylov and gram.matrix is not None:
         try:
@@ -62,27 +60,50 @@ def truncate(
     if precision == "float32" and isinstance(arithmetic, HostArithmetic):
         found = single.truncate(source, rule, arithmetic=arithmetic, gram=gram, probes=probes)
     else:
-        found = _by_all_values(source, rule, gram, probes, precision)
+        found = conclude(gram, gram.factorise(), rule, source.rows, precision)
     return replace(found, climbed=left)
 
 
-def _by_all_values(
-    source: PanelSource, rule: HardThreshold, gram: Gram, probes: Doubles, precision: Precision
-) -> Truncation:
-    spectrum = gram.factorise()
+def check_sums(gram: Gram) -> None:
+    """Refuse a Gram matrix that there is nothing to find out from.
+
+    Raises:
+        NonFiniteDeltaError: the sums are not finite.
+        UnresolvedError: all of them vanished.
+    """
+    if not (np.isfinite(gram.trace) and np.isfinite(gram.exact_images).all()):
+        raise NonFiniteDeltaError(f"the sum of squares of the delta is {gram.trace}")
+    if gram.trace == 0.0:
+        raise UnresolvedError("every square vanished")
+
+
+def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precision: Precision) -> Truncation:
+    """The decision for a factorised Gram matrix, and all checks of it.
+
+    Args:
+        m: the longer side of the delta.
+
+    Raises:
+        UnresolvedError: this precision cannot tell the kept rank.
+        NumericalError: the factorisation did not pass the checks.
+    """
+    n = gram.images.shape[1]
+    probes = certify.probe_vectors(n)
     values, largest = spectrum.values, float(spectrum.values[-1])
     if not (np.isfinite(values).all() and largest > 0.0):
         raise NumericalError(f"eigenvalues up to {largest} of a matrix of trace {gram.trace}")
     difference = spectrum.product(probes) - gram.images
     certify.check_factor(difference, largest)
     bound = certify.spectral_bound(gram.images - gram.exact_images) + certify.spectral_bound(difference)
-    bound += certify.solver_bound(largest, source.cols)
-    threshold, close = decide(values, bound, rule, source.rows, source.cols)
+    bound += certify.solver_bound(largest, n)
+    threshold, close = decide(values, bound, rule, m, n)
     if precision == "float32" and (close or threshold.s_median**2 < _LEAST_FLOAT32_VALUE):
         raise UnresolvedError(f"{close} values within {bound:.1e} of the squared threshold")
     if precision == "float32" and (turned := mixing(values, threshold.rank_kept, bound)) > _MOST_MIXING:
         raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
-    certify.check_count(spectrum.count_above(threshold.tau**2), threshold.rank_kept, close)
+    close = _checked_count(spectrum.count_above(threshold.tau**2, bound), threshold.rank_kept, close)
+    if precision == "float32" and close:
+        raise UnresolvedError(f"a count leaves {close} values near the squared threshold open")
     vectors = spectrum.top(threshold.rank_kept)
     kept = values[len(values) - threshold.rank_kept :]
     orthonormality, residual = certify.check_vectors(vectors, kept, probes, gram.images)
@@ -95,3 +116,15 @@ def _by_all_values(
         certificate=certify.Certificate(bound, orthonormality, residual),
         undecidable=close,
     )
+
+
+def _checked_count(counted: Count, rank: int, close: int) -> int:
+    """How many values are undecidable: those within the bound of τ², or what the count leaves open if that is more.
+
+    Raises:
+        NumericalError: the count is another one.
+    """
+    close = max(close, counted.at_most - counted.at_least)
+    for found in (counted.at_least, counted.at_most):
+        certify.check_count(found, rank, close)
+    return close

@@ -6,13 +6,13 @@ vectors of the few values that the threshold keeps. That is where the time of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import scipy.linalg
 
 from streamrepair.decompose import certify, lapack, twisted
-from streamrepair.decompose.arithmetic import Doubles, Gram, Precision, Spectrum
+from streamrepair.decompose.arithmetic import Count, Doubles, Gram, Merger, Precision, Spectrum, Vectors, on_host
 from streamrepair.decompose.convert import STORED_TYPE, Raw, Real, RealType, difference, narrow, widened
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.decompose.scratch import Scratch
@@ -94,34 +94,62 @@ class HostArithmetic:
         svd: Callable[..., tuple[Doubles, Doubles, Doubles]] = scipy.linalg.svd
         return svd(matrix, full_matrices=False, lapack_driver=name, check_finite=False)
 
-    def merger(self, vh: Doubles, out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
+    def merger(self, vh: Vectors, out_dtype: str) -> HostMerger:
         """Two ?gemm per block, the second onto W_base."""
-        real: RealType = np.float32 if out_dtype in ("BF16", "F16") else np.float64
-        basis: Real = vh.astype(real, copy=False)
-
-        def merge(block: Panel) -> tuple[Raw, float]:
-            delta = self._delta(block, real)
-            merged: Real = self._scratch.array("merged", block.base.shape, real)
-            widened(block.base, block.base_dtype, merged)
-            if len(basis):
-                coefficients = self._scratch.array("coefficients", (len(delta), len(basis)), real)
-                np.matmul(delta, basis.T, out=coefficients)
-                if block.wide:
-                    lapack.add_product(basis.T, coefficients.T, merged)
-                else:
-                    lapack.add_product(coefficients, basis, merged)
-            if STORED_TYPE[out_dtype] is real:
-                return merged, 0.0 if np.isfinite(merged).all() else np.inf
-            out: Raw = self._scratch.array("out", merged.shape, STORED_TYPE[out_dtype])
-            return out, narrow(merged, out_dtype, out)
-
-        return merge
+        return HostMerger(on_host(vh), out_dtype, self._scratch, self._delta)
 
     def _delta(self, block: Panel, real: RealType) -> Real:
         """Δ of a block, (rows, n), in the scratch's one place for it; a transposed view for a wide one."""
         stored: Real = self._scratch.array("delta", block.ft.shape, real)
         difference(block.ft, block.ft_dtype, block.base, block.base_dtype, stored)
         return stored.T if block.wide else stored
+
+
+class HostMerger(Merger):
+    """The merge of one matrix on the CPU.
+
+    Args:
+        delta: gives Δ of a block, tall, in the scratch's one place for it.
+    """
+
+    def __init__(self, vh: Real, out_dtype: str, scratch: Scratch, delta: Callable[[Panel, RealType], Real]) -> None:
+        self._real: RealType = np.float32 if out_dtype in ("BF16", "F16") else np.float64
+        self._basis: Real = vh.astype(self._real, copy=False)
+        self._out_dtype, self._scratch, self._delta = out_dtype, scratch, delta
+        self._lost = 0.0
+
+    @property
+    def climbed(self) -> tuple[str, ...]:
+        """Nothing: there is no other place to go to."""
+        return ()
+
+    def lost(self) -> float:
+        """Squared rounding error of all blocks so far."""
+        return self._lost
+
+    def merged(self, panels: Iterable[Panel]) -> Iterator[tuple[Panel, Raw]]:
+        """Each block with its result, in an array that the next one overwrites."""
+        for panel in panels:
+            for block in panel.blocks():
+                raw, lost = self._merged(block)
+                self._lost += lost
+                yield block, raw
+
+    def _merged(self, block: Panel) -> tuple[Raw, float]:
+        delta = self._delta(block, self._real)
+        merged: Real = self._scratch.array("merged", block.base.shape, self._real)
+        widened(block.base, block.base_dtype, merged)
+        if len(self._basis):
+            coefficients = self._scratch.array("coefficients", (len(delta), len(self._basis)), self._real)
+            np.matmul(delta, self._basis.T, out=coefficients)
+            if block.wide:
+                lapack.add_product(self._basis.T, coefficients.T, merged)
+            else:
+                lapack.add_product(coefficients, self._basis, merged)
+        if STORED_TYPE[self._out_dtype] is self._real:
+            return merged, 0.0 if np.isfinite(merged).all() else np.inf
+        out: Raw = self._scratch.array("out", merged.shape, STORED_TYPE[self._out_dtype])
+        return out, narrow(merged, self._out_dtype, out)
 
 
 class TridiagonalSpectrum(Spectrum):
@@ -151,9 +179,10 @@ class TridiagonalSpectrum(Spectrum):
         lapack.rotate_back(self._reflectors, self._scales, image)
         return image
 
-    def count_above(self, shift: float) -> int:
+    def count_above(self, shift: float, bound: float = 0.0) -> Count:  # noqa: ARG002 - a Sturm sequence has none
         """By a Sturm sequence."""
-        return certify.sturm_count(self._diagonal, self._off, shift)
+        above = certify.sturm_count(self._diagonal, self._off, shift)
+        return Count(above, above)
 
     def top(self, count: int) -> Doubles:
         """By twisted factorisations of T where there are many, else, or where clusters spoil those, by MRRR."""

@@ -11,12 +11,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import numpy as np
 
-from streamrepair.decompose import certify, full, gram, randomized, row_space
+from streamrepair.decompose import certify, full, gram, row_space
 from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.choose import Backend, Estimate, tries_krylov
 from streamrepair.decompose.convert import difference
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource, blocks
@@ -24,14 +24,9 @@ from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, U
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 
-Backend = Literal["auto", "full", "gram", "randomized"]
 Rung = tuple[str, Callable[[], Truncation]]
 
 _GRAM_ON_CPU = "gram-float64-cpu"
-KRYLOV_LEAST_SIDE = {
-    ("auto", "exact"): 3072, ("auto", "fast"): 1536, ("randomized", "exact"): 256, ("randomized", "fast"): 256
-}  # fmt: skip
-"""Shortest side from which block Krylov is tried; below, the reduction to tridiagonal form is as fast in any case."""
 
 
 def decompose(
@@ -42,7 +37,7 @@ def decompose(
     backend: Backend,
     sharp: bool = False,
     full_fits: bool = True,
-    estimate: randomized.Estimate = "exact",
+    estimate: Estimate = "exact",
     host: HostArithmetic | None = None,
 ) -> Truncation:
     """The truncated delta of one matrix, by the first backend that can prove its answer.
@@ -85,10 +80,10 @@ def _rungs(
     *,
     sharp: bool,
     full_fits: bool,
-    estimate: randomized.Estimate,
+    estimate: Estimate,
 ) -> list[Rung]:
     rungs: list[Rung] = []
-    krylov = source.cols >= KRYLOV_LEAST_SIDE.get((backend, estimate), source.cols + 1)
+    krylov = tries_krylov(backend, estimate, source.cols)
     if backend != "full":
         for precision in arithmetic.precisions:
             if precision == "float64" or (not sharp and rule.sigma == "median"):

@@ -24,7 +24,7 @@ REACH = 14
 """Neighbours of a shift that are found rather than shifted to; further away a second factorisation is cheaper."""
 _BLOCK = 16
 _MOST_STEPS = 20
-_MOST_SHIFTS = 8
+_MOST_SHIFTS = 10
 _SEED = 0x5EED
 
 
@@ -43,7 +43,7 @@ def locate(
     """The eigenvalue with `place` eigenvalues below it.
 
     Args:
-        guess: where to begin. slope: eigenvalues per unit there, roughly.
+        guess: where to begin, positive. slope: eigenvalues per unit there, roughly.
         tolerance: largest bound that will do, absolute.
         probes: (p, n) for the measurement of the factors' error.
 
@@ -66,21 +66,23 @@ def locate(
                 return found
             c = found
         else:
-            c = _next(c, stride * (place - below + 0.5), slope, low, high)
-            stride *= 3.0  # the density may be wrong by any factor
+            # The density may be wrong by any factor: it is trusted less with every step that did not arrive.
+            c = _next(c, (place + 0.5, below), slope / stride, low, high)
+            stride *= 3.0
     raise UnresolvedError(f"{_MOST_SHIFTS} factorisations did not come near the median eigenvalue")
 
 
-def _next(c: float, missing: float, slope: float, low: tuple[float, int], high: tuple[float, int]) -> float:
-    """The next shift: between two counts once there are two, by the given slope before."""
+def _next(c: float, places: tuple[float, int], slope: float, low: tuple[float, int], high: tuple[float, int]) -> float:
+    """The next shift, from the wanted place and the one at c: between two counts where there are two, else by slope."""
+    place, below = places
     if np.isfinite(low[0]) and np.isfinite(high[0]):
-        place = missing + (low[1] if c == low[0] else high[1])
         # Kept off both ends, where the secant of a curved distribution would stick.
-        part = float(np.clip((place - low[1]) / max(1, high[1] - low[1]), 0.1, 0.9))
+        part = float(np.clip((place - low[1]) / max(1, high[1] - low[1]), 0.2, 0.8))
         return low[0] + part * (high[0] - low[0])
     if slope <= 0.0:
         raise UnresolvedError("no eigenvalues were seen near the estimated median")
-    return c + missing / slope
+    # Squared singular values are positive: a factor at a time, however wrong the slope.
+    return float(np.clip(c + (place - below) / slope, 0.25 * c, 4.0 * c))
 
 
 def _nearby(matrix: SymmetricPair, c: float, steps: int, tolerance: float, probes: Doubles) -> Located | float:

@@ -16,13 +16,12 @@ Source: Halko, Martinsson & Tropp 2011; Musco & Musco 2015; Parlett, sections 3.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Gram, Precision
+from streamrepair.decompose.choose import Estimate
 from streamrepair.decompose.krylov import BlockLanczos, Density, Ritz
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.order_statistic import Located, locate
@@ -32,7 +31,6 @@ from streamrepair.spectral.noise import sigma_from_median
 from streamrepair.spectral.threshold import HardThreshold, aspect_ratio, tau
 
 Doubles = NDArray[np.float64]
-Estimate = Literal["exact", "fast"]
 
 CAPACITY_SHARE = 6
 """The basis holds at most n / this many vectors; what needs more is cheaper by the reduction."""

@@ -55,7 +55,7 @@ _SKEW = 1e-5
 """Relative change of eigenvalues by reflectors that are orthogonal to float32 only (Ostrowski)."""
 _MOST_MIXING = 3e-5
 """‖Δ*′ − Δ*‖/‖Δ*‖ to expect at most; 1e-4 is the promise, and what is expected may be met by three times."""
-_MOST_SLACK = 1e-4
+_MOST_SLACK = 1e-5
 """Error of G, in units of the median eigenvalue, up to which it serves in place of another pass over Δ."""
 _LEAST_VALUE = 1e-28
 """Squares below this could have met float32's underflow."""

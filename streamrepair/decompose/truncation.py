@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from streamrepair.decompose.arithmetic import Vectors
 from streamrepair.decompose.certify import Certificate
-from streamrepair.decompose.convert import Real
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
 
@@ -38,8 +38,11 @@ class Truncation:
     """Singular values, ascending: all n, or those above τ where a backend needs no others."""
     threshold: Threshold
     """σ̂, τ and the kept rank."""
-    vh: Real
-    """(rank_kept, n) right singular vectors (of the tall orientation) as rows; float32 where the output is no wider."""
+    vh: Vectors
+    """(rank_kept, n) right singular vectors (of the tall orientation) as rows, in the memory they were made in.
+
+    float32 where the output is no wider.
+    """
     frob_delta_in: float
     """‖Δ‖_F."""
     backend: str

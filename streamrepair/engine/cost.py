@@ -1,7 +1,7 @@
-"""How long a task will take, roughly: what the schedule, the plan's estimate and the simulation go by. Pure.
+"""How long a task will take: what the schedule, the plan's estimate and the simulation go by. Pure.
 
-No number of a result depends on it. The rates are of one CPU core with AVX-512 and of one data-centre GPU with fast
-float64 (measured on neither machine of the reader's): an estimate is right within a factor of two or three at best.
+Counted are products, the reduction to tridiagonal form (half products, half memory traffic), factorisations, and what
+grows with the kept rank. No number of a result depends on it; docs/performance.md holds it against measurement.
 """
 
 from __future__ import annotations
@@ -10,30 +10,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from streamrepair.engine.memory import MatrixShape
+from streamrepair.engine.rates import CACHE_BYTES, CPU, CUDA, Rates
+
 if TYPE_CHECKING:
     from streamrepair.engine.plan import Task
 
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Speed of one worker."""
-
-    product_flops_per_s: float
-    """Matrix products."""
-    factor_flops_per_s: float
-    """Eigenvalues and vectors, counted as `_factor_flops`."""
-    start_s: float
-    """Of each repair, whatever its size."""
-
-
-CPU = Rates(product_flops_per_s=35e9, factor_flops_per_s=14e9, start_s=0.002)
-"""One core: float64 ?syrk; ?sytrd, half of which is bound by memory."""
-CUDA = Rates(product_flops_per_s=25e12, factor_flops_per_s=0.2e12, start_s=0.05)
-"""One GPU: cuBLAS in float64; cuSOLVER's syevd, far below the card's peak."""
 COPY_BYTES_PER_S = 1.0e9
 """Reading, comparing, digesting and writing a tensor that is passed through."""
 DISK_BYTES_PER_S = 1.5e9
 """Reads and writes together, where nothing better is known."""
+KEPT_SHARE = 0.1
+"""Of the rank, where nothing better is known; real fine-tunes keep 3 to 30%."""
+_CONVERT_S = 6.5e-9
+"""Per element, both passes: widening, subtracting, rounding."""
+_VALUES_S = 9e-9
+"""Per n², of all eigenvalues of a tridiagonal matrix."""
+_VECTORS_S = 6e-8
+"""Per n and vector, of twisted factorisations."""
+_WINDOWS = 60
+"""Vectors that are made exact."""
+_KRYLOV_PRODUCTS = 27
+"""Products with 16 vectors until the top and the density are known."""
+_SOLVES = 15
+_SKINNY, _INDEFINITE, _SOLVING, _CHOLESKY, _SVD = 0.33, 0.5, 0.4, 0.85, 0.35
+"""Speeds relative to float64 products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,35 +54,61 @@ class Stages:
         return self.gram_s + self.factor_s + self.merge_s
 
 
-def stages(task: Task, place: str) -> Stages:
-    """Seconds of computation of a task on one worker of a place ("cpu" or "cuda")."""
+def predicted(shape: MatrixShape, method: str, rates: Rates, kept: float = KEPT_SHARE) -> Stages:
+    """Seconds of a repair by one worker.
+
+    Args:
+        method: "gram", "randomized", "fast" or "full". kept: share of the rank.
+    """
+    m, n = float(shape.rows), float(shape.cols)
+    k, single = kept * n, shape.out_item_bytes == 2 and method != "full"
+    item, product = (4, rates.float32_flops_per_s) if single else (8, rates.float64_flops_per_s)
+    double, convert = rates.float64_flops_per_s, 0.5 * _CONVERT_S * m * n
+    gram = m * n * n * (2 if method == "full" else 1) / product + convert
+    if method == "gram":
+        factor = _reduction_s(n, item, rates) + _VALUES_S * n * n + _VECTORS_S * n * k + 3 * n * n * k / product
+        factor += 4 * n * n * _WINDOWS / double if single else 0.0
+    elif method == "full":
+        factor = 9 * n**3 / (_SVD * double)
+    else:
+        factor = 32 * n * n * _KRYLOV_PRODUCTS / (_SKINNY * double) + n**3 / 3 / (_CHOLESKY * double)
+        if method == "randomized":
+            factor += n**3 / 3 / (_INDEFINITE * double) + 32 * n * n * _SOLVES / (_SOLVING * double)
+    return Stages(gram, rates.start_s + factor, 4 * m * n * k / product + convert)
+
+
+def _reduction_s(n: float, item_bytes: int, rates: Rates) -> float:
+    """Reduction to tridiagonal form: 2n³/3 operations in products, and half the matrix read at each of n steps."""
+    product = rates.float32_flops_per_s if item_bytes == 4 else rates.float64_flops_per_s
+    speed = rates.cache_bytes_per_s if n * n / 2 * item_bytes <= CACHE_BYTES else rates.memory_bytes_per_s
+    return 2 / 3 * n**3 / product + n**3 / 6 * item_bytes / speed
+
+
+def stages(task: Task, place: str, cpu: Rates = CPU) -> Stages:
+    """Seconds of computation of a task on one worker of a place ("cpu" or "cuda").
+
+    A task that tries block Krylov first is counted as if that gave up: real fine-tunes mostly keep too much for it.
+    """
     if task.shape is None:
         return Stages(0.0, 0.0, task.out.nbytes / COPY_BYTES_PER_S)
-    rates = CPU if place == "cpu" else CUDA
-    m, n = float(task.shape.rows), float(task.shape.cols)
-    factor = 20 * n**3 if task.backend == "full" else 4 / 3 * n**3
-    gram, merge = m * n * n, 0.4 * m * n * n  # a tenth of the rank is kept, two products
-    return Stages(
-        gram / rates.product_flops_per_s,
-        rates.start_s + factor / rates.factor_flops_per_s,
-        merge / rates.product_flops_per_s,
-    )
+    method = "full" if task.backend == "full" else "gram"
+    return predicted(task.shape, method, cpu if place == "cpu" else CUDA)
 
 
-def seconds(task: Task, place: str) -> float:
+def seconds(task: Task, place: str, cpu: Rates = CPU) -> float:
     """Seconds of computation of a task on one worker of a place."""
-    return stages(task, place).total_s
+    return stages(task, place, cpu).total_s
 
 
-def estimate_s(tasks: Sequence[Task], lanes: Sequence[str]) -> float:
+def estimate_s(tasks: Sequence[Task], lanes: Sequence[str], cpu: Rates = CPU) -> float:
     """About how long tasks take together: the slowest of the CPU's workers, the GPUs, and the files.
 
     Args:
-        lanes: the device of each worker.
+        lanes: the device of each worker. cpu: speeds of one of the CPU's workers.
     """
     found = sum(task.read_once_bytes + task.out.nbytes for task in tasks) / DISK_BYTES_PER_S
     for place in ("cpu", "cuda"):
-        here = [seconds(task, place) for task in tasks if task.place == place]
+        here = [seconds(task, place, cpu) for task in tasks if task.place == place]
         workers = max(1, sum((lane == "cpu") == (place == "cpu") for lane in lanes))
         found = max(found, sum(here) / workers, max(here, default=0.0))
     return found

@@ -92,7 +92,10 @@ _WORK: dict[str, Callable[[MatrixShape], int]] = {"gram": gram_bytes, "full": fu
 
 
 def device_bytes(shape: MatrixShape, backend: str) -> int:
-    """Peak on a GPU: G, its copy and vectors in `eigh` with cuSOLVER's workspace, and the block's conversions."""
+    """Peak on a GPU: G, its copy and vectors in `eigh` with cuSOLVER's workspace, and a block as stored and converted.
+
+    The count after it holds less: G, all vectors, the deflated matrix, its Cholesky factor, and half a matrix.
+    """
     n, block = shape.cols, shape.block * shape.cols
     if backend == "full":
         return 10 * 8 * n * n + 48 * block
@@ -102,7 +105,12 @@ def device_bytes(shape: MatrixShape, backend: str) -> int:
 def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: bool = False) -> int:
     """Host bytes of one repair; with `cuda` the matrices are on the device and only vectors and results pass here."""
     n = shape.cols
-    work = 16 * n * n + 16 * shape.block * n if cuda else _WORK[backend](shape)
+    if cuda:
+        # Pinned buffers (four up, two down; torch rounds each up to a power of two); vectors on their way to the CPU.
+        sides = 4 * max(shape.base_item_bytes, shape.ft_item_bytes) + 2 * shape.out_item_bytes
+        work = 16 * n * n + 2 * sides * shape.block * n
+    else:
+        work = _WORK[backend](shape)
     return panel_bytes(shape, panel_rows) + work + copy_bytes()
 
 

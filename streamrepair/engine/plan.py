@@ -12,10 +12,12 @@ from streamrepair.checkpoint.headers import ITEM_BITS, TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
 from streamrepair.checkpoint.write import ShardLayout, layout_like
+from streamrepair.decompose.choose import tries_krylov
 from streamrepair.engine import cost, memory, schedule
 from streamrepair.engine.finite import is_searched
 from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, refuse_too_large
 from streamrepair.engine.memory import MatrixShape
+from streamrepair.engine.rates import CPU, Rates
 from streamrepair.engine.schedule import Place
 from streamrepair.report import Settings
 
@@ -39,6 +41,9 @@ class Task:
     """None for a tensor that is passed through."""
     panel_rows: int
     backend: str
+    """Whose memory it is projected for."""
+    krylov: bool
+    """Whether `randomized` is tried before that."""
     place: Place
     """Whether the CPU or a GPU computes it."""
     ram_bytes: int
@@ -88,6 +93,8 @@ class Plan:
     """The device of each worker: one for each GPU, any number for the CPU."""
     ram_allowed_bytes: int
     vram_allowed_bytes: int | None
+    rates: Rates = CPU
+    """Speeds of one of the CPU's workers, for predicted times."""
 
     @property
     def device(self) -> str:
@@ -134,7 +141,7 @@ class Plan:
     @property
     def estimated_s(self) -> float:
         """About how long it takes, by `cost`."""
-        return cost.estimate_s(self.tasks, self.lanes)
+        return cost.estimate_s(self.tasks, self.lanes, self.rates)
 
     @property
     def out_bytes(self) -> int:
@@ -164,12 +171,14 @@ def make_plan(
     workers: int,
     ram_bytes: int,
     vram_bytes: int | None,
+    rates: Rates = CPU,
 ) -> Plan:
     """Plan the repair of FT against BASE.
 
     Args:
         devices: "cpu", "cuda:0", …; with GPUs, "cpu" beside them lets the CPU take matrices too. workers: of the CPU.
         ram_bytes: for the process. vram_bytes: for each GPU; None without one.
+        rates: speeds of one of the CPU's workers, for predicted times.
 
     Raises:
         InputError: the two have nothing in common.
@@ -195,6 +204,7 @@ def make_plan(
         lanes=lanes,
         ram_allowed_bytes=ram_bytes,
         vram_allowed_bytes=vram_bytes,
+        rates=rates,
     )
 
 
@@ -202,7 +212,7 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     """One tensor's task, as it would be on the CPU."""
     out = layouts[ft.shard].entries[pairing.name]
     if pairing.intent != "repair" or pairing.base is None:
-        return Task(pairing, ft, ft.shard, out, None, 0, "", "cpu", memory.copy_bytes(), 0, 0.0)
+        return Task(pairing, ft, ft.shard, out, None, 0, "", False, "cpu", memory.copy_bytes(), 0, 0.0)
     shape = matrix_shape(pairing.base.entry, ft.entry, out, settings)
     rows = shape.block
     if pairing.base.entry.nbytes + ft.entry.nbytes <= _WHOLE_BYTES:
@@ -210,8 +220,9 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     elif ft.entry.shape[0] < ft.entry.shape[1]:
         rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
     backend = "full" if settings.backend == "full" else "gram"
+    krylov = settings.sigma == "median" and tries_krylov(settings.backend, settings.noise_estimate, shape.cols)
     ram = memory.repair_bytes(shape, backend, rows)
-    return Task(pairing, ft, ft.shard, out, shape, rows, backend, "cpu", ram, 0, flops(shape, backend))
+    return Task(pairing, ft, ft.shard, out, shape, rows, backend, krylov, "cpu", ram, 0, flops(shape, backend))
 
 
 def _placed(task: Task, devices: Sequence[str], room: Room) -> Task:

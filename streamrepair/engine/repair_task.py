@@ -14,7 +14,7 @@ import numpy as np
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.write import digest_text, new_digest
 from streamrepair.decompose import ladder
-from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.arithmetic import Arithmetic, Merger
 from streamrepair.decompose.convert import STORED_TYPE, Raw, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
@@ -114,13 +114,13 @@ def _written(
         threshold=threshold.tau,
         frob_delta_in=truncation.frob_delta_in,
         frob_delta_out=out,
-        rounding_loss=merged.lost_square**0.5 / out if out > 0 else 0.0,
+        rounding_loss=merged.lost() ** 0.5 / out if out > 0 else 0.0,
         nearest_sigma_gap=gap if gap < float("inf") else None,
         undecidable=truncation.undecidable,
         threshold_interval=truncation.interval,
         within_interval=truncation.within if truncation.interval else None,
         backend=truncation.backend,
-        climbed=truncation.climbed,
+        climbed=truncation.climbed + merged.climbed,
         digest=merged.digest,
     )
 
@@ -128,71 +128,78 @@ def _written(
 def _merged(
     job: Job, view: MatrixView, truncation: Truncation, arithmetic: Arithmetic, host: HostArithmetic
 ) -> _Merged:
-    """The second pass, done; on the CPU if the device has no memory left for it."""
-    merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
+    """The second pass, done; anew on the CPU if a device fails in a way that it does not see to itself."""
     try:
-        merged.run()
-    except RuntimeError:  # torch's OutOfMemoryError is one
-        if isinstance(arithmetic, HostArithmetic):
-            raise
+        merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
         try:
-            merger = host.merger(truncation.vh, job.task.out.dtype)
-        except NumericalError as error:
-            raise _failed(job, error) from error
-        merged = _Merged(job, view, merger)
-        merged.run()
+            merged.run()
+        except RuntimeError:
+            if isinstance(arithmetic, HostArithmetic):
+                raise
+            merged = _Merged(job, view, host.merger(truncation.vh, job.task.out.dtype))
+            merged.run()
+    except NumericalError as error:
+        raise _failed(job, error) from error
     return merged
 
 
 class _Merged:
     """The second pass over a matrix: W_base + Δ* block by block, rounded once, written, digested."""
 
-    def __init__(self, job: Job, view: MatrixView, merger: Callable[[Panel], tuple[Raw, float]]) -> None:
+    def __init__(self, job: Job, view: MatrixView, merger: Merger) -> None:
         self._job, self._view, self._merger = job, view, merger
         # Column blocks are not consecutive in the file: such a tensor's digest is taken from the file afterwards.
         self._running = None if view.wide and view.panel_rows < view.rows else new_digest()
-        self.lost_square = 0.0
-        """‖round(W_base + Δ*) − (W_base + Δ*)‖_F²."""
         self.digest = ""
         """Of the tensor's bytes, after `run`."""
 
-    def run(self) -> None:
-        """Do the pass.
+    @property
+    def climbed(self) -> tuple[str, ...]:
+        """Why a device was left half-way, if it was."""
+        return self._merger.climbed
+
+    def lost(self) -> float:
+        """‖round(W_base + Δ*) − (W_base + Δ*)‖_F².
 
         Raises:
             NumericalError: a value overflows the output dtype.
         """
-        for panel in self._view.panels():
-            if panel.wide:
-                self._write_columns(panel)
-            else:
-                for block in panel.blocks():
-                    self._write_rows(block.start, self._merged(block))
-            task, done = self._job.task, (panel.start + panel.rows) / self._view.rows
-            self._job.tell(with_merge(cost.stages(task, task.place), done))
-        if self._running is None:
-            self.digest = self._job.around.shards[self._job.task.shard].digest(self._job.task.name)
-        else:
-            self.digest = digest_text(self._running)
-
-    def _merged(self, block: Panel) -> Raw:
-        rounded, lost = self._merger(block)
+        lost = self._merger.lost()
         if not lost < float("inf"):
             raise NumericalError(
                 f"tensor {shown(self._job.task.name)}: a repaired value overflows {self._job.task.out.dtype}: "
                 "write the result with --out-dtype float32"
             )
-        self.lost_square += lost
-        return rounded
+        return lost
 
-    def _write_rows(self, start: int, rounded: Raw) -> None:
-        self._write(start * self._view.cols * rounded.itemsize, rounded)
+    def run(self) -> None:
+        """Do the pass.
+
+        Raises:
+            NumericalError: a device failed, and the CPU has no room for its work.
+        """
+        if self._view.wide:
+            for panel in self._view.panels():
+                self._write_columns(panel)
+                self._tell(panel)
+        else:
+            for block, rounded in self._merger.merged(self._view.panels()):
+                self._write(block.start * self._view.cols * rounded.itemsize, rounded)
+                self._tell(block)
+        if self._running is None:
+            self.digest = self._job.around.shards[self._job.task.shard].digest(self._job.task.name)
+        else:
+            self.digest = digest_text(self._running)
+
+    def _tell(self, done: Panel) -> None:
+        share = (done.start + done.rows) / self._view.rows
+        task = self._job.task
+        self._job.tell(with_merge(cost.stages(task, task.place), share))
 
     def _write_columns(self, panel: Panel) -> None:
         """A stretch of each stored row of a wide tensor; all of it at once if the panel is the whole tensor."""
         rounded: Raw | None = None
-        for block in panel.blocks():
-            merged = self._merged(block)
+        for block, merged in self._merger.merged([panel]):
             if rounded is None:
                 rounded = self._job.scratch.array("gathered", (self._view.cols, panel.rows), merged.dtype)
             start = block.start - panel.start
@@ -242,7 +249,7 @@ def _arithmetic(job: Job, host: HostArithmetic) -> Arithmetic:
         return host
     from streamrepair.decompose.device import DeviceArithmetic  # torch is loaded for a GPU only
 
-    return Patient(DeviceArithmetic(job.worker.device))
+    return Patient(DeviceArithmetic(job.worker.device, host=host))
 
 
 def _view(job: Job, advance: Callable[[int], None]) -> MatrixView:

@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-import numpy as np
-
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Precision
-from streamrepair.decompose.convert import Raw
-from streamrepair.decompose.host import HostArithmetic
+from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Merger, Precision, Vectors
+from streamrepair.decompose.host import HostArithmetic, HostMerger
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.engine import gpu, memory
 from streamrepair.engine.task import Job
@@ -48,7 +45,7 @@ class ReservedHost(HostArithmetic):
         self._reserve("full")
         return super().triangular_factor(source)
 
-    def merger(self, vh: Doubles, out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
+    def merger(self, vh: Vectors, out_dtype: str) -> HostMerger:
         """As on any CPU."""
         self._reserve("gram")
         return super().merger(vh, out_dtype)
@@ -88,10 +85,9 @@ class Patient(Arithmetic):
         """The device's."""
         return self._inner.svd(matrix, driver)
 
-    def merger(self, vh: Doubles, out_dtype: str) -> Callable[[Panel], tuple[Raw, float]]:
-        """The device's; every block is tried whole first."""
-        merge = self._tried(lambda _parts: self._inner.merger(vh, out_dtype))
-        return lambda block: self._tried(lambda parts: _joined([merge(piece) for piece in _cut(block, parts)], block))
+    def merger(self, vh: Vectors, out_dtype: str) -> Merger:
+        """The device's, which sees to its memory itself: blocks it handed over cannot be asked for again."""
+        return self._inner.merger(vh, out_dtype)
 
     def _tried(self, attempt: Callable[[int], T]) -> T:
         for parts in _PARTS:
@@ -136,10 +132,3 @@ def _cut(block: Panel, parts: int) -> Iterator[Panel]:
     step = max(1, -(-block.rows // parts))
     for start in range(0, block.rows, step):
         yield block.part(start, min(block.rows, start + step))
-
-
-def _joined(pieces: list[tuple[Raw, float]], block: Panel) -> tuple[Raw, float]:
-    if len(pieces) == 1:
-        return pieces[0]
-    joined: Raw = np.concatenate([raw for raw, _ in pieces], axis=1 if block.wide else 0)
-    return joined, sum(lost for _, lost in pieces)

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from streamrepair.decompose import full, gram, ladder
-from streamrepair.decompose.arithmetic import Arithmetic, Precision
+from streamrepair.decompose.arithmetic import Arithmetic, Precision, on_host
 from streamrepair.decompose.convert import widened
 from streamrepair.decompose.device import DeviceArithmetic
+from streamrepair.decompose.device.rates import Rates
 from streamrepair.decompose.host import HostArithmetic
-from streamrepair.decompose.operator import blocks
 from streamrepair.decompose.truncation import TAU_RESOLUTION, Truncation, UnresolvedError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
 from tests.decompose.sources import ArraySource, fine_tuned, from_delta, low_rank_plus_noise, stored, with_spectrum
@@ -23,7 +23,10 @@ from tests.decompose.sources import ArraySource, fine_tuned, from_delta, low_ran
 Doubles = NDArray[np.float64]
 
 RULE = HardThreshold()
-ARITHMETICS: dict[str, Arithmetic] = {"host": HostArithmetic(), "device": DeviceArithmetic("cpu")}
+ARITHMETICS: dict[str, Arithmetic] = {
+    "host": HostArithmetic(),
+    "device": DeviceArithmetic("cpu", measured=Rates(1.0, 1.0)),
+}
 ROUTES = ["gram-float32", "gram-float64", "full", "auto"]
 RESOLUTION = 1e-5
 """Nearer to τ than this, in units of τ, the kept rank is not promised."""
@@ -42,8 +45,7 @@ def _merged(source: ArraySource, truncation: Truncation, arithmetic: Arithmetic,
     """W_base + Δ* of the whole source, tall."""
     merge = arithmetic.merger(truncation.vh, out_dtype)
     out = np.empty((source.rows, source.cols))
-    for block in blocks(source):
-        raw = merge(block)[0]
+    for block, raw in merge.merged(source.panels()):
         wide = np.empty(raw.shape)
         widened(raw, out_dtype, wide)
         out[block.start : block.start + block.rows] = wide.T if source.wide else wide
@@ -69,7 +71,7 @@ def _check(source: ArraySource, truncation: Truncation, rule: HardThreshold = RU
     np.testing.assert_allclose(truncation.frob_delta_in, np.linalg.norm(delta), rtol=1e-5)
     np.testing.assert_allclose(truncation.values[source.cols - k :], s[:k][::-1], rtol=1e-4)
     if k and not truncation.undecidable:
-        mine = delta @ truncation.vh.T @ truncation.vh
+        mine = delta @ on_host(truncation.vh).T @ on_host(truncation.vh)
         assert np.linalg.norm(mine - star(k)) <= 1e-4 * np.linalg.norm(star(k))
         np.testing.assert_allclose(truncation.frob_delta_out, np.linalg.norm(star(k)), rtol=1e-5)
 
@@ -266,7 +268,7 @@ def test_merging_rounds_once_and_reports_what_it_lost(arithmetic: str, out_dtype
     truncation = _decomposed(source, ARITHMETICS[arithmetic], "gram-float64")
     delta = source.delta()
     base = _base(source)
-    exact = base + delta @ truncation.vh.T @ truncation.vh
+    exact = base + delta @ on_host(truncation.vh).T @ on_host(truncation.vh)
     out = _merged(source, truncation, ARITHMETICS[arithmetic], out_dtype)
     expected = np.empty(exact.shape)
     widened(stored(exact, out_dtype), out_dtype, expected)
@@ -276,8 +278,8 @@ def test_merging_rounds_once_and_reports_what_it_lost(arithmetic: str, out_dtype
     if out_dtype in ("BF16", "F16"):
         assert np.mean(out != expected) < 1e-3
         merge = ARITHMETICS[arithmetic].merger(truncation.vh, out_dtype)
-        lost = sum(merge(block)[1] for block in blocks(source))
-        assert lost == pytest.approx(float(np.sum((exact - expected) ** 2)), rel=1e-3)
+        assert list(merge.merged(source.panels()))
+        assert merge.lost() == pytest.approx(float(np.sum((exact - expected) ** 2)), rel=1e-3)
 
 
 def _base(source: ArraySource) -> Doubles:

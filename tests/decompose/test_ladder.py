@@ -10,8 +10,9 @@ import scipy.linalg
 import torch
 
 from streamrepair.decompose import full, ladder, lapack, twisted
-from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.arithmetic import Arithmetic, on_host
 from streamrepair.decompose.device import DeviceArithmetic
+from streamrepair.decompose.device.rates import Rates
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
 from streamrepair.errors import NumericalError
@@ -19,6 +20,7 @@ from streamrepair.spectral.threshold import HardThreshold
 from tests.decompose.sources import ArraySource, from_delta, low_rank_plus_noise
 
 RULE = HardThreshold()
+DEVICE = DeviceArithmetic("cpu", measured=Rates(1.0, 1.0))
 Function = Callable[..., Any]
 
 
@@ -39,7 +41,7 @@ def _is_right(truncation: Truncation, source: ArraySource) -> bool:
     u, s, vh = np.linalg.svd(delta, full_matrices=False)
     k = RULE.estimate(s, *delta.shape).rank_kept
     star = (u[:, :k] * s[:k]) @ vh[:k]
-    mine = delta @ truncation.vh.T @ truncation.vh
+    mine = delta @ on_host(truncation.vh).T @ on_host(truncation.vh)
     return truncation.threshold.rank_kept == k and bool(np.linalg.norm(mine - star) <= 1e-4 * np.linalg.norm(star))
 
 
@@ -256,7 +258,7 @@ def test_backend_full_goes_straight_there(source: ArraySource) -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
 @pytest.mark.parametrize("side", ["ft", "base", "both"])
-@pytest.mark.parametrize("arithmetic", [HostArithmetic(), DeviceArithmetic("cpu")], ids=["host", "device"])
+@pytest.mark.parametrize("arithmetic", [HostArithmetic(), DEVICE], ids=["host", "device"])
 def test_inputs_that_are_not_finite_are_named_as_such(
     arithmetic: Arithmetic, side: str, dtype: str, bad: float
 ) -> None:
@@ -306,7 +308,7 @@ def test_a_fault_in_eigh_is_caught_and_the_next_rung_answers(
 ) -> None:
     original = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: _eigh_fault(kind, original, matrix))
-    truncation = _decompose(source, DeviceArithmetic("cpu"))
+    truncation = _decompose(source, DEVICE)
     assert truncation.backend == "gram-float64"
     assert [reason.partition(":")[0] for reason in truncation.climbed] == ["gram-float64"]
     assert _is_right(truncation, source)
@@ -320,7 +322,7 @@ def test_a_device_that_fails_at_everything_leaves_the_work_to_the_host(
 
     for name in ("eigh", "svd", "qr"):
         monkeypatch.setattr(torch.linalg, name, no_memory)
-    truncation = _decompose(source, DeviceArithmetic("cpu"))
+    truncation = _decompose(source, DEVICE)
     assert [reason.partition(":")[0] for reason in truncation.climbed] == ["gram-float64"]
     assert not any("\n" in reason for reason in truncation.climbed)
     assert _is_right(truncation, source)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, gram, ladder, lapack, randomized
+from streamrepair.decompose.choose import Estimate
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.symmetric import SymmetricPair
 from streamrepair.decompose.truncation import Truncation, UnresolvedError
@@ -27,7 +28,7 @@ def _gapped(m: int = 500, n: int = N, rank: int = 6, dtype: str = "F32") -> Arra
     return from_delta(low_rank_plus_noise(m, n, rank), dtype)
 
 
-def _alone(source: ArraySource, estimate: randomized.Estimate = "exact", precision: Any = "float64") -> Truncation:
+def _alone(source: ArraySource, estimate: Estimate = "exact", precision: Any = "float64") -> Truncation:
     """No other rung to fall back on."""
     probes = certify.probe_vectors(source.cols)
     formed = HostArithmetic().gram(source, probes, precision)
@@ -55,7 +56,7 @@ def _check(source: ArraySource, truncation: Truncation) -> None:
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(320, 320), (500, 320), (320, 500), (2000, 320)])
 def test_a_gapped_spectrum_is_decided_as_by_a_float64_svd(
-    shape: tuple[int, int], precision: str, estimate: randomized.Estimate
+    shape: tuple[int, int], precision: str, estimate: Estimate
 ) -> None:
     source = _gapped(max(shape))
     truncation = _alone(source.transposed() if shape[1] > shape[0] else source, estimate, precision)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from streamrepair import api
 from streamrepair.decompose import lapack
-from streamrepair.engine import cost, pace
+from streamrepair.engine import cost, pace, rates
 from streamrepair.engine.cost import Stages
 from streamrepair.engine.pace import Pace, with_merge
 from streamrepair.engine.plan import Plan
@@ -103,7 +104,8 @@ def test_the_bar_moves_while_lapack_is_at_work(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(lapack, "tridiagonalise", slow)
     monkeypatch.setattr(pace, "_LEAST_S", 0.0)
     monkeypatch.setattr(pace, "_TICK_S", 0.001)
-    monkeypatch.setattr(cost, "CPU", cost.Rates(35e9, 1e6, 0.0))  # so that the bar has far to go
+    slow_start = msgspec.structs.replace(rates.CPU, start_s=60.0)  # so that the bar has far to go
+    monkeypatch.setattr(cost.stages, "__defaults__", (slow_start,))
     threads = threading.active_count()
     report = api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, watcher=watcher)
     assert seen == [True] * 3

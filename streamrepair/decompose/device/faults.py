@@ -1,0 +1,18 @@
+"""Failures of torch in words, and which of them mean that the device has no memory left."""
+
+from __future__ import annotations
+
+import torch
+
+_ALLOCATION = ("out of memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUSOLVER_STATUS_NOT_INITIALIZED")
+"""cuBLAS and cuSOLVER report memory they could not get, for themselves or their handles, as errors of their own."""
+
+
+def no_memory(error: RuntimeError) -> bool:
+    """Whether a failure of torch is for want of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _ALLOCATION)
+
+
+def reason(error: RuntimeError) -> str:
+    """The first line of torch's message."""
+    return str(error).partition("\n")[0]

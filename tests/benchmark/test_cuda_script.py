@@ -1,0 +1,60 @@
+"""bench/cuda.py on torch's CPU: what it writes where there is a GPU is written by the same lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from streamrepair.engine.memory import MatrixShape, device_bytes
+
+SCRIPT = Path(__file__).parent.parent.parent / "bench" / "cuda.py"
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=one_thread)
+
+
+def test_small_shapes_are_measured_and_held_against_float64(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--shapes", "160x96,64x200", "--batches", "3:80x40", "--repeats", "1"]
+    done = _run(*arguments, "--results", str(tmp_path), "--name", "small")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "small.json").read_text())
+    assert record["gpu"] is None
+    assert record["machine"]["torch"]
+    assert [(case["shape"], case["spectrum"]) for case in record["cases"]] == [
+        ([160, 96], "gapped"),
+        ([160, 96], "heavy"),
+        ([64, 200], "gapped"),
+        ([64, 200], "heavy"),
+    ]
+    for case in record["cases"]:
+        m, n = max(case["shape"]), min(case["shape"])
+        assert case["projected_device_bytes"] == device_bytes(MatrixShape(m, n, 2, 2, 2), "gram")
+        assert {run["name"] for run in case["runs"]} == {"streamrepair", "eigh-float64", "svd-default"}
+        assert 0 < case["stages"]["residual_units"] < 8
+        assert 0 < case["stages"]["formed_units"] < 2
+        for run in case["runs"]:
+            assert run["seconds"] > 0
+            assert run["check"]["passed"]
+            assert run["check"]["delta_error"] < 1e-5
+        ours = case["runs"][0]["check"]
+        assert ours["rank"] == ours["rank_exact"] > 0
+        assert ours["rank"] > 0.1 * n or case["spectrum"] == "gapped"
+    (batch,) = record["batches"]
+    assert [run["name"] for run in batch["runs"]] == ["batched 3:80x40", "one by one 3:80x40"]
+    assert all(run["seconds"] > 0 for run in batch["runs"])
+
+
+def test_what_would_take_too_long_is_left_out_and_said_to_be(tmp_path: Path) -> None:
+    """Nothing is quick enough for a billionth of a second, except what was never measured before."""
+    arguments = ["--device", "cpu", "--shapes", "96x64,128x64", "--spectra", "gapped", "--batches", "", "--no-check"]
+    done = _run(*arguments, "--limit", "1e-9", "--results", str(tmp_path))
+    assert done.returncode == 1  # ours among them: no answer is no success
+    first, second = json.loads((tmp_path / "cuda.json").read_text())["cases"]
+    assert all(len(run["samples"]) == 1 for run in first["runs"])  # the long first run stands for all
+    assert all("expected to take" in run["left_out"] for run in second["runs"])
