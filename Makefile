@@ -54,6 +54,8 @@ bench: $(DEMO)
 	$(BENCH) --arch qwen-0.5b --copy --name copy-qwen-0.5b-zero
 	$(BENCH) --arch llama-8b --layers 8 --spectrum heavy --skip-reference --name 8b-8-layers
 	$(BENCH) --arch llama-70b-layer --skip-reference --name 70b-layer-4GB -- --ram 4GB
+	$(BIN)/python bench/plan_70b.py
+	$(BIN)/python bench/loads.py
 	$(BIN)/python bench/tables.py
 
 tables: $(DEMO)

@@ -9,10 +9,11 @@ A table goes between the lines `<!-- bench:NAME -->` and `<!-- /bench -->`, NAME
 - exact: what `end_to_end.py --check` found;
 - per_matrix: what `per_matrix.py` measured, one matrix at a time;
 - choices: the same, as to whether "auto" took the quicker backend, and how far predicted times are off;
+- plan: `streamrepair plan` as a whole process;
 - campaign: the runs of `python -m tests.crash.campaign`;
 - recovery: `resume_cost.py` and `verify_speed.py`.
-The first four take what `end_to_end.py` writes. `--check` writes nothing and ends with 1 if a table is not what the
-results say.
+The first four take what `end_to_end.py` writes, plan what `plan_70b.py` does. `--check` writes nothing and ends with 1
+if a table is not what the results say.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Row = list[str]
 def load(folder: Path) -> list[Record]:
     """The results in `folder`, smallest pair first."""
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-    runs = [record for record in found if isinstance(record, dict) and "streamrepair" in record]
+    runs = [record for record in found if isinstance(record, dict) and {"streamrepair", "plan"} & record.keys()]
     return sorted(runs, key=lambda record: (record["bytes"], record["name"]))
 
 
@@ -101,6 +102,17 @@ def exact(records: list[Record]) -> list[Row]:
         kept = "kept" if found["passed"] else "BROKEN"
         equal = f"{found['values_equal_share']:.4%}"
         rows.append([_label(record), str(found["matrices"]), str(found["ranks_equal"]), equal, *errors, kept])
+    return [head, *rows] if rows else []
+
+
+def plan(records: list[Record]) -> list[Row]:
+    """Planning from headers alone, and what of it is the interpreter and the command line."""
+    head = ["pair", "tensors", "shards", "size", "plan, quickest of 9", "processor", "`--version`", "processor"]
+    rows = []
+    for record in records:
+        costs = [format_seconds(record[what][key]) for what in ("plan", "version") for key in ("wall_s", "cpu_s")]
+        counts = [str(record["tensors"]), str(record["shards"])]
+        rows.append([_label(record), *counts, format_bytes(record["bytes"]), *costs])
     return [head, *rows] if rows else []
 
 
@@ -198,6 +210,7 @@ TABLES: dict[str, Callable[[list[Record]], list[Row]]] = {
     "exact": exact,
     "per_matrix": lambda _: per_matrix(),
     "choices": lambda _: choices(),
+    "plan": plan,
     "campaign": lambda _: campaign(),
     "recovery": lambda _: recovery(),
 }
@@ -205,7 +218,7 @@ TABLES: dict[str, Callable[[list[Record]], list[Row]]] = {
 
 def _label(record: Record) -> str:
     name: str = record["name"]
-    return name.removeprefix("end-to-end-").removeprefix("copy-")
+    return name.removeprefix("end-to-end-").removeprefix("copy-").removeprefix("plan-")
 
 
 def _cost(run: Record | None) -> tuple[str, str]:
@@ -239,6 +252,7 @@ def _bench_machine(record: Record) -> str:
 
 def section(name: str, records: list[Record]) -> str:
     """The text between the markers of table `name`, its last newline included."""
+    records = [record for record in records if ("plan" in record) == (name == "plan")]
     rows = TABLES[name](records)
     if not rows:
         return "No result yet: `make bench` measures.\n"

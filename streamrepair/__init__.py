@@ -1,7 +1,75 @@
-"""Out-of-core spectral repair of fine-tuned checkpoints under a stated memory budget."""
+"""Out-of-core spectral repair of fine-tuned checkpoints under a stated memory budget.
 
-from streamrepair.api import plan, repair, verify
-from streamrepair.errors import StreamRepairError
+The names below are imported when they are first used: the command line installs its signal handlers before that.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from streamrepair.version import __version__
 
-__all__ = ["StreamRepairError", "__version__", "plan", "repair", "verify"]
+if TYPE_CHECKING:
+    from streamrepair.api import plan, repair, verify
+    from streamrepair.engine.plan import Plan
+    from streamrepair.engine.run import Watcher
+    from streamrepair.engine.stop import StopRequest
+    from streamrepair.errors import (
+        BudgetError,
+        DamageError,
+        DiskSpaceError,
+        InputError,
+        InterruptedRunError,
+        LockedError,
+        NumericalError,
+        OutputError,
+        StreamRepairError,
+        UsageError,
+    )
+    from streamrepair.report import Report, Settings, TensorRecord
+    from streamrepair.verification import Verified
+
+__all__ = [
+    "BudgetError",
+    "DamageError",
+    "DiskSpaceError",
+    "InputError",
+    "InterruptedRunError",
+    "LockedError",
+    "NumericalError",
+    "OutputError",
+    "Plan",
+    "Report",
+    "Settings",
+    "StopRequest",
+    "StreamRepairError",
+    "TensorRecord",
+    "UsageError",
+    "Verified",
+    "Watcher",
+    "__version__",
+    "plan",
+    "repair",
+    "verify",
+]
+
+_ELSEWHERE = {
+    **dict.fromkeys(("plan", "repair", "verify"), "api"),
+    **dict.fromkeys(("Report", "Settings", "TensorRecord"), "report"),
+    "Plan": "engine.plan",
+    "StopRequest": "engine.stop",
+    "Verified": "verification",
+    "Watcher": "engine.run",
+}
+"""Name → module; the other names are errors."""
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ELSEWHERE.get(name, 'errors')}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -2,6 +2,6 @@
 
 import sys
 
-from streamrepair.cli import main
+from streamrepair.entry import main
 
 sys.exit(main())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,13 +15,10 @@ from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import Watcher, execute
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import UsageError
+from streamrepair.options import Size, Source, check_count, path_text, size_bytes
 from streamrepair.report import Report, Settings
-from streamrepair.units import parse_bytes
-from streamrepair.verify import Verified
-from streamrepair.verify import verify as verify_folder
-
-Source = str | os.PathLike[str]
-Size = int | str
+from streamrepair.verification import Verified
+from streamrepair.verification import verify as verify_folder
 
 
 class Silent:
@@ -51,6 +48,14 @@ def plan(
     vram: Size | None = None,
     device: str = "auto",
     workers: int | None = None,
+    backend: Literal["auto", "full", "gram", "randomized"] = "auto",
+    sigma: Literal["median", "tail"] = "median",
+    noise_estimate: Literal["exact", "fast"] = "exact",
+    scale: float = 1.0,
+    include: str | None = None,
+    exclude: str | None = None,
+    out_dtype: Literal["same", "float32"] = "same",
+    on_nonfinite: Literal["refuse", "copy-ft"] = "refuse",
     settings: Settings | None = None,
 ) -> Plan:
     """Plan a repair from headers alone: reads no weights, writes nothing.
@@ -58,42 +63,79 @@ def plan(
     Args:
         base, ft: a folder, one .safetensors file, an index.json, or a Hub id.
         ram, vram: memory allowed, in bytes or as text such as "16GB"; by default a share of what is free.
+        device: with `vram` given, a GPU that this machine need not have.
+        settings: in place of `backend` to `on_nonfinite`, as a report has them.
 
     Raises:
         InputError: a checkpoint is malformed, or the two have nothing in common.
         BudgetError: a tensor does not fit the memory even alone.
         UsageError: an option has no meaning.
     """
-    settings = settings or Settings()
-    _check(settings, workers)
-    sides = open_checkpoint(_text(base), side="BASE"), open_checkpoint(_text(ft), side="FT")
-    return _planned(*sides, settings, ram=ram, vram=vram, device=device, workers=workers)
+    named = Settings(
+        sigma=sigma,
+        noise_estimate=noise_estimate,
+        scale=scale,
+        include=include,
+        exclude=exclude,
+        out_dtype=out_dtype,
+        backend=backend,
+        on_nonfinite=on_nonfinite,
+    )
+    if settings is not None and named != Settings():
+        raise UsageError("settings are given twice, as an object and by name: give one of them")
+    resources = _resources(settings or named, ram=ram, vram=vram, device=device, workers=workers, only_plan=True)
+    return _planned(*_sides(base, ft), settings or named, resources)
 
 
-def _planned(
-    base: Checkpoint,
-    ft: Checkpoint,
+@dataclass(frozen=True, slots=True)
+class _Resources:
+    devices: tuple[str, ...]
+    workers: int
+    ram_bytes: int
+    vram_bytes: int | None
+
+
+def _resources(
     settings: Settings,
     *,
     ram: Size | None,
     vram: Size | None,
     device: str,
     workers: int | None,
-) -> Plan:
-    _check(settings, workers)
-    devices = budget.resolve_devices(device)
-    ram_bytes = _size(ram) if ram is not None else limits.default_ram_bytes()
-    vram_bytes = None
-    if gpus := gpus_of(devices):
-        vram_bytes = _size(vram) if vram is not None else budget.default_vram_bytes(gpus)
+    only_plan: bool = False,
+) -> _Resources:
+    """What a run may use; all options are checked before a checkpoint is opened."""
+    settings.check()
+    if workers is not None:
+        check_count("workers", workers)
+    ram_bytes = None if ram is None else size_bytes("ram", ram)
+    vram_bytes = None if vram is None else size_bytes("vram", vram)
+    devices = budget.resolve_devices(device, absent=only_plan and vram_bytes is not None)
+    gpus = gpus_of(devices)
+    if gpus and vram_bytes is None:
+        vram_bytes = budget.default_vram_bytes(gpus)
+    return _Resources(
+        devices,
+        workers or limits.default_workers(),
+        limits.default_ram_bytes() if ram_bytes is None else ram_bytes,
+        vram_bytes if gpus else None,
+    )
+
+
+def _sides(base: Source, ft: Source) -> tuple[Checkpoint, Checkpoint]:
+    texts = path_text("BASE", base), path_text("FT", ft)
+    return open_checkpoint(texts[0], side="BASE"), open_checkpoint(texts[1], side="FT")
+
+
+def _planned(base: Checkpoint, ft: Checkpoint, settings: Settings, resources: _Resources) -> Plan:
     return make_plan(
         base,
         ft,
         settings,
-        devices=devices,
-        workers=workers or limits.default_workers(),
-        ram_bytes=ram_bytes,
-        vram_bytes=vram_bytes,
+        devices=resources.devices,
+        workers=resources.workers,
+        ram_bytes=resources.ram_bytes,
+        vram_bytes=resources.vram_bytes,
         rates=rates.load() or rates.CPU,
     )
 
@@ -130,24 +172,22 @@ def repair(
         StreamRepairError: by the tree in `streamrepair.errors`.
     """
     settings = Settings(
-        sigma=sigma,
-        noise_estimate=noise_estimate,
-        scale=scale,
-        include=include,
-        exclude=exclude,
-        out_dtype=out_dtype,
-        backend=backend,
-        on_nonfinite=on_nonfinite,
-    )
-    planned = plan(base, ft, ram=ram, vram=vram, device=device, workers=workers, settings=settings)
+        sigma=sigma, noise_estimate=noise_estimate, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype,
+        backend=backend, on_nonfinite=on_nonfinite,
+    )  # fmt: skip
+    out_path = Path(path_text("OUT", out))
+    report_path = None if report is None else Path(path_text("--report", report))
+    trace_path = None if trace is None else Path(path_text("--trace", trace))
+    resources = _resources(settings, ram=ram, vram=vram, device=device, workers=workers)
+    planned = _planned(*_sides(base, ft), settings, resources)
     return execute(
         planned,
-        Path(_text(out)),
+        out_path,
         stop=stop or StopRequest(),
         watcher=watcher or Silent(),
         overwrite=overwrite,
-        report=None if report is None else Path(_text(report)),
-        trace=None if trace is None else Path(_text(trace)),
+        report=report_path,
+        trace=trace_path,
     )
 
 
@@ -174,33 +214,17 @@ def verify(
         UsageError: `sample` is no positive number.
         StreamRepairError: with `repair`, the work failed.
     """
-    if sample < 1:
-        raise UsageError(f"--sample is {sample}, expected at least 1")
-    folder = Path(_text(out))
+    check_count("sample", sample)
+    folder = Path(path_text("OUT", out))
     found = verify_folder(folder, deep=deep and not repair, sample=sample)
     if not repair:
         return found
     from streamrepair.mend import mend
 
     def planned(base: Checkpoint, ft: Checkpoint, settings: Settings) -> Plan:
-        return _planned(base, ft, settings, ram=ram, vram=None, device=device, workers=workers)
+        return _planned(base, ft, settings, _resources(settings, ram=ram, vram=None, device=device, workers=workers))
 
     mended = mend(folder, found, planned, watcher=watcher or Silent(), stop=stop or StopRequest())
     if deep:
         return msgspec.structs.replace(verify_folder(folder, deep=True, sample=sample), mended=mended.mended)
     return mended
-
-
-def _text(path: Source) -> str:
-    return os.fspath(path)
-
-
-def _size(size: Size) -> int:
-    return size if isinstance(size, int) else parse_bytes(size)
-
-
-def _check(settings: Settings, workers: int | None) -> None:
-    if not 0.0 < settings.scale < float("inf"):
-        raise UsageError(f"--scale is {settings.scale}, expected a positive number")
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers is {workers}, expected at least 1")

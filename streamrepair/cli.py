@@ -9,77 +9,51 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-import signal
+import re
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Literal
+from typing import Annotated
 
-from cyclopts import App, Group, Parameter
+from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
+from streamrepair.cli_bench import bench
+from streamrepair.cli_options import (
+    OUTPUT,
+    Backend,
+    Base,
+    Device,
+    Exclude,
+    Ft,
+    Include,
+    Json,
+    NoiseEstimate,
+    OnNonfinite,
+    Out,
+    OutDtype,
+    Quiet,
+    Ram,
+    Scale,
+    Sigma,
+    Vram,
+    Workers,
+)
+from streamrepair.console import fill_standard_descriptors, printing, stop_on_signals
 from streamrepair.engine.stop import StopRequest
-from streamrepair.errors import DamageError, InterruptedRunError, NumericalError, StreamRepairError, UsageError, shown
+from streamrepair.errors import (
+    DamageError,
+    InterruptedRunError,
+    StreamRepairError,
+    UsageError,
+    shown,
+)
 from streamrepair.report import Settings
+from streamrepair.units import counted
 from streamrepair.version import __version__
 
-_NUMBERS = Group("What is computed", sort_key=1)
-_MEANS = Group("With what", sort_key=2)
-_OUTPUT = Group("Output", sort_key=3)
 _LISTED = 5  # faults in the one line of a failure; all of them are on stdout
-
-Base = Annotated[str, Parameter(help="Base checkpoint: a folder, a .safetensors file, an index.json, or a Hub id.")]
-Ft = Annotated[str, Parameter(help="Fine-tuned checkpoint, likewise.")]
-Out = Annotated[str, Parameter(help="Folder of the result.")]
-Ram = Annotated[
-    str | None,
-    Parameter(group=_MEANS, help="Memory for the whole process, e.g. 16GB or 16GiB. Default: 80% of what is free."),
-]
-Vram = Annotated[str | None, Parameter(group=_MEANS, help="Memory per GPU. Default: 90% of what is free.")]
-Device = Annotated[
-    str,
-    Parameter(
-        group=_MEANS,
-        help="auto, cpu, cuda (all cards), or a list: cuda:0,cuda:1; with cpu in it the CPU takes small matrices.",
-    ),
-]
-Workers = Annotated[
-    int | None,
-    Parameter(
-        group=_MEANS, help="Threads on the CPU, a matrix each; every GPU has one more. Default: one per processor."
-    ),
-]
-Backend = Annotated[
-    Literal["auto", "full", "gram", "randomized"],
-    Parameter(
-        group=_MEANS,
-        help="gram: all eigenvalues of ΔᵀΔ, certified; randomized: block Krylov first, gram where it loses; "
-        "full: float64 QR and SVD, slow; auto: the quicker of the first two.",
-    ),
-]
-NoiseEstimate = Annotated[
-    Literal["exact", "fast"],
-    Parameter(
-        group=_NUMBERS,
-        help="exact, or fast: large matrices that keep little get an interval for τ instead of the exact median.",
-    ),
-]
-Sigma = Annotated[
-    Literal["median", "tail"], Parameter(group=_NUMBERS, help="Noise estimate: median (Gavish–Donoho) or tail.")
-]
-Scale = Annotated[float, Parameter(group=_NUMBERS, help="Factor on the threshold τ.")]
-Include = Annotated[str | None, Parameter(group=_NUMBERS, help="Repair only tensors whose name matches this regex.")]
-Exclude = Annotated[str | None, Parameter(group=_NUMBERS, help="Pass through tensors whose name matches this regex.")]
-OutDtype = Annotated[
-    Literal["same", "float32"], Parameter(group=_NUMBERS, help="same as FT, or float32: no rounding of the repair.")
-]
-OnNonfinite = Annotated[
-    Literal["refuse", "copy-ft"],
-    Parameter(group=_NUMBERS, help="Where an input holds NaN or Inf: refuse the pair, or pass that tensor through."),
-]
-Json = Annotated[bool, Parameter(group=_OUTPUT, negative=(), help="Machine-readable result on stdout.")]
-Quiet = Annotated[bool, Parameter(group=_OUTPUT, negative=(), help="No progress and no summary.")]
 
 app = App(
     name="streamrepair",
@@ -112,41 +86,25 @@ def repair(
     exclude: Exclude = None,
     out_dtype: OutDtype = "same",
     on_nonfinite: OnNonfinite = "refuse",
-    overwrite: Annotated[bool, Parameter(group=_OUTPUT, negative=(), help="Replace what OUT holds.")] = False,
-    report: Annotated[str | None, Parameter(group=_OUTPUT, help="Second copy of the report.")] = None,
-    trace: Annotated[str | None, Parameter(group=_OUTPUT, help="Timeline of the run, for ui.perfetto.dev.")] = None,
+    overwrite: Annotated[bool, Parameter(group=OUTPUT, negative=(), help="Replace what OUT holds.")] = False,
+    report: Annotated[str | None, Parameter(group=OUTPUT, help="Second copy of the report.")] = None,
+    trace: Annotated[str | None, Parameter(group=OUTPUT, help="Timeline of the run, for ui.perfetto.dev.")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
     """Repair FT against BASE and write OUT; an interrupted run is continued by the same command."""
     stop = StopRequest()
-    with _signals(stop):
+    with stop_on_signals(stop, quiet=quiet):
         from streamrepair import api
         from streamrepair.terminal import Bar, print_json, print_summary
 
         result = api.repair(
-            base,
-            ft,
-            out,
-            ram=ram,
-            vram=vram,
-            device=device,
-            workers=workers,
-            backend=backend,
-            sigma=sigma,
-            noise_estimate=noise_estimate,
-            scale=scale,
-            include=include,
-            exclude=exclude,
-            out_dtype=out_dtype,
-            on_nonfinite=on_nonfinite,
-            overwrite=overwrite,
-            report=report,
-            trace=trace,
-            watcher=Bar(quiet=quiet),
+            base, ft, out, ram=ram, vram=vram, device=device, workers=workers, backend=backend, sigma=sigma,
+            noise_estimate=noise_estimate, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype,
+            on_nonfinite=on_nonfinite, overwrite=overwrite, report=report, trace=trace, watcher=Bar(quiet=quiet),
             stop=stop,
-        )
-    with _reader_may_leave():
+        )  # fmt: skip
+    with printing():
         if json:
             print_json(result)
         elif not quiet:
@@ -171,11 +129,13 @@ def plan(
     include: Include = None,
     exclude: Exclude = None,
     out_dtype: OutDtype = "same",
+    on_nonfinite: OnNonfinite = "refuse",
     json: Json = False,
 ) -> int:
     """Say what a repair would do and need, from headers alone; reads no weights, writes nothing."""
     from streamrepair import api
-    from streamrepair.terminal import print_json, print_plan
+    from streamrepair.engine.notices import plan_warnings
+    from streamrepair.terminal import Bar, print_json, print_plan
     from streamrepair.views import plan_view
 
     settings = Settings(
@@ -186,9 +146,12 @@ def plan(
         exclude=exclude,
         out_dtype=out_dtype,
         backend=backend,
+        on_nonfinite=on_nonfinite,
     )
     planned = api.plan(base, ft, ram=ram, vram=vram, device=device, workers=workers, settings=settings)
-    with _reader_may_leave():
+    for message in plan_warnings(planned):
+        Bar(quiet=False).warn(message)
+    with printing():
         if json:
             print_json(plan_view(planned))
         else:
@@ -219,7 +182,7 @@ def verify(
     --ram, --device and --workers are for --repair.
     """
     stop = StopRequest()
-    with _signals(stop) if repair else contextlib.nullcontext():
+    with stop_on_signals(stop, quiet=quiet) if repair else contextlib.nullcontext():
         from streamrepair import api
         from streamrepair.terminal import Bar, print_json, print_verified
 
@@ -227,7 +190,7 @@ def verify(
             out, deep=deep, sample=sample, repair=repair, ram=ram, device=device, workers=workers,
             watcher=Bar(quiet=quiet), stop=stop,
         )  # fmt: skip
-    with _reader_may_leave():
+    with printing():
         if json:
             print_json(result)
         elif not quiet:
@@ -236,73 +199,11 @@ def verify(
         listed = "; ".join(f"{shown(d.where)}: {d.what}" for d in result.damage[:_LISTED])
         more = f"; and {len(result.damage) - _LISTED} more" if len(result.damage) > _LISTED else ""
         remedy = "remove what is not the result's" if repair else "do it again with verify --repair"
-        raise DamageError(f"{shown(out)}: {len(result.damage)} faults: {listed}{more}: {remedy}")
+        raise DamageError(f"{shown(out)}: {counted(len(result.damage), 'fault')}: {listed}{more}: {remedy}")
     return 0
 
 
-@app.command
-def bench(
-    base: Annotated[
-        str | None,
-        Parameter(help="Take the shapes of this checkpoint's matrices; with FT, of those a repair computes."),
-    ] = None,
-    ft: Annotated[str | None, Parameter(help="Fine-tuned checkpoint.")] = None,
-    /,
-    *,
-    shape: Annotated[
-        list[str] | None,
-        Parameter(group=_NUMBERS, negative=(), help="ROWSxCOLUMNS, repeatable. Default: 1024x1024 and 4096x1024."),
-    ] = None,
-    spectrum: Annotated[
-        list[str] | None,
-        Parameter(
-            group=_NUMBERS,
-            negative=(),
-            help="gapped: low rank and noise; heavy: runs through τ, as in real fine-tunes. Default: both.",
-        ),
-    ] = None,
-    dtype: Annotated[str, Parameter(group=_NUMBERS, help="Of inputs and output: bf16, f16 or f32.")] = "bf16",
-    check: Annotated[
-        bool,
-        Parameter(group=_NUMBERS, negative="--no-check", help="Hold results against a float64 SVD; slow where large."),
-    ] = True,
-    backend: Annotated[
-        list[str] | None,
-        Parameter(group=_MEANS, negative=(), help="Backends, repeatable or with commas. Default: all."),
-    ] = None,
-    device: Device = "auto",
-    threads: Annotated[
-        int | None, Parameter(group=_MEANS, help="Most threads of the reference. Default: one per processor.")
-    ] = None,
-    repeats: Annotated[int, Parameter(group=_MEANS, help="Timed runs of each; the median counts.")] = 3,
-    plot: Annotated[Path | None, Parameter(group=_OUTPUT, help="Bar chart: FILE.svg or FILE.html.")] = None,
-    json: Json = False,
-) -> int:
-    """Time the backends on this device, on synthetic deltas, against torch.linalg.svd in memory and float64."""
-    from streamrepair.benchmark import plot as chart
-    from streamrepair.benchmark.cases import make_cases
-    from streamrepair.benchmark.conditions import make_conditions
-    from streamrepair.benchmark.measure import measure
-    from streamrepair.benchmark.table import render
-    from streamrepair.terminal import Bar, print_json
-
-    if plot is not None:
-        chart.check_target(plot)
-    cases = make_cases(shapes=shape or (), spectra=spectrum or (), base=base, ft=ft)
-    conditions = make_conditions(
-        backends=backend or (), dtype=dtype, device=device, threads=threads, repeats=repeats, check=check
-    )
-    result = measure(cases, conditions, tell=Bar(quiet=False).note)
-    with _reader_may_leave():
-        if json:
-            print_json(result)
-        else:
-            print(render(result), end="", flush=True)
-    if plot is not None:
-        chart.save(result, plot)
-    if result.faults:
-        raise NumericalError(f"{'; '.join(result.faults)}: report it with the output of --json")
-    return 0
+app.command(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -310,63 +211,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
-    _fill_standard_descriptors()
+    fill_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal cannot show must not end the run.
         with contextlib.suppress(AttributeError, OSError):
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
-        with _reader_may_leave():
-            return _run(tokens or ["--help"])
-        return 0
-    except InterruptedRunError as error:
+        return _run(tokens or ["--help"])
+    except (Exception, KeyboardInterrupt) as error:
+        if debug:
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
+        return _failed(error)
+
+
+def _failed(error: BaseException) -> int:
+    """Say in one line what ended the command; returns the exit status."""
+    if isinstance(error, InterruptedRunError):
         _say(f"{error}; finished work is kept: the same command continues it")
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         # Workers may be deep in LAPACK; what they do is not needed and what is on disk is consistent.
         os._exit(error.exit_status)
-    except StreamRepairError as error:
-        if debug:
-            raise
+    if isinstance(error, StreamRepairError):
         _say(str(error))
         return error.exit_status
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         _say("interrupted by SIGINT")
         return InterruptedRunError.exit_status
-    except Exception as error:
-        if debug:
-            raise
-        _say(f"unexpected {type(error).__name__}: {error}: this is a bug; --debug shows where")
-        return 1
-
-
-def _fill_standard_descriptors() -> None:
-    """Open what the caller closed of 0, 1 and 2: else a weights file gets the number, and messages go into it."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", closefd=False)
-
-
-@contextlib.contextmanager
-def _reader_may_leave() -> Iterator[None]:
-    """Nobody reading our output any more is no failure: the work itself is done."""
-    try:
-        yield
-    except BrokenPipeError:
-        # What is still buffered would fail once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _say(f"unexpected {type(error).__name__}: {error}: this is a bug; --debug shows where")
+    return 1
 
 
 def _run(tokens: list[str]) -> int:
     _hint_near_miss(tokens)
+    asks = not {"--help", "-h", "--version"}.isdisjoint(tokens)  # then all that happens is printing
     try:
-        result = app(tokens, print_error=False, exit_on_error=False)
+        with printing() if asks else contextlib.nullcontext():
+            result = app(_joined(tokens), print_error=False, exit_on_error=False)
+            sys.stdout.flush()
     except CycloptsError as error:
         raise UsageError(f"{' '.join(str(error).split())} (streamrepair --help lists the options)") from error
     except SystemExit:
@@ -374,13 +257,28 @@ def _run(tokens: list[str]) -> int:
     return result if isinstance(result, int) else 0
 
 
+def _joined(tokens: list[str]) -> list[str]:
+    """`--ram -5GB` as `--ram=-5GB`: what is wrong is then said of the size, and not of a missing one."""
+    joined: list[str] = []
+    for token in tokens:
+        if joined and joined[-1] in ("--ram", "--vram") and re.match(r"-[0-9.]", token):
+            joined[-1] += f"={token}"
+        else:
+            joined.append(token)
+    return joined
+
+
 def _hint_near_miss(tokens: list[str]) -> None:
     """`verfy OUT` would be read as a BASE called verfy.
 
     Raises:
-        UsageError: the first word is nearly a command and names nothing on disk.
+        UsageError: the first word is nearly a command, or one of later versions, and names nothing on disk.
     """
     word = tokens[0]
+    if word == "inspect" and not os.path.lexists(word):
+        raise UsageError(
+            "the command inspect is not in this version: verify --deep compares a result with float64 SVDs"
+        )
     commands = ["repair", "plan", "verify", "bench"]
     close = difflib.get_close_matches(word, commands, n=1, cutoff=0.6)
     if word not in commands and close and not os.path.lexists(word):
@@ -390,33 +288,6 @@ def _hint_near_miss(tokens: list[str]) -> None:
 def _say(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def _signals(stop: StopRequest) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed).
-
-    Before the run has begun (imports, headers, a download from the Hub) the first one does.
-    """
-
-    def handle(number: int, _frame: FrameType | None) -> None:
-        if not stop.heeded:
-            name = signal.Signals(number).name
-            os.write(2, f"error: interrupted by {name} before any work: the same command begins again\n".encode())
-            os._exit(InterruptedRunError.exit_status)
-        if stop.requested:
-            os.write(
-                2, b"error: interrupted again: ended at once; finished work is kept: the same command continues it\n"
-            )
-            os._exit(InterruptedRunError.exit_status)
-        stop.request(f"interrupted by {signal.Signals(number).name}")
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from streamrepair.errors import InputError, shown
 from streamrepair.origins import open_origins
 from streamrepair.report import Report
 from streamrepair.spectral.threshold import HardThreshold
-from streamrepair.verify import DeepCheck
+from streamrepair.verification import DeepCheck
 
 Doubles = NDArray[np.float64]
 

@@ -66,11 +66,11 @@ class InterruptedRunError(StreamRepairError, InterruptedError):
 _LONGEST_SHOWN = 200
 
 
-def shown(name: str) -> str:
+def shown(name: str, longest: int = _LONGEST_SHOWN) -> str:
     """A name from a checkpoint, safe to print: control, ANSI, bidi and surrogate characters escaped, length bounded."""
     escaped = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in name
     )
-    if len(escaped) > _LONGEST_SHOWN:
-        return f"{escaped[:_LONGEST_SHOWN]}… ({len(name)} characters)"
+    if len(escaped) > longest:
+        return f"{escaped[:longest]}… ({len(name)} characters)"
     return escaped or "''"

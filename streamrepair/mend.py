@@ -19,7 +19,7 @@ from streamrepair.engine.workspace import STATE
 from streamrepair.errors import DamageError, shown
 from streamrepair.origins import open_origins
 from streamrepair.report import Report, Settings, TensorRecord
-from streamrepair.verify import Verified, read_report, verify
+from streamrepair.verification import Verified, read_report, verify
 
 MakePlan = Callable[[Checkpoint, Checkpoint, Settings], Plan]
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import msgspec
 
-from streamrepair.errors import NumericalError, shown
+from streamrepair.errors import NumericalError, UsageError, shown
 
 REPORT_FORMAT = "streamrepair.report/1"
 REPORT_NAME = "streamrepair.json"
@@ -70,6 +70,8 @@ class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
     digest: str | None = None
     """XXH3-128 of the tensor's bytes in the output."""
+    warnings: tuple[str, ...] = ()
+    """What was said of it while it was done."""
 
     def check_finite(self, name: str) -> None:
         """Refuse to let NaN or infinity into a file.
@@ -120,9 +122,31 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     noise_estimate: Literal["exact", "fast"] = "exact"
     on_nonfinite: Literal["refuse", "copy-ft"] = "refuse"
 
+    def check(self) -> None:
+        """Refuse values that mean nothing: whoever calls from Python may pass any.
+
+        Raises:
+            UsageError: an option has no meaning.
+        """
+        for name, kind in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(kind)
+            option = f"--{name.replace('_', '-')}"
+            if kind is float:
+                number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+                if not 0.0 < number < math.inf:
+                    raise UsageError(f"{option} is {shown(repr(value))}, expected a positive number")
+            elif str in choices:
+                if not isinstance(value, str | None):
+                    raise UsageError(f"{option} is {shown(repr(value))}, expected a regular expression as text")
+            elif value not in choices:
+                raise UsageError(f"{option} is {shown(repr(value))}, expected {' or '.join(map(str, choices))}")
+
 
 class Budget(msgspec.Struct, frozen=True, kw_only=True):
-    """Memory allowed, projected and measured, in bytes; VRAM figures are per GPU, null without one."""
+    """Memory allowed, projected and measured, in bytes; VRAM figures are per GPU, null without one.
+
+    Measured is the highest of all sessions; allowed and projected are the last one's.
+    """
 
     ram_allowed_bytes: int
     ram_projected_bytes: int
@@ -133,7 +157,7 @@ class Budget(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds and bytes; read, decompose and write are summed over workers and may exceed the wall time."""
+    """Seconds and bytes of all sessions; read, decompose and write are summed over workers, and may exceed `wall_s`."""
 
     wall_s: float
     read_s: float
@@ -157,6 +181,16 @@ class ResourceUse(msgspec.Struct, frozen=True, kw_only=True):
     """Without a task: before the first, after the last."""
 
 
+class Session(msgspec.Struct, frozen=True, kw_only=True):
+    """What one start of the command did for a result."""
+
+    timings: Timings
+    ram_measured_bytes: int
+    vram_measured_bytes: int | None = None
+    warnings: tuple[str, ...] = ()
+    """Of no tensor that it did: damage that it found."""
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """The whole of `streamrepair.json`."""
 
@@ -169,6 +203,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     workers: int
     budget: Budget
     timings: Timings
+    sessions: int = 1
+    """How often the command was started for this result; more than once after an interruption or damage."""
     utilisation: tuple[ResourceUse, ...] = ()
     """Each worker, then the files."""
     sidecars: tuple[str, ...]

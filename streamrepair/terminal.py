@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections import Counter
@@ -15,10 +16,11 @@ from tqdm import tqdm
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import shown
 from streamrepair.report import Action, Report, ResourceUse, TensorRecord
-from streamrepair.units import format_bytes, format_seconds
-from streamrepair.verify import Verified
+from streamrepair.units import counted, format_bytes, format_seconds
+from streamrepair.verification import Verified
 from streamrepair.views import groups
 
+_now = time.monotonic
 _WAITS = {"read": "reads", "write": "writes", "memory": "memory"}
 _SILENT_S = 30.0  # between lines of progress where there is no terminal to overwrite
 
@@ -30,7 +32,8 @@ class Bar:
         self._quiet = quiet
         self._bar: tqdm[NoReturn] | None = None
         self._total_bytes = self._done_bytes = 0
-        self._said = time.monotonic()
+        self._found_bytes = 0
+        self._began = self._said = _now()
 
     def begin(self, plan: Plan, done_bytes: int) -> None:
         """Show the bar."""
@@ -39,10 +42,12 @@ class Bar:
         if done_bytes:
             self.note(f"continuing: {format_bytes(done_bytes)} of {format_bytes(plan.out_bytes)} were finished before")
         self._total_bytes, self._done_bytes = sum(task.out.nbytes for task in plan.tasks), done_bytes
+        self._found_bytes, self._began = done_bytes, _now()
         if sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc="repair",
                 file=sys.stderr, mininterval=0.2, dynamic_ncols=True, leave=False,
+                smoothing=0.02,  # matrices differ in what a byte of them costs: the last few tell little
             )  # fmt: skip
 
     def advance(self, done_bytes: int) -> None:
@@ -52,9 +57,16 @@ class Bar:
                 self._bar.update(done_bytes)
             return
         self._done_bytes += done_bytes  # threads may lose an addition to each other: it is for the eye
-        if time.monotonic() - self._said > _SILENT_S:
-            self._said = time.monotonic()
-            self.note(f"{format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)} done")
+        if _now() - self._said > _SILENT_S:
+            self._said = _now()
+            self.note(f"{format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)} done{self._left()}")
+
+    def _left(self) -> str:
+        """How long it will still take at the mean rate of this run, in words."""
+        here, now = self._done_bytes - self._found_bytes, _now()
+        if here <= 0:
+            return ""
+        return f", about {format_seconds((now - self._began) / here * (self._total_bytes - self._done_bytes))} left"
 
     def warn(self, message: str) -> None:
         """One line above the bar."""
@@ -97,11 +109,10 @@ def print_plan(plan: Plan) -> None:
             *(cell.ljust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
         )
         print("  ".join(aligned).rstrip())
-    print(
-        f"\n{format_bytes(plan.read_bytes)} to read, {format_bytes(plan.out_bytes)} to write in {len(plan.layouts)} "
-        f"shards, {sum(t.flops for t in plan.tasks) / 1e9:,.0f} GFLOP on {plan.device} with {plan.workers} workers: "
-        f"about {format_seconds(plan.estimated_s)}"
-    )
+    work = f"{format_bytes(plan.read_bytes)} to read, {format_bytes(plan.out_bytes)} to write in "
+    work += f"{counted(len(plan.layouts), 'shard')}, {sum(t.flops for t in plan.tasks) / 1e9:,.0f} GFLOP "
+    work += f"on {plan.device} with {counted(plan.workers, 'worker')}"
+    print(f"\n{work}: about {format_seconds(plan.estimated_s)}")
     line = f"memory: {format_bytes(plan.ram_projected_bytes)} projected, {format_bytes(plan.ram_allowed_bytes)} allowed"
     if plan.vram_projected_bytes is not None and plan.vram_allowed_bytes is not None:
         line += (
@@ -121,7 +132,7 @@ def print_summary(report: Report, out: Path) -> None:
         "dropped": "dropped",
     }
     counts = ", ".join(f"{actions[a]} {words}" for a, words in names.items() if actions[a])
-    print(f"{shown(str(out))}: {len(report.tensors)} tensors: {counts}")
+    print(f"{shown(str(out))}: {counted(len(report.tensors), 'tensor')}: {counts}")
     repaired = {name: record for name, record in report.tensors.items() if record.action == "repaired"}
     if repaired:
         _print_spectrum(repaired)
@@ -131,13 +142,14 @@ def print_summary(report: Report, out: Path) -> None:
 def _print_spectrum(repaired: dict[str, TensorRecord]) -> None:
     kept = sum(r.rank_kept or 0 for r in repaired.values())
     total = sum(r.rank_total or 0 for r in repaired.values())
-    energy_in = sum((r.frob_delta_in or 0.0) ** 2 for r in repaired.values())
-    energy_out = sum((r.frob_delta_out or 0.0) ** 2 for r in repaired.values())
-    lost = sum(((r.rounding_loss or 0.0) * (r.frob_delta_out or 0.0)) ** 2 for r in repaired.values())
-    share = energy_out / energy_in if energy_in else 0.0
+    # Norms, not their squares: those of float64 deltas can overflow or vanish.
+    norm_in = math.hypot(*(r.frob_delta_in or 0.0 for r in repaired.values()))
+    norm_out = math.hypot(*(r.frob_delta_out or 0.0 for r in repaired.values()))
+    lost = math.hypot(*((r.rounding_loss or 0.0) * (r.frob_delta_out or 0.0) for r in repaired.values()))
+    share = (norm_out / norm_in) ** 2 if norm_in else 0.0
     line = f"rank kept {kept} of {total} ({kept / total:.1%}), energy kept {share:.1%} of the delta's"
-    if energy_out:
-        line += f", of which rounding to the output's dtype loses {lost / energy_out:.2%}"
+    if norm_out:
+        line += f", of which rounding to the output's dtype loses {(lost / norm_out) ** 2:.2%}"
     print(line)
     ordered = sorted(repaired.items(), key=lambda item: (item[1].rank_kept or 0) / max(1, item[1].rank_total or 0))
     for word, (name, record) in (("least", ordered[0]), ("most", ordered[-1])):
@@ -148,7 +160,7 @@ def _print_cost(report: Report) -> None:
     timings, budget = report.timings, report.budget
     rate = timings.bytes_read / timings.wall_s if timings.wall_s else 0.0
     print(
-        f"{format_seconds(timings.wall_s)} on {report.device} with {report.workers} workers: read "
+        f"{format_seconds(timings.wall_s)} on {report.device} with {counted(report.workers, 'worker')}: read "
         f"{format_bytes(timings.bytes_read)} ({format_bytes(rate)}/s), wrote {format_bytes(timings.bytes_written)} "
         f"({format_bytes(timings.bytes_written / timings.wall_s if timings.wall_s else 0.0)}/s)"
     )
@@ -197,10 +209,10 @@ def print_verified(result: Verified, out: Path) -> None:
             f"{check.correctly_rounded:.4%} of values correctly rounded, the rest at most "
             f"{check.largest_ulp:.2f} units in the last place off; delta {beyond}"
         )
-    state = f"{len(result.damage)} faults" if result.damage else "whole"
+    state = counted(len(result.damage), "fault") if result.damage else "whole"
     rate = result.bytes / result.seconds if result.seconds else 0.0
     print(
-        f"{shown(str(out))}: {state}; {result.tensors} tensors, {format_bytes(result.bytes)} checked in "
+        f"{shown(str(out))}: {state}; {counted(result.tensors, 'tensor')}, {format_bytes(result.bytes)} checked in "
         f"{format_seconds(result.seconds)} ({format_bytes(rate)}/s)",
         flush=True,
     )

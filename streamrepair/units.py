@@ -46,3 +46,8 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 shard", "3 shards"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from streamrepair.engine import cost
+from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.rates import Rates
 
@@ -78,6 +79,7 @@ def plan_view(plan: Plan) -> dict[str, object]:
             "flops": sum(t.flops for t in plan.tasks),
             "estimated_s": round(plan.estimated_s, 3),
         },
+        "warnings": plan_warnings(plan),
         "groups": groups(plan),
         "tensors": {t.name: _task_view(t, plan.rates) for t in plan.tasks}
         | {p.name: {"intent": "drop", "reason": p.reason} for p in plan.dropped},

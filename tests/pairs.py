@@ -104,6 +104,11 @@ def read_tensors(folder: Path) -> dict[str, Raw]:
     return found
 
 
+def tensor_bytes(folder: Path) -> int:
+    """The size of all tensors of a folder: what runs that did each of them once have written together."""
+    return sum(len(content) for _, _, content in read_tensors(folder).values())
+
+
 def values(tensor: Raw) -> Doubles:
     """A tensor's numbers."""
     dtype, shape, content = tensor

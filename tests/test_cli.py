@@ -114,6 +114,9 @@ def test_a_run_on_the_cpu_does_not_load_torch(pair: Pair, tmp_path: Path) -> Non
         (["BASE", "FT", "OUT", "--include", "("], "--include '(' is not a regular expression"),
         (["BASE", "FT", "OUT", "--device", "cuda:99"], "--device cuda:99"),
         (["BASE", "FT", "OUT", "--sigma", "mode"], "--sigma"),
+        (["BASE", "FT", "OUT", "--ram", "-5GB"], "size '-5GB' is not understood"),
+        (["plan", "BASE", "FT", "--vram", "foo"], "size 'foo' is not understood"),
+        (["inspect", "BASE", "FT"], "the command inspect is not in this version"),
         (["verify", "OUT", "--sample", "0"], "--sample is 0"),
     ],
 )
@@ -276,10 +279,12 @@ def test_names_from_a_checkpoint_are_escaped_wherever_shown(tmp_path: Path) -> N
     assert "\\x1b[2J\\n" in result.error
 
 
-def test_debug_shows_the_traceback(pair: Pair, tmp_path: Path) -> None:
-    result = run(pair.base, pair.ft, tmp_path / "out", "--ram", "1MB", "--debug")
-    assert "Traceback" in result.err
-    assert "BudgetError" in result.err
+def test_debug_shows_the_traceback_and_changes_nothing_else(pair: Pair, tmp_path: Path) -> None:
+    for words, status in (([tmp_path / "out", "--ram", "1MB"], 5), ([tmp_path / "out", "--scale", "0"], 2)):
+        plain, debug = run(pair.base, pair.ft, *words), run(pair.base, pair.ft, *words, "--debug")
+        assert (plain.status, debug.status) == (status, status)
+        assert "Traceback" in debug.err
+        assert debug.err.endswith(plain.err)
 
 
 def test_a_second_copy_of_the_report(pair: Pair, tmp_path: Path) -> None:
@@ -288,6 +293,83 @@ def test_a_second_copy_of_the_report(pair: Pair, tmp_path: Path) -> None:
     refused = run(pair.base, pair.ft, tmp_path / "out2", "--report", pair.ft / "config.json")
     assert refused.status == 3
     assert "--report" in refused.error
+
+
+IMPORTING = """
+import os, signal, sys
+
+class Sender:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.{signal})
+
+sys.meta_path.insert(0, Sender())
+from streamrepair.entry import main
+sys.exit(main())
+"""
+"""The command line, which gets a signal when a module begins to be imported."""
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [
+        ("SIGINT", "streamrepair.cli"),
+        ("SIGTERM", "cyclopts"),
+        ("SIGUSR1", "streamrepair.api"),
+        ("SIGINT", "numpy"),
+    ],
+)
+def test_a_signal_while_the_command_is_still_being_loaded_is_75(
+    pair: Pair, tmp_path: Path, name: str, module: str
+) -> None:
+    code = IMPORTING.format(module=module, signal=name)
+    words = [sys.executable, "-c", code, str(pair.base), str(pair.ft), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    result = Result(done.returncode, done.stdout, done.stderr)
+    assert (result.status, result.out) == (75, "")
+    assert f"interrupted by {name}" in result.error
+    assert run(pair.base, pair.ft, tmp_path / "out", "--quiet") == Result(0, "", "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("words", ["$1 $2 $3", "$1 $2 $3 --json", "plan $1 $2", "--help", "--version"])
+def test_a_full_standard_output_is_one_line_and_no_bug(pair: Pair, tmp_path: Path, words: str) -> None:
+    result = _shell(f"$SR {words} > /dev/full", pair.base, pair.ft, tmp_path / "out")
+    assert result.status == 1
+    assert "standard output cannot be written (No space left on device)" in result.error
+    assert result.err.count("\n") == 1
+    if "$3" in words:
+        assert run("verify", tmp_path / "out", "--quiet").status == 0
+
+
+def test_float64_deltas_of_any_size_are_summed_up(tmp_path: Path) -> None:
+    """Their norms are numbers, the squares of these are not."""
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal((64, 64))
+    for name, scale in (("huge", 1e190), ("small", 1e-190)):
+        for side, added in (("base", 0.0), ("ft", 1.0)):
+            noise = np.random.default_rng(1).standard_normal((64, 64)) + 5.0
+            write_split(tmp_path / name / side, {"w": scale * (before + added * noise)}, 1)
+        result = run(tmp_path / name / "base", tmp_path / name / "ft", tmp_path / name / "out")
+        assert result.status == 0
+        share = float(result.out.partition("energy kept ")[2].partition("%")[0])
+        assert 0.0 < share < 100.0
+
+
+def test_what_a_plan_warns_of_is_said(pair: Pair) -> None:
+    (pair.ft / "stray.safetensors").write_bytes(b"")
+    table, parsed = run("plan", pair.base, pair.ft), run("plan", pair.base, pair.ft, "--json")
+    warning = "FT: ignored weight files stray.safetensors"
+    assert table.err == parsed.err == f"warning: {warning}\n"
+    assert json.loads(parsed.out)["warnings"] == [warning]
+
+
+def test_one_of_something_is_said_so(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 48)}, shards=(1, 1))
+    assert "1 shard, 0 GFLOP on cpu with 1 worker: about" in run("plan", pair.base, pair.ft, "--workers", 1).out
+    assert "1 tensor: 1 repaired" in run(pair.base, pair.ft, tmp_path / "out").out
+    (tmp_path / "out" / "config.json").unlink()
+    assert "1 fault; 1 tensor," in run("verify", tmp_path / "out").out
 
 
 STOPPED = (
@@ -304,6 +386,7 @@ def test_a_signal_is_75_and_names_itself(pair: Pair, tmp_path: Path) -> None:
     result = Result(done.returncode, done.stdout, done.stderr)
     assert (result.status, result.out) == (75, "")
     assert "interrupted by SIGUSR1; finished work is kept: the same command continues it" in result.error
+    assert "stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends" in result.err
 
 
 FULL = (

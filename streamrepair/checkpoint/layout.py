@@ -6,6 +6,7 @@ shard: a shard's name in it is a plain file name or refused. Only headers are re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from streamrepair.checkpoint import hub
 from streamrepair.checkpoint.headers import (
     LONGEST_JSON_BYTES,
     ShardHeader,
@@ -35,9 +37,7 @@ _CONVERT = (
     "only safetensors is read and nothing is unpickled; convert it with transformers' "
     "from_pretrained(…).save_pretrained(…)"
 )
-# No part begins with a dot: "../model" is a path that does not exist, not a question for the Hub.
-_HUB_ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
-_FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
+_ONE_OF = re.compile(r"-\d+-of-(\d+)\.safetensors\Z")
 _LARGEST_METADATA_CHARACTERS = 2**20
 _MOST_LISTED = 10
 
@@ -97,6 +97,30 @@ def open_checkpoint(given: str | Path, *, side: str) -> Checkpoint:
         raise InputError(f"{side}: {error}") from error
 
 
+def _refuse_one_of_several(path: Path, *, named: bool) -> None:
+    """Refuse a shard that stands for the checkpoint it is a part of: what is made of it would pass for a whole.
+
+    Args:
+        named: by the user; otherwise it is the only file of its folder.
+
+    Raises:
+        InputError: by its name it is one of several, or an index beside it says so.
+    """
+    numbered = _ONE_OF.search(path.name)
+    if numbered is not None and int(numbered[1]) > 1:
+        remedy = "name its folder or its index instead" if named else "fetch the others and the index"
+        raise InputError(f"{shown_path(path)}: is one shard of {int(numbered[1])}; {remedy}")
+    for name in _names_in(path.parent) if named else ():
+        if name.endswith(_INDEX):
+            with contextlib.suppress(InputError):  # a broken index is not what was named
+                shards = set(_read_index(path.parent / name)[1].values())
+                if path.name in shards and len(shards) > 1:
+                    break
+    else:
+        return
+    raise InputError(f"{shown_path(path)}: is one shard of {len(shards)}; name its folder or {shown(name)} instead")
+
+
 def _status(path: Path) -> os.stat_result:
     try:
         return path.stat()
@@ -110,26 +134,11 @@ def _status(path: Path) -> os.stat_result:
 def _existing(given: str) -> Path:
     """`given` as a path that exists, after a download if it names a repository of the Hub."""
     path = Path(given)
-    hub_id = _HUB_ID.fullmatch(given)
     if not given:
         raise InputError("the path is empty; name a folder, a .safetensors file, an index or a Hub id")
-    if hub_id is None or os.path.lexists(path):
-        return path
-    return _downloaded(hub_id["repo"], hub_id["revision"])
-
-
-def _downloaded(repo: str, revision: str | None) -> Path:
-    """The Hub's snapshot of `repo`, safetensors and sidecars only, from the local cache where it is complete."""
-    try:
-        from huggingface_hub import snapshot_download
-
-        # fnmatch's * crosses "/": the second list keeps the shards of subfolders (original/, onnx/) out.
-        patterns, unwanted = _FETCHED, ["*/*.safetensors"]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=unwanted))
-    except Exception as error:  # the client's tree of errors is open-ended: HTTP, validation, offline, disk
-        why = shown(" ".join(f"{type(error).__name__}: {error}".split()))
-        at = f"{repo}@{revision}" if revision else repo
-        raise InputError(f"{at} is neither a local path nor a Hub model that can be fetched ({why})") from error
+    if not os.path.lexists(path) and hub.is_id(given):
+        return hub.fetched(given)
+    return path
 
 
 def _main_file(folder: Path) -> Path:
@@ -166,6 +175,7 @@ def _from_main_file(given: str, path: Path, *, whole_folder: bool) -> Checkpoint
     metadata: Mapping[str, object] = {}
     index_name = None
     if path.name.endswith(_SHARD):
+        _refuse_one_of_several(path, named=not whole_folder)
         shards: tuple[ShardHeader, ...] = (read_header(path),)
         weight_map: Mapping[str, str] = {entry.name: path.name for entry in shards[0].tensors}
         if not weight_map:

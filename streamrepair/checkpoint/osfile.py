@@ -82,9 +82,23 @@ def read_whole(path: Path, most_bytes: int | None = None) -> bytes:
         InputError: it cannot be read, or is longer than `most_bytes`.
     """
     with opened_input(path) as (fd, status):
-        if most_bytes is not None and status.st_size > most_bytes:
-            raise InputError(f"is {status.st_size} bytes long, expected at most {most_bytes}; move it elsewhere")
+        _refuse_longer(status, most_bytes)
         return read_exactly(fd, status.st_size, 0)
+
+
+def check_readable(path: Path, most_bytes: int) -> None:
+    """Open a file and look at its length, as `read_whole` would.
+
+    Raises:
+        InputError: it cannot be opened, or is longer than `most_bytes`.
+    """
+    with opened_input(path) as (_, status):
+        _refuse_longer(status, most_bytes)
+
+
+def _refuse_longer(status: os.stat_result, most_bytes: int | None) -> None:
+    if most_bytes is not None and status.st_size > most_bytes:
+        raise InputError(f"is {status.st_size} bytes long, expected at most {most_bytes}; move it elsewhere")
 
 
 def read_exactly(fd: int, nbytes: int, offset: int) -> bytes:
@@ -442,17 +456,22 @@ def write_atomic(path: Path, data: bytes) -> None:
     """Replace `path` by `data`: whole after a crash, either the old bytes or the new.
 
     Raises:
-        OutputError: it failed; the old file is untouched.
+        OutputError: it failed; the old file is untouched, and nothing is left beside it.
     """
     partial = path.with_name(path.name + ".partial")
     unlink(partial)
     fd = open_output(partial)
     try:
-        pwrite_all(fd, memoryview(data), 0, partial)
-        sync(fd, partial)
-    finally:
-        close(fd)
-    rename(partial, path)
+        try:
+            pwrite_all(fd, memoryview(data), 0, partial)
+            sync(fd, partial)
+        finally:
+            close(fd)
+        rename(partial, path)
+    except OutputError:
+        with contextlib.suppress(OutputError):
+            unlink(partial)
+        raise
     sync_folder(path.parent)
 
 

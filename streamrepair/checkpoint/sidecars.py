@@ -14,7 +14,7 @@ from pathlib import Path
 
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.layout import Checkpoint
-from streamrepair.errors import OutputError
+from streamrepair.errors import InputError, OutputError
 
 _SUFFIXES = (
     ".json",
@@ -43,6 +43,9 @@ def sidecars(checkpoint: Checkpoint) -> tuple[str, ...]:
     """Relative paths of the sidecar files in a checkpoint's folder, sorted.
 
     A checkpoint given as one file has them only if a config.json lies beside it: any folder may hold a weights file.
+
+    Raises:
+        InputError: a folder cannot be listed.
     """
     folder = checkpoint.folder
     if not checkpoint.whole_folder and not (folder / "config.json").is_file():
@@ -51,7 +54,11 @@ def sidecars(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _walk(folder: Path, prefix: str, depth: int) -> Iterator[str]:
-    with os.scandir(folder) as entries:
+    try:
+        entries = os.scandir(folder)
+    except OSError as error:
+        raise InputError(f"{osfile.shown_path(folder)}: cannot be listed ({error.strerror}); check its mode") from error
+    with entries:
         for entry in entries:
             name = entry.name
             if name.startswith("."):
@@ -68,6 +75,16 @@ def _wanted(name: str) -> bool:
     if _LEFT_OUT.search(name):
         return False
     return name.endswith(_SUFFIXES) or name.upper().startswith(_NAMES)
+
+
+def check_sidecars(checkpoint: Checkpoint) -> None:
+    """Open every sidecar and look at its size, so that none stops the run once the weights are done.
+
+    Raises:
+        InputError: one cannot be read or is too large.
+    """
+    for name in sidecars(checkpoint):
+        osfile.check_readable(checkpoint.folder / name, _LARGEST_BYTES)
 
 
 def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, dtype: str | None) -> None:

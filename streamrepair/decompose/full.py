@@ -39,7 +39,7 @@ def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic
     s, vh = _checked_svd(r, arithmetic)
     ascending = np.ascontiguousarray(s[::-1])
     threshold = rule.estimate(ascending, source.rows, source.cols)
-    noise_free = threshold.s_median <= _ZERO_MEDIAN * _EPSILON * source.rows * float(s[0])
+    noise_free = threshold.s_median <= zero_bound(source.rows, float(s[0]))
     error = _BACKWARD_ERROR * _EPSILON * source.cols**0.5 * float(s[0])
     close = 0
     if not noise_free:  # in s, not s²: nothing is left to climb to, so a median hard to resolve is no refusal here
@@ -56,6 +56,11 @@ def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic
         noise_free=noise_free,
         undecidable=close,
     )
+
+
+def zero_bound(rows: int, largest: float) -> float:
+    """What a singular value may be and still count as zero beside the largest one."""
+    return _ZERO_MEDIAN * _EPSILON * rows * largest
 
 
 def _checked_svd(r: Doubles, arithmetic: Arithmetic) -> tuple[Doubles, Doubles]:

@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 
-from streamrepair.decompose import certify, full, gram
+from streamrepair.decompose import certify, full, gram, row_space
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.choose import Backend, Estimate, tries_krylov
 from streamrepair.decompose.convert import difference
@@ -101,6 +101,9 @@ def _rungs(
             attempt = partial(gram.truncate, source, rule, arithmetic=host, precision="float64")
             rungs.append((_GRAM_ON_CPU, attempt))
         rungs.append(("rows", partial(_mostly_empty, source, rule)))
+        # On a GPU's behalf only the cheap bases: its own SVD is quicker than a large one on the CPU.
+        thorough = isinstance(arithmetic, HostArithmetic) or not full_fits
+        rungs.append(("row-space", partial(row_space.truncate, source, rule, thorough=thorough)))
     if not full_fits:
         return [*rungs, ("full", _too_large)]
     rungs.append(("full", partial(full.truncate, source, rule, arithmetic=arithmetic)))
@@ -143,4 +146,4 @@ def _mostly_empty(source: PanelSource, rule: HardThreshold) -> Truncation:
 
 
 def _too_large() -> Truncation:
-    raise NumericalError("the float64 SVD does not fit the memory budget: raise --ram")
+    raise NumericalError("the float64 SVD does not fit the memory budget")

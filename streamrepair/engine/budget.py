@@ -6,29 +6,33 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from streamrepair.errors import UsageError
+from streamrepair.errors import UsageError, shown
 
 VRAM_SHARE = 0.9
 """Share of what every card has free which a run may take when --vram is not given."""
 
 
-def resolve_devices(text: str) -> tuple[str, ...]:
+def resolve_devices(text: str, *, absent: bool = False) -> tuple[str, ...]:
     """ "cpu" and CUDA devices from what the user asked for: "auto", "cpu", "cuda" (all cards), "cuda:0,cuda:1,cpu".
+
+    Args:
+        absent: whether cards that are named need not be here.
 
     Raises:
         UsageError: no such device here.
     """
-    words = [word.strip() for word in text.split(",")]
+    words = [word.strip() for word in text.split(",")] if isinstance(text, str) else [""]
     if words == ["cpu"] or (words == ["auto"] and not _driver_present()):
         return ("cpu",)  # without loading torch to be told so
     for word in words:
         name, colon, index = word.partition(":")
-        understood = word == "cpu" or (name == "cuda" and (not colon or index.isdigit()))
+        understood = word == "cpu" or (name == "cuda" and (not colon or (index.isascii() and index.isdigit())))
         if not understood and words != ["auto"]:
             raise UsageError(
-                f"--device {text!r} is not understood: use auto, cpu, cuda, or a list such as cuda:0,cuda:1"
+                f"--device {shown(repr(text))} is not understood: use auto, cpu, cuda, or a list such as cuda:0,cuda:1"
             )
-    cards = _cards()
+    named = absent and words != ["auto"]
+    cards = 0 if named else _cards()
     if words == ["auto"]:
         return tuple(f"cuda:{i}" for i in range(cards)) or ("cpu",)
     found: list[str] = []
@@ -36,7 +40,7 @@ def resolve_devices(text: str) -> tuple[str, ...]:
         _, _, index = word.partition(":")
         numbers = [int(index)] if index else list(range(max(1, cards)))
         found += ["cpu"] if word == "cpu" else [f"cuda:{number}" for number in numbers]
-        if word != "cpu" and numbers[-1] >= cards:
+        if word != "cpu" and numbers[-1] >= cards and not named:
             raise UsageError(f"--device {word}: this machine has {cards} CUDA devices that torch can use")
     return tuple(dict.fromkeys(found))
 

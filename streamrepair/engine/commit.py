@@ -24,6 +24,7 @@ class Committer:
 
     Args:
         workspace: OUT. records: what is committed already. before_commit: raises if nothing may count now.
+        after_commit: called once pending tensors count.
         stop: once it is requested no shard is sealed any more: reading one back may take longer than there is time.
         lets_go: the page cache need not keep sealed shards.
     """
@@ -34,11 +35,12 @@ class Committer:
         records: Mapping[str, TensorRecord],
         *,
         before_commit: Callable[[], None],
+        after_commit: Callable[[], None],
         stop: StopRequest,
         lets_go: bool = False,
     ) -> None:
-        self._workspace, self._before_commit, self._stop = workspace, before_commit, stop
-        self._lets_go = lets_go
+        self._workspace, self._before_commit, self._after_commit = workspace, before_commit, after_commit
+        self._stop, self._lets_go = stop, lets_go
         self.records = dict(records)
         self._pending: dict[str, tuple[int, TensorRecord]] = {}
         self._pending_bytes = 0
@@ -80,6 +82,8 @@ class Committer:
         for name, (shard, record) in pending.items():
             self.records[name] = record
             self._missing[shard].discard(name)
+        if pending:
+            self._after_commit()
         self._seal_whole()
         self._since = time.monotonic()
 

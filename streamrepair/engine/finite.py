@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import NDArray
+
+from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.headers import TensorEntry
+from streamrepair.engine.memory import COPY_BYTES
 
 _EXPONENT: dict[
     str, tuple[type[np.unsignedinteger], int]
@@ -30,3 +36,26 @@ def first_nonfinite(data: memoryview, dtype: str) -> int | None:
         if int(magnitude.max()) >= limit:
             return start + int(np.argmax(magnitude >= limit))
     return None
+
+
+def search(read: Callable[[int, memoryview], None], entry: TensorEntry, check_stop: Callable[[], None]) -> int | None:
+    """Index of the first element of a tensor on disk that is not finite, or None; other dtypes are not read.
+
+    Args:
+        read: fills a buffer from an offset in the tensor. check_stop: raises to abandon the search.
+    """
+    if entry.dtype not in _EXPONENT or entry.numel == 0:
+        return None
+    buffer = memoryview(bytearray(min(COPY_BYTES, entry.nbytes)))
+    for offset, length in osfile.chunks(entry.nbytes, COPY_BYTES):
+        check_stop()
+        read(offset, buffer[:length])
+        index = first_nonfinite(buffer[:length], entry.dtype)
+        if index is not None:
+            return offset // (entry.nbytes // entry.numel) + index
+    return None
+
+
+def is_searched(entry: TensorEntry) -> bool:
+    """Whether `search` reads a tensor of that dtype."""
+    return entry.dtype in _EXPONENT

@@ -119,3 +119,11 @@ def fits_climb(plan: Plan, backend: str) -> Mapping[str, bool]:
         for task in plan.tasks
         if task.shape is not None
     }
+
+
+def full_budget(plan: Plan, task: Task) -> int:
+    """Bytes of --ram in which the reference route fits for a task, with one worker on the CPU."""
+    assert task.shape is not None
+    others = sorted((other.ram_bytes for other in plan.at_once), reverse=True)[: len(plan.gpus)]
+    fixed = memory.run_bytes(1 + len(plan.gpus), tensors=plan.tensors, gpus=len(plan.gpus))
+    return fixed + sum(others) + memory.repair_bytes(task.shape, "full", task.shape.block)

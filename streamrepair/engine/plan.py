@@ -14,6 +14,7 @@ from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
 from streamrepair.checkpoint.write import ShardLayout, layout_like
 from streamrepair.decompose.choose import tries_krylov
 from streamrepair.engine import cost, memory, schedule
+from streamrepair.engine.finite import is_searched
 from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, refuse_too_large
 from streamrepair.engine.memory import MatrixShape
 from streamrepair.engine.rates import CPU, Rates
@@ -149,8 +150,16 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes all tasks read."""
-        return sum(task.read_bytes for task in self.tasks)
+        """Bytes all tasks read, and the check of what only BASE has."""
+        return sum(task.read_bytes for task in self.tasks) + self._checked_bytes
+
+    @property
+    def _checked_bytes(self) -> int:
+        """BASE's sides that no result is made of, but which are searched for NaN and infinity."""
+        if self.settings.on_nonfinite != "refuse":
+            return 0
+        unused = [*self.dropped, *(task.pairing for task in self.tasks if task.shape is None)]
+        return sum(p.base.entry.nbytes for p in unused if p.base is not None and is_searched(p.base.entry))
 
 
 def make_plan(

@@ -6,7 +6,9 @@ Loaded when the first tensor that differs is met: a run that only copies needs n
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
+import msgspec
 import numpy as np
 
 from streamrepair.checkpoint import osfile
@@ -17,15 +19,15 @@ from streamrepair.decompose.convert import STORED_TYPE, Raw, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
+from streamrepair.engine import cost
 from streamrepair.engine.memory import COPY_BYTES
+from streamrepair.engine.pace import Pace, with_merge
 from streamrepair.engine.short_memory import Patient, ReservedHost
 from streamrepair.engine.task import Job, copy, find_nonfinite, met_nonfinite, passed_through
 from streamrepair.engine.view import MatrixView, StoredMatrix
 from streamrepair.errors import NumericalError, shown
 from streamrepair.report import TensorRecord
 from streamrepair.spectral.threshold import HardThreshold
-
-_FIRST_PASS_SHARE = 0.6  # of a repair's time, for the progress bar
 
 
 def repair(job: Job) -> tuple[TensorRecord, str | None]:
@@ -35,7 +37,8 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
         InputError: an input holds NaN or infinity.
         NumericalError: no backend could decide, or the result overflows its dtype.
     """
-    view = _view(job)
+    pace = Pace(cost.stages(job.task, job.task.place), max(job.task.out.shape), job.tell)
+    view = _view(job, pace.advance)
     settings = job.around.settings
     rule = HardThreshold(scale=settings.scale, sigma=settings.sigma)
     host = ReservedHost(job)
@@ -44,16 +47,17 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     sharp = job.task.out.dtype not in ("BF16", "F16")
     began = time.perf_counter()
     try:
-        truncation = ladder.decompose(
-            view,
-            rule,
-            arithmetic=arithmetic,
-            backend=settings.backend,
-            sharp=sharp,
-            full_fits=fits,
-            estimate=settings.noise_estimate,
-            host=host,
-        )
+        with pace:
+            truncation = ladder.decompose(
+                view,
+                rule,
+                arithmetic=arithmetic,
+                backend=settings.backend,
+                sharp=sharp,
+                full_fits=fits,
+                estimate=settings.noise_estimate,
+                host=host,
+            )
     except NonFiniteDeltaError as error:
         where = find_nonfinite(job)
         if where is None:
@@ -70,9 +74,13 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
 
 
 def _failed(job: Job, error: Exception) -> NumericalError:
+    more = ""
+    if not job.around.fits(job.task, "full"):
+        need_mb = -(-job.around.full_budget(job.task) // 1_000_000)
+        more = f"give the float64 SVD room with --ram {need_mb}MB --workers 1, or "
     return NumericalError(
         f"tensor {shown(job.task.name)} {list(job.task.out.shape)}: no backend could decompose its delta ({error}); "
-        f"leave it out with --exclude '^{shown(job.task.name)}$' to pass it through"
+        f"{more}leave it out with --exclude '^{shown(job.task.name)}$' to pass it through"
     )
 
 
@@ -85,7 +93,13 @@ def _written(
     if truncation.noise_free:
         digest, _ = copy(job)
         reason = "delta has exactly low rank (its median singular value is zero): there is no noise to estimate"
-        return passed_through(job.task, "kept_ft", reason, digest)
+        return msgspec.structs.replace(
+            passed_through(job.task, "kept_ft", reason, digest),
+            rank_total=view.cols,
+            frob_delta_in=truncation.frob_delta_in,
+            backend=truncation.backend,
+            climbed=truncation.climbed,
+        )
     merged = _merged(job, view, truncation, arithmetic, host)
     threshold, out = truncation.threshold, truncation.frob_delta_out
     gap = threshold.nearest_gap
@@ -179,7 +193,8 @@ class _Merged:
 
     def _tell(self, done: Panel) -> None:
         share = (done.start + done.rows) / self._view.rows
-        self._job.tell(_FIRST_PASS_SHARE + (1 - _FIRST_PASS_SHARE) * share)
+        task = self._job.task
+        self._job.tell(with_merge(cost.stages(task, task.place), share))
 
     def _write_columns(self, panel: Panel) -> None:
         """A stretch of each stored row of a wide tensor; all of it at once if the panel is the whole tensor."""
@@ -237,16 +252,9 @@ def _arithmetic(job: Job, host: HostArithmetic) -> Arithmetic:
     return Patient(DeviceArithmetic(job.worker.device, host=host))
 
 
-def _view(job: Job) -> MatrixView:
+def _view(job: Job, advance: Callable[[int], None]) -> MatrixView:
     base, task, around = job.task.pairing.base, job.task, job.around
     assert base is not None
-    done_rows = 0
-
-    def advance(rows: int) -> None:
-        nonlocal done_rows
-        done_rows += rows
-        job.tell(_FIRST_PASS_SHARE * min(1.0, done_rows / max(task.ft.entry.shape)))
-
     return MatrixView(
         files=around.files,
         base=StoredMatrix(around.base.shards[base.shard], base.entry),

@@ -6,28 +6,33 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
 from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.headers import ShardHeader
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
-from streamrepair.checkpoint.sidecars import copy_sidecars, sidecars
+from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
 from streamrepair.checkpoint.write import ShardFile
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine import budget, gpu, limits, memory
+from streamrepair.engine.accounts import summed
 from streamrepair.engine.commit import Committer
-from streamrepair.engine.fit import fits_climb
+from streamrepair.engine.finite import search
+from streamrepair.engine.fit import fits_climb, full_budget
 from streamrepair.engine.local import LocalExecutor
+from streamrepair.engine.notices import plan_warnings, task_warnings
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Task
+from streamrepair.engine.side_files import check_path_beside
 from streamrepair.engine.stop import StopRequest
-from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, run_task
+from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, nonfinite_error, run_task
 from streamrepair.engine.timeline import Timeline
 from streamrepair.engine.trace import chrome_trace
 from streamrepair.engine.worker import lane_names
@@ -39,13 +44,11 @@ from streamrepair.report import (
     CheckpointSummary,
     Fingerprint,
     Report,
+    Session,
     TensorRecord,
-    Timings,
     storable,
 )
 from streamrepair.version import __version__
-
-_FEW = 8
 
 
 class Watcher(Protocol):
@@ -81,12 +84,30 @@ class _Run:
     files: InputFiles
     threads: NumericThreads
     warnings: list[str]
+    """Those of no single tensor's work: its own stand in its record, so that they survive an interruption."""
     timeline: Timeline
     arithmetic: Callable[[str, Scratch], Arithmetic] | None
+    spent: Spent = field(default_factory=Spent)
+    began: float = field(default_factory=time.perf_counter)
+    began_cpu: float = field(default_factory=time.process_time)
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
         self.watcher.warn(message)
+
+    def record_session(self) -> None:
+        """Write down what this start of the command has taken so far."""
+        timings = self.spent.timings(
+            wall_s=time.perf_counter() - self.began, cpu_s=time.process_time() - self.began_cpu
+        )
+        self.workspace.accounts.record(
+            Session(
+                timings=timings,
+                ram_measured_bytes=budget.peak_bytes(),
+                vram_measured_bytes=budget.device_peak_bytes(self.plan.gpus),
+                warnings=tuple(self.warnings),
+            )
+        )
 
 
 def execute(
@@ -112,8 +133,11 @@ def execute(
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
     stop.heeded = True
-    for beside in (report, trace):
+    for option, beside in (("--report", report), ("--trace", trace)):
         refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
+        if beside is not None:
+            check_path_beside(option, beside, out)
+    check_sidecars(plan.ft)
     budget.reset_peak()
     gpu.cap_memory(plan.gpus, plan.vram_allowed_bytes)
     workspace = Workspace(out, plan.layouts)
@@ -138,10 +162,9 @@ def execute(
 
 
 def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path | None) -> Report:
-    began, began_cpu = time.perf_counter(), time.process_time()
     plan = run.plan
     for message in plan_warnings(plan):
-        run.warn(message)
+        run.watcher.warn(message)
     done = _sound(run, journalled)
     run.watcher.begin(plan, sum(t.out.nbytes for t in plan.tasks if t.name in done))
     finished = _finished_report(run, done)
@@ -155,26 +178,26 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
             "values may differ in the last place from a run on one device"
         )
     unchanged = _unchanged_check(run)
+    _check_dropped(run)
     free_bytes = limits.free_bytes()
     committer = Committer(
-        run.workspace, done, before_commit=unchanged, stop=run.stop, lets_go=lets_go(plan, free_bytes)
+        run.workspace,
+        done,
+        before_commit=unchanged,
+        after_commit=run.record_session,
+        stop=run.stop,
+        lets_go=lets_go(plan, free_bytes),
     )
     cache = PageCache(plan, run.files, free_bytes=free_bytes)
     try:
-        spent = _work(run, committer, cache, [task for task in plan.tasks if task.name not in done])
+        _work(run, committer, cache, [task for task in plan.tasks if task.name not in done])
     finally:
         cache.close()
     run.stop.check_at_once()  # from here on it is a matter of moments
     unchanged()
     names = _write_beside(run)
-    report = _report(
-        run,
-        committer.records,
-        spent,
-        names,
-        wall_s=time.perf_counter() - began,
-        cpu_s=time.process_time() - began_cpu,
-    )
+    run.record_session()
+    report = _report(run, committer.records, names)
     osfile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
     _write_copy(report, report_path)
@@ -234,9 +257,9 @@ def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
     return report
 
 
-def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) -> Spent:
+def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) -> None:
     """Run the tasks, committing as they finish; what is finished is committed however this ends."""
-    plan, spent = run.plan, Spent()
+    plan = run.plan
     fits = {backend: fits_climb(plan, backend) for backend in ("full",)}
     around = Surroundings(
         base=plan.base,
@@ -247,6 +270,7 @@ def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) 
         progress=run.watcher,
         check_stop=run.stop.check,
         fits=lambda task, backend: fits[backend][task.name],
+        full_budget=lambda task: full_budget(plan, task),
         arithmetic=run.arithmetic,
         done_with=cache.done_with,
         hold_threads=run.threads.hold,
@@ -258,7 +282,7 @@ def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) 
     try:
         for outcome in executor.run(tasks, lambda task, worker: run_task(task, around, worker)):
             if outcome is not None:
-                _take(run, committer, outcome, spent)
+                _take(run, committer, outcome)
             # Once a stop is requested, all that is ready: at the end there may be no time for a large sync.
             if committer.due or run.stop.requested:
                 with _committing(run):
@@ -267,28 +291,45 @@ def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) 
         raise  # all of it is about to be removed
     except BaseException:
         committer.flush()
+        with contextlib.suppress(OutputError):  # what ended the run is what is to be said
+            run.record_session()
         raise
     with _committing(run):
         committer.flush()
-    return spent
 
 
 def _committing(run: _Run) -> contextlib.AbstractContextManager[None]:
     return run.timeline.span("commits", "sync", "sync, read back, seal", file=True)
 
 
-def _take(run: _Run, committer: Committer, outcome: Outcome, spent: Spent) -> None:
-    task, record = outcome.task, outcome.record
-    committer.add(task.name, task.shard, record, task.out.nbytes)
-    spent.add(outcome.spent)
-    if outcome.nonfinite:
-        run.warn(f"{outcome.nonfinite}; passed through as it is")
-    elif record.action == "kept_ft" and task.pairing.intent == "repair":
-        run.warn(f"tensor {shown(task.name)} is kept as fine-tuned: {record.reason}")
-    for reason in record.climbed:
-        # Left for a better one as a matter of course, and not because something failed.
-        if not reason.startswith(("gram-float32", "randomized", "rows")):
-            run.warn(f"tensor {shown(task.name)}: {reason}; decided by {record.backend}")
+def _check_dropped(run: _Run) -> None:
+    """Read what only BASE has: no number is made of it, but an input that is broken is refused.
+
+    Raises:
+        NonFiniteInputError: it holds NaN or infinity.
+    """
+    if run.plan.settings.on_nonfinite != "refuse":
+        return
+    for pairing in run.plan.dropped:
+        assert pairing.base is not None
+        shard, entry = run.plan.base.shards[pairing.base.shard], pairing.base.entry
+
+        def read(offset: int, buffer: memoryview, shard: ShardHeader = shard, start: int = entry.start) -> None:
+            began = time.perf_counter()
+            run.files.read_into(shard, start + offset, buffer)
+            run.spent.read_s += time.perf_counter() - began
+            run.spent.bytes_read += len(buffer)
+
+        if (index := search(read, entry, run.stop.check_at_once)) is not None:
+            raise nonfinite_error(shard.path, entry, index)
+
+
+def _take(run: _Run, committer: Committer, outcome: Outcome) -> None:
+    task, warnings = outcome.task, tuple(task_warnings(outcome))
+    committer.add(task.name, task.shard, msgspec.structs.replace(outcome.record, warnings=warnings), task.out.nbytes)
+    run.spent.add(outcome.spent)
+    for message in warnings:
+        run.watcher.warn(message)
 
 
 def _unchanged_check(run: _Run) -> Callable[[], None]:
@@ -318,30 +359,6 @@ def _index(plan: Plan) -> bytes:
     return (json.dumps(index, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def plan_warnings(plan: Plan) -> list[str]:
-    """What a person should know before the work starts."""
-    found = []
-    if dropped := len(plan.dropped):
-        found.append(f"{dropped} tensors of BASE are not in FT and are dropped, e.g. {shown(plan.dropped[0].name)}")
-    missing = [t for t in plan.tasks if t.pairing.base is None and t.pairing.reason == "not in the base checkpoint"]
-    if missing:
-        found.append(f"{len(missing)} tensors of FT are not in BASE and are kept, e.g. {shown(missing[0].name)}")
-    short = [t for t in plan.tasks if t.shape is not None and t.shape.cols < _FEW]
-    if short:
-        found.append(
-            f"{len(short)} matrices have a side shorter than {_FEW}, of which the law of large matrices says little; "
-            f"--exclude passes them through, e.g. {shown(short[0].name)} {list(short[0].out.shape)}"
-        )
-    if resized := [t for t in plan.tasks if t.pairing.reason.startswith("shapes differ")]:
-        found.append(f"{len(resized)} tensors differ in shape and are kept, e.g. {shown(resized[0].name)}")
-    for side, checkpoint in (("BASE", plan.base), ("FT", plan.ft)):
-        if checkpoint.unindexed:
-            found.append(f"{side}: {len(checkpoint.unindexed)} tensors are in its shards but not in its index")
-        if checkpoint.stray_files:
-            found.append(f"{side}: ignored weight files {', '.join(map(shown, checkpoint.stray_files[:5]))}")
-    return found
-
-
 def fingerprint(plan: Plan) -> Fingerprint:
     """What must be unchanged for another run to continue this one."""
     return Fingerprint(
@@ -361,16 +378,9 @@ def _identities(checkpoint: Checkpoint) -> dict[str, str]:
     }
 
 
-def _report(
-    run: _Run,
-    records: dict[str, TensorRecord],
-    spent: Spent,
-    names: tuple[str, ...],
-    *,
-    wall_s: float,
-    cpu_s: float,
-) -> Report:
-    plan = run.plan
+def _report(run: _Run, records: dict[str, TensorRecord], names: tuple[str, ...]) -> Report:
+    """Of everything that led to this result, in this session and those before it."""
+    plan, sessions = run.plan, run.workspace.accounts.sessions
     tensors = {name: records[name] for layout in plan.layouts for name in layout.entries}
     for pairing in plan.dropped:
         assert pairing.base is not None
@@ -388,24 +398,21 @@ def _report(
         budget=Budget(
             ram_allowed_bytes=plan.ram_allowed_bytes,
             ram_projected_bytes=plan.ram_projected_bytes,
-            ram_measured_bytes=budget.peak_bytes(),
+            ram_measured_bytes=max(session.ram_measured_bytes for session in sessions),
             vram_allowed_bytes=plan.vram_allowed_bytes,
             vram_projected_bytes=plan.vram_projected_bytes,
-            vram_measured_bytes=budget.device_peak_bytes(plan.gpus),
+            vram_measured_bytes=max((s.vram_measured_bytes or 0 for s in sessions), default=0) or None,
         ),
-        timings=Timings(
-            wall_s=round(wall_s, 4),
-            read_s=round(spent.read_s, 4),
-            decompose_s=round(spent.decompose_s, 4),
-            write_s=round(spent.write_s, 4),
-            bytes_read=spent.bytes_read,
-            bytes_written=spent.bytes_written,
-            cpu_s=round(cpu_s, 4),
-        ),
-        utilisation=run.timeline.uses(lane_names(plan.lanes), wall_s),
+        timings=summed(sessions),
+        sessions=len(sessions),
+        utilisation=run.timeline.uses(lane_names(plan.lanes), time.perf_counter() - run.began),
         sidecars=tuple(map(storable, names)),
         headers={layout.name: layout.header_digest for layout in plan.layouts},
-        warnings=tuple(run.warnings),
+        warnings=(
+            *plan_warnings(plan),
+            *(message for session in sessions for message in session.warnings),
+            *(message for record in tensors.values() for message in record.warnings),
+        ),
         tensors=tensors,
     )
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -22,19 +24,27 @@ from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.write import ShardFile, digest_text, new_digest
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
-from streamrepair.engine.finite import first_nonfinite
+from streamrepair.engine.finite import first_nonfinite, search
 from streamrepair.engine.memory import COPY_BYTES
 from streamrepair.engine.plan import Task
 from streamrepair.engine.worker import Worker
 from streamrepair.errors import InputError, shown
-from streamrepair.report import Settings, TensorRecord
+from streamrepair.report import Settings, TensorRecord, Timings
 
 _DIRECT_FROM_BYTES = 1 << 20
 """Smaller tensors go through the page cache, which gathers them."""
 
 
 class NonFiniteInputError(InputError):
-    """A weight of BASE or FT is NaN or infinite: the pair is refused and leaves no output."""
+    """A weight of BASE or FT is NaN or infinite: the pair is refused and leaves no output.
+
+    Args:
+        found: what is where.
+    """
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"{found}: restore the file, or pass such tensors through with --on-nonfinite copy-ft")
+        self.found = found
 
 
 class Progress(Protocol):
@@ -63,6 +73,18 @@ class Spent:
         self.bytes_read += other.bytes_read
         self.bytes_written += other.bytes_written
 
+    def timings(self, *, wall_s: float, cpu_s: float) -> Timings:
+        """For the report, to a tenth of a millisecond."""
+        return Timings(
+            wall_s=round(wall_s, 4),
+            read_s=round(self.read_s, 4),
+            decompose_s=round(self.decompose_s, 4),
+            write_s=round(self.write_s, 4),
+            bytes_read=self.bytes_read,
+            bytes_written=self.bytes_written,
+            cpu_s=round(cpu_s, 4),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
@@ -80,6 +102,8 @@ class Surroundings:
     """Called before a thread computes."""
     fits: Callable[[Task, str], bool]
     """Whether a dearer backend on the CPU would fit the budget for a task, should its own one fail."""
+    full_budget: Callable[[Task], int]
+    """Bytes of --ram, with one worker, in which the reference route would fit."""
     arithmetic: Callable[[str, Scratch], Arithmetic] | None = None
     """How a device computes, in place of the usual."""
     done_with: Callable[[Task], None] = lambda _task: None
@@ -153,6 +177,8 @@ def run_task(task: Task, around: Surroundings, worker: Worker) -> Outcome:
         worker.scratch.begin(task.shape)
     nonfinite: str | None = None
     if task.shape is None:
+        if task.pairing.base is not None:
+            _check_base(job, task.pairing.base)
         digest, nonfinite = copy(job)
         record = passed_through(task, "kept_ft", task.pairing.reason, digest)
     else:
@@ -175,11 +201,10 @@ def _repair(job: Job) -> tuple[TensorRecord, str | None]:
     return repair(job)
 
 
-def passed_through(task: Task, action: str, reason: str, digest: str) -> TensorRecord:
+def passed_through(task: Task, action: Literal["copied", "kept_ft"], reason: str, digest: str) -> TensorRecord:
     """The record of a tensor whose bytes are FT's (converted, if the output dtype differs)."""
-    assert action in ("copied", "kept_ft")
     return TensorRecord(
-        action="copied" if action == "copied" else "kept_ft",
+        action=action,
         reason=reason,
         shape=task.out.shape,
         dtype=task.out.dtype,
@@ -276,14 +301,16 @@ def met_nonfinite(job: Job, piece: memoryview, offset: int, *, of_base: bool) ->
         return None
     item = side.entry.nbytes // side.entry.numel
     checkpoint = job.around.base if of_base else job.around.ft
-    path = checkpoint.shards[side.shard].path
-    message = (
-        f"{shown(str(path))}: tensor {shown(job.task.name)} holds NaN or infinity at element {offset // item + index}, "
-        "expected finite numbers"
-    )
+    error = nonfinite_error(checkpoint.shards[side.shard].path, side.entry, offset // item + index)
     if job.around.settings.on_nonfinite == "copy-ft":
-        return message
-    raise NonFiniteInputError(f"{message}: restore the file, or pass such tensors through with --on-nonfinite copy-ft")
+        return error.found
+    raise error
+
+
+def nonfinite_error(path: Path, entry: TensorEntry, index: int) -> NonFiniteInputError:
+    """What is to be said of an element that is not finite."""
+    found = f"{shown(str(path))}: tensor {shown(entry.name)} holds NaN or infinity at element {index}, "
+    return NonFiniteInputError(found + "expected finite numbers")
 
 
 def find_nonfinite(job: Job) -> str | None:
@@ -301,6 +328,18 @@ def find_nonfinite(job: Job) -> str | None:
             if found:
                 return found
     return None
+
+
+def _check_base(job: Job, base: Side) -> None:
+    """Read BASE's side of a tensor that is passed through: no number is made of it, but a broken input is to be known.
+
+    Raises:
+        NonFiniteInputError: it holds NaN or infinity. Where the user passes such tensors through, it is not read.
+    """
+    if job.around.settings.on_nonfinite == "refuse":
+        read = partial(job.read, base, of_base=True)
+        if (index := search(read, base.entry, job.around.check_stop)) is not None:
+            raise nonfinite_error(job.around.base.shards[base.shard].path, base.entry, index)
 
 
 def _with_seconds(record: TensorRecord, seconds: float) -> TensorRecord:

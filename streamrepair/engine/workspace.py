@@ -3,6 +3,7 @@
 OUT/.streamrepair/lock        held by the live run (flock: it ends with the process, however that ends)
 OUT/.streamrepair/run.json    the fingerprint
 OUT/.streamrepair/journal     finished tensors
+OUT/.streamrepair/sessions    what every start of the command took
 OUT/.streamrepair/partial/    shards that are not whole yet
 OUT/.streamrepair/made        an empty file: the run made OUT itself, so a refusal removes it again
 """
@@ -20,12 +21,20 @@ from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.journal import Journal
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.write import ShardFile, ShardLayout
+from streamrepair.engine.accounts import Accounts
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
 from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord, restored
 from streamrepair.units import format_bytes
 
 STATE = ".streamrepair"
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _DISK_RESERVE_BYTES = 64_000_000  # sidecars, index, journal, report
+
+
+class _Index(msgspec.Struct):
+    """What is read of an index in OUT."""
+
+    weight_map: dict[str, str]
 
 
 class Workspace:
@@ -36,6 +45,7 @@ class Workspace:
         self.state = out / STATE
         self.work = self.state / "partial"
         self.journal = Journal(self.state / "journal")
+        self.accounts = Accounts(self.state / "sessions")
         self.shards = tuple(ShardFile(layout, out=out, work=self.work) for layout in layouts)
         self.damaged: tuple[Path, ...] = ()
         """Sealed shards whose length or header `open` found wrong."""
@@ -66,6 +76,7 @@ class Workspace:
             osfile.close(osfile.open_output(self.state / "made"))
         entries = self._begin(fingerprint) if overwrite else self._continue(fingerprint, finished)
         osfile.make_folder(self.work)
+        self.accounts.open()
         self.damaged = tuple(shard.final for shard in self.shards if not shard.open())
         for folder in (self.work, self.state):  # names of partial shards; of the journal
             osfile.sync_folder(folder)
@@ -78,7 +89,8 @@ class Workspace:
         if (self.state / "run.json").exists():
             self._refuse_changed(fingerprint)
         else:
-            osfile.unlink(self.state / "journal")
+            for name in ("journal", "sessions"):
+                osfile.unlink(self.state / name)
             osfile.write_atomic(self.state / "run.json", msgspec.json.format(msgspec.json.encode(fingerprint)))
         if finished:
             return self._mended_journal(finished)
@@ -132,10 +144,11 @@ class Workspace:
             osfile.remove_folder(self.out, with_content=False)
 
     def close_files(self) -> None:
-        """Close shards and journal; the lock stays."""
+        """Close shards, journal and accounts; the lock stays."""
         for shard in self.shards:
             shard.close()
         self.journal.close()
+        self.accounts.close()
 
     def close(self) -> None:
         """Close everything and let the lock go."""
@@ -153,26 +166,32 @@ class Workspace:
             return
         if not overwrite:
             if not self.state.is_dir() and any(self.out.iterdir()):
-                raise InputError(
-                    f"OUT {shown(str(self.out))} is not empty and holds no unfinished run: "
-                    "name a new folder, or replace its checkpoint with --overwrite"
-                )
-        elif foreign := sorted({path.name for path in self.out.glob("*.safetensors")} - self._own_shards()):
+                way = "name a new folder"
+                if self._earlier_report() is not None:
+                    way += ", or replace the result it holds with --overwrite"
+                raise InputError(f"OUT {shown(str(self.out))} is not empty and holds no unfinished run: {way}")
+            return
+        own = self._own_weights()
+        foreign = sorted({path.name for pattern in _WEIGHTS for path in self.out.glob(pattern)} - own)
+        if foreign:
             # Not ours to remove, and beside the result loaders would pick them up.
             raise InputError(
                 f"OUT {shown(str(self.out))} holds weights that are not of an earlier run, e.g. {shown(foreign[0])}: "
                 "move them away or name another OUT"
             )
 
-    def _own_shards(self) -> set[str]:
-        """Names of this run's shards and of those that the runs before it made."""
-        names = {shard.layout.name for shard in self.shards}
+    def _own_weights(self) -> set[str]:
+        """Names of the shards that earlier runs made in OUT, by their report or fingerprint, and of their index.
+
+        Never by the names of the run to come: `model.safetensors` is what anybody's checkpoint is called.
+        """
+        names: set[str] = set()
         if (report := self._earlier_report()) is not None:
             names |= report.headers.keys()
         with contextlib.suppress(InputError, msgspec.MsgspecError):
             before = msgspec.json.decode(osfile.read_whole(self.state / "run.json"), type=Fingerprint)
             names |= {Path(restored(path)).name for path in before.ft}
-        return names
+        return names | {path.name for path in self.out.glob(_WEIGHTS[1]) if _shards_in(path) <= names}
 
     def _earlier_report(self) -> Report | None:
         with contextlib.suppress(InputError, msgspec.MsgspecError):
@@ -209,9 +228,8 @@ class Workspace:
         if not held:
             size = min(100, osfile.status(self._lock_fd, path).st_size)
             holder = osfile.read_exactly(self._lock_fd, size, 0).decode("ascii", "replace").strip()
-            raise LockedError(
-                f"OUT {shown(str(self.out))} is held by another run ({shown(holder)}): wait for it or stop it"
-            )
+            by = f" ({shown(holder)})" if holder else ""  # it may not have written its name yet
+            raise LockedError(f"OUT {shown(str(self.out))} is held by another run{by}: wait for it or stop it")
         osfile.truncate(self._lock_fd, 0, path)
         holder = f"pid {os.getpid()} on {os.uname().nodename}\n"
         osfile.pwrite_all(self._lock_fd, memoryview(holder.encode()), 0, path)
@@ -219,18 +237,19 @@ class Workspace:
     def _clear(self) -> None:
         """Remove an earlier result and its state; other files of OUT stay."""
         report = self._earlier_report()
-        own = self._own_shards()
+        own = self._own_weights()
         # The report goes first: without it no half-cleared OUT passes for a finished one.
         osfile.unlink(self.out / REPORT_NAME)
-        for path in [*self.out.glob("*.safetensors.index.json"), *self.out.glob("*.safetensors")]:
-            if path.name in own or path.suffix == ".json":
-                osfile.unlink(path)
+        for pattern in reversed(_WEIGHTS):  # the index before the shards, for the same reason
+            for path in self.out.glob(pattern):
+                if path.name in own:
+                    osfile.unlink(path)
         for name in map(restored, report.sidecars) if report is not None else ():
             # Another model's tokenizer must not be left to this one. The name is from a file: it may lead anywhere.
             if (self.out / name).resolve().is_relative_to(self.out.resolve()):
                 osfile.unlink(self.out / name)
         osfile.remove_folder(self.work, with_content=True)
-        for name in ("run.json", "journal"):
+        for name in ("run.json", "journal", "sessions"):
             osfile.unlink(self.state / name)
 
     def _refuse_changed(self, fingerprint: Fingerprint) -> None:
@@ -254,6 +273,14 @@ class Workspace:
                 f"{shown(str(self.state / 'journal'))}: a record is not understood ({error}): "
                 "start anew with --overwrite"
             ) from error
+
+
+def _shards_in(index: Path) -> set[str]:
+    """The shards that an index names; what is no name of a shard if it cannot be read."""
+    try:
+        return set(msgspec.json.decode(osfile.read_whole(index), type=_Index).weight_map.values())
+    except (InputError, msgspec.MsgspecError):
+        return {""}
 
 
 def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], report: Path | None = None) -> None:

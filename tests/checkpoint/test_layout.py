@@ -209,6 +209,37 @@ def test_a_hub_id_is_fetched_without_pickles(
     assert not any(pattern.endswith((".bin", ".pt", ".pth", ".pkl", "*")) for pattern in patterns)
 
 
+def test_what_the_hub_client_says_is_not_cut_before_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> str:
+        raise OSError("GET https://example.org/" + 250 * "x" + " 401: this model is gated")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    assert "this model is gated" in _refusal("org/model")
+    assert "hf auth login" in _refusal("org/model")
+
+
+@pytest.mark.parametrize("name", ["model-00002-of-00003.safetensors", "weights-2-of-3.safetensors"])
+def test_one_shard_of_several_does_not_stand_for_all(tmp_path: Path, name: str) -> None:
+    """Named by the user, and left alone in a folder by a broken download; a shard that is all there is may be named."""
+    write_safetensors(tmp_path / name, {"a": np.zeros(3, np.float32)})
+    assert f"{name}: is one shard of 3; name its folder or its index" in _refusal(tmp_path / name)
+    assert f"{name}: is one shard of 3; fetch the others" in _refusal(tmp_path)
+    alone = tmp_path / name.replace("2", "1").replace("3", "1")
+    (tmp_path / name).rename(alone)
+    assert open_checkpoint(alone, side="FT").tensors.keys() == {"a"}
+
+
+def test_an_index_tells_that_a_file_is_one_of_several(tmp_path: Path) -> None:
+    """Whatever its name; another index, or one that is broken, says nothing of it."""
+    for name in ("one", "two", "apart"):
+        write_safetensors(tmp_path / f"{name}.safetensors", {name: np.zeros(3, np.float32)})
+    write_index(tmp_path, {"one": "one.safetensors", "two": "two.safetensors"})
+    (tmp_path / "broken.safetensors.index.json").write_text("{")
+    said = _refusal(tmp_path / "two.safetensors")
+    assert "is one shard of 2; name its folder or model.safetensors.index.json instead" in said
+    assert open_checkpoint(tmp_path / "apart.safetensors", side="FT").tensors.keys() == {"apart"}
+
+
 def test_whatever_the_hub_client_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: object, **kwargs: object) -> str:
         raise RuntimeError("404\nnot\x1b[31m found")

@@ -148,7 +148,7 @@ def test_the_command_mends_and_exits_0(out: Path) -> None:
     _flip(out / FIRST, "a")
     found = run("verify", out)
     assert found.status == 4
-    assert "1 faults: a: digest" in found.error
+    assert "1 fault: a: digest" in found.error
     assert found.error.endswith("do it again with verify --repair")
     result = run("verify", out, "--repair", "--json")
     assert result.status == 0
@@ -164,7 +164,7 @@ def test_a_stray_file_stays_and_is_4(out: Path) -> None:
     _flip(out / FIRST, "a")
     result = run("verify", out, "--repair")
     assert result.status == 4
-    assert "1 faults: stray.safetensors: a weights file that is not part of the result" in result.error
+    assert "1 fault: stray.safetensors: a weights file that is not part of the result" in result.error
     assert (out / "stray.safetensors").exists()
 
 

@@ -14,7 +14,7 @@ from streamrepair.decompose.host import HostArithmetic
 from streamrepair.engine import repair_task
 from streamrepair.errors import OutputError
 from tests.faults import Kernel, fails
-from tests.pairs import read_tensors, rounded_share, shard_bytes, values, write_pair
+from tests.pairs import read_tensors, rounded_share, shard_bytes, tensor_bytes, values, write_pair
 
 SHAPES = {"a": (48, 40), "b": (40, 48), "v": (40,), "c": (64, 32)}
 
@@ -71,5 +71,5 @@ def test_a_clock_that_was_set_back_is_not_noticed(tmp_path: Path, monkeypatch: p
             api.repair(pair.base, pair.ft, out, workers=1)
     for path in out.rglob("*"):
         os.utime(path, (5e9, 5e9))
-    assert api.repair(pair.base, pair.ft, out).timings.bytes_written == 0
+    assert api.repair(pair.base, pair.ft, out).timings.bytes_written == tensor_bytes(out)
     assert shard_bytes(out) == shard_bytes(tmp_path / "whole")

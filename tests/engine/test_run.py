@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 import time
@@ -11,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from streamrepair import api
 from streamrepair.checkpoint import osfile
 from streamrepair.engine import commit, task
+from streamrepair.engine.fit import fits_climb
 from streamrepair.engine.plan import Plan
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import DiskSpaceError, InputError, InterruptedRunError, NumericalError, OutputError
@@ -88,15 +91,33 @@ def test_the_demo_pair(tmp_path: Path) -> None:
     }
 
 
+def _with_another_layer(config: Path) -> str:
+    parsed = json.loads(config.read_text())
+    return json.dumps(parsed | {"num_hidden_layers": parsed["num_hidden_layers"] + 1})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("out_dtype", ["same", "float32"])
 def test_the_result_loads_in_transformers(tmp_path: Path, out_dtype: str) -> None:
     transformers = pytest.importorskip("transformers")
     options: dict[str, object] = {"out_dtype": out_dtype}
     api.repair(DEMO / "base", DEMO / "ft", tmp_path / "out", **options)  # type: ignore[arg-type]
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True, dtype="auto"
-    )
+    said: list[str] = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logger = transformers.utils.logging.get_logger("transformers")  # it does not propagate
+    logger.addHandler(listener)
+    try:
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", output_loading_info=True, dtype="auto"
+        )
+        model(torch.arange(16)[None])
+        assert said == []
+        (tmp_path / "out" / "config.json").write_text(_with_another_layer(tmp_path / "out" / "config.json"))
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+        assert any("layers.4" in message for message in said), "the listener was meant to hear of missing weights"
+    finally:
+        logger.removeHandler(listener)
     assert {key: list(found) for key, found in loading.items() if found} == {}
     assert str(model.dtype) == ("torch.float32" if out_dtype == "float32" else "torch.bfloat16")
     tensors = read_tensors(tmp_path / "out")
@@ -345,8 +366,54 @@ def test_a_delta_of_exactly_low_rank_is_kept_with_a_warning(tmp_path: Path) -> N
     ft = write_split(tmp_path / "ft", {"w": after}, 1)
     report = api.repair(base, ft, tmp_path / "out")
     assert (report.tensors["w"].action, len(report.warnings)) == ("kept_ft", 1)
+    assert report.warnings == report.tensors["w"].warnings
     assert "low rank" in report.tensors["w"].reason
+    assert report.tensors["w"].frob_delta_in == pytest.approx(np.linalg.norm(after - before))
+    assert report.tensors["w"].backend is not None
+    assert report.tensors["w"].climbed
     assert read_tensors(tmp_path / "out") == read_tensors(ft)
+
+
+def test_low_rank_is_settled_in_the_smallest_budget_a_plan_accepts(tmp_path: Path) -> None:
+    """Of which the float64 SVD, which would have told it too, needs far more."""
+    rng = np.random.default_rng(0)
+    base = {name: rng.integers(-8, 8, (700, 700)).astype(np.float32) for name in ("a", "b")}
+    low = rng.integers(-4, 4, (700, 4)) @ rng.integers(-4, 4, (4, 700))
+    ft = {name: before + low.astype(np.float32) for name, before in base.items()}
+    pair = Pair(write_split(tmp_path / "base", base, 1), write_split(tmp_path / "ft", ft, 1))
+    least = smallest_budget(pair)
+    planned = api.plan(pair.base, pair.ft, ram=least)
+    assert not any(fits_climb(planned, "full").values()), "the budget was meant to be too small"
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", ram=least)
+    assert {r.backend for r in report.tensors.values()} == {"row-space"}
+    assert all("low rank" in r.reason for r in report.tensors.values())
+
+
+def test_a_spectrum_too_wide_for_the_budget_names_one_that_works(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    delta = rng.standard_normal((300, 300)) + 1e9 * np.outer(rng.standard_normal(300), rng.standard_normal(300))
+    base = write_split(tmp_path / "base", {"w": np.zeros((300, 300))}, 1)
+    pair = Pair(base, write_split(tmp_path / "ft", {"w": delta}, 1))
+    least = smallest_budget(pair)
+    with pytest.raises(NumericalError, match=r"tensor w .*with --ram \d+MB --workers 1, or leave it out") as caught:
+        api.repair(pair.base, pair.ft, tmp_path / "out", ram=least)
+    enough = str(caught.value).partition("--ram ")[2].partition(" ")[0]
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", ram=enough, workers=1)
+    assert report.tensors["w"].backend == "full"
+
+
+def test_what_is_meant_to_be_left_is_not_warned_of(tmp_path: Path) -> None:
+    """A spectrum too wide for Gram matrices: the search for zero rows is a step on the way, and no fault."""
+    rng = np.random.default_rng(0)
+    delta = rng.standard_normal((64, 64)) + 1e9 * np.outer(rng.standard_normal(64), rng.standard_normal(64))
+    base = write_split(tmp_path / "base", {"w": np.zeros((64, 64))}, 1)
+    ft = write_split(tmp_path / "ft", {"w": delta}, 1)
+    report = api.repair(base, ft, tmp_path / "out")
+    record = report.tensors["w"]
+    assert (record.action, record.backend) == ("repaired", "full")
+    assert any(reason.startswith("rows: ") for reason in record.climbed)
+    assert len(report.warnings) == 1
+    assert report.warnings[0].startswith("tensor w: gram-float64: ")
 
 
 def test_the_report_is_whole_and_finite(tmp_path: Path) -> None:
@@ -408,6 +475,35 @@ def test_a_vector_that_is_not_finite_is_refused_too(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="tensor v holds NaN or infinity at element 63"):
         api.repair(pair.base, pair.ft, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["v", "grown", "left", "gone", "f8"])
+def test_what_is_not_used_of_base_is_refused_if_it_is_not_finite(tmp_path: Path, name: str) -> None:
+    """BASE's side of a vector, of a tensor of another shape, of an excluded one, and of one that FT lacks.
+
+    FP8 is no plain number and is not looked into. Where such tensors are passed through, FT's side is all that counts.
+    """
+    rng = np.random.default_rng(0)
+    ft = {"w": bf16(rng.standard_normal((64, 64))), "v": bf16(np.ones(70)), "grown": bf16(np.ones((80, 64)))}
+    ft |= {"left": bf16(rng.standard_normal((64, 64))), "f8": ("F8_E4M3", (64, 64), b"\x38" * 4096)}
+    base = ft | {"grown": bf16(np.ones((70, 64))), "gone": bf16(np.ones((70, 70)))}
+    if name == "f8":
+        base["f8"] = ("F8_E4M3", (64, 64), b"\x7f" * 4096)
+    pair = Pair(write_split(tmp_path / "base", base, 1), write_split(tmp_path / "ft", ft, 1))
+    planned = api.plan(pair.base, pair.ft, exclude="left")
+    sound = api.repair(pair.base, pair.ft, tmp_path / "sound", exclude="left")
+    assert sound.timings.bytes_read == pytest.approx(planned.read_bytes, abs=2 << 14)
+    if name == "f8":
+        return
+    _spoil(pair.base, name, 69, math.inf)
+    with pytest.raises(
+        InputError, match=rf"base/model\.safetensors: tensor {name} holds NaN or infinity at element 69"
+    ):
+        api.repair(pair.base, pair.ft, tmp_path / "out", exclude="left")
+    assert not (tmp_path / "out").exists()
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", exclude="left", on_nonfinite="copy-ft")
+    assert read_tensors(tmp_path / "out") == read_tensors(tmp_path / "sound")
+    assert report.timings.bytes_read < sound.timings.bytes_read
 
 
 def test_a_refusal_leaves_what_was_in_out_before(tmp_path: Path) -> None:
@@ -552,14 +648,14 @@ def test_a_finished_out_is_left_as_it_is(tmp_path: Path) -> None:
 def test_a_missing_sidecar_or_report_is_written_again(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, SHAPES)
     out = tmp_path / "out"
-    api.repair(pair.base, pair.ft, out)
+    first = api.repair(pair.base, pair.ft, out)
     shards = shard_bytes(out)
     for name in ("tokenizer.json", "model.safetensors.index.json", "streamrepair.json"):
         (out / name).unlink()
         watcher = Recorder()
         report = api.repair(pair.base, pair.ft, out, watcher=watcher)
         assert watcher.found_bytes == watcher.total_bytes
-        assert (report.timings.bytes_written, shard_bytes(out)) == (0, shards)
+        assert (report.timings.bytes_written, shard_bytes(out)) == (first.timings.bytes_written, shards)
         assert (out / name).exists()
 
 

@@ -1,0 +1,81 @@
+"""`streamrepair bench`: its options, and what it prints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from streamrepair.cli_options import MEANS, NUMBERS, OUTPUT, Device, Json
+from streamrepair.console import printing
+from streamrepair.errors import NumericalError
+
+Shapes = Annotated[
+    list[str] | None,
+    Parameter(group=NUMBERS, negative=(), help="ROWSxCOLUMNS, repeatable. Default: 1024x1024 and 4096x1024."),
+]
+Spectra = Annotated[
+    list[str] | None,
+    Parameter(
+        group=NUMBERS,
+        negative=(),
+        help="gapped: low rank and noise; heavy: runs through τ, as in real fine-tunes. Default: both.",
+    ),
+]
+Backends = Annotated[
+    list[str] | None, Parameter(group=MEANS, negative=(), help="Backends, repeatable or with commas. Default: all.")
+]
+Check = Annotated[
+    bool,
+    Parameter(group=NUMBERS, negative="--no-check", help="Hold results against a float64 SVD; slow where large."),
+]
+ShapesOf = Annotated[
+    str | None, Parameter(help="Take the shapes of this checkpoint's matrices; with FT, of those a repair computes.")
+]
+Threads = Annotated[
+    int | None, Parameter(group=MEANS, help="Most threads of the reference. Default: one per processor.")
+]
+
+
+def bench(
+    base: ShapesOf = None,
+    ft: Annotated[str | None, Parameter(help="Fine-tuned checkpoint.")] = None,
+    /,
+    *,
+    shape: Shapes = None,
+    spectrum: Spectra = None,
+    dtype: Annotated[str, Parameter(group=NUMBERS, help="Of inputs and output: bf16, f16 or f32.")] = "bf16",
+    check: Check = True,
+    backend: Backends = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    repeats: Annotated[int, Parameter(group=MEANS, help="Timed runs of each; the median counts.")] = 3,
+    plot: Annotated[Path | None, Parameter(group=OUTPUT, help="Bar chart: FILE.svg or FILE.html.")] = None,
+    json: Json = False,
+) -> int:
+    """Time the backends on this device, on synthetic deltas, against torch.linalg.svd in memory and float64."""
+    from streamrepair.benchmark import plot as chart
+    from streamrepair.benchmark.cases import make_cases
+    from streamrepair.benchmark.conditions import make_conditions
+    from streamrepair.benchmark.measure import measure
+    from streamrepair.benchmark.table import render
+    from streamrepair.terminal import Bar, print_json
+
+    if plot is not None:
+        chart.check_target(plot)
+    cases = make_cases(shapes=shape or (), spectra=spectrum or (), base=base, ft=ft)
+    conditions = make_conditions(
+        backends=backend or (), dtype=dtype, device=device, threads=threads, repeats=repeats, check=check
+    )
+    result = measure(cases, conditions, tell=Bar(quiet=False).note)
+    with printing():
+        if json:
+            print_json(result)
+        else:
+            print(render(result), end="", flush=True)
+    if plot is not None:
+        chart.save(result, plot)
+    if result.faults:
+        raise NumericalError(f"{'; '.join(result.faults)}: report it with the output of --json")
+    return 0

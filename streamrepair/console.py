@@ -1,0 +1,82 @@
+"""The process's surroundings: standard streams that may be closed, full or unread, and the signals that stop a run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+from streamrepair.engine.stop import StopRequest
+from streamrepair.errors import InterruptedRunError, OutputError, StreamRepairError
+
+
+def fill_standard_descriptors() -> None:
+    """Open what the caller closed of 0, 1 and 2: else a weights file gets the number, and messages go into it."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+@contextlib.contextmanager
+def printing() -> Iterator[None]:
+    """Nobody reading our output any more is no failure: the work itself is done.
+
+    Raises:
+        OutputError: standard output cannot take it, for lack of space for example.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        _drop_standard_output()
+    except OSError as error:
+        if isinstance(error, StreamRepairError):
+            raise
+        _drop_standard_output()
+        raise OutputError(
+            f"standard output cannot be written ({error.strerror}): the work itself is done: send the output elsewhere"
+        ) from error
+
+
+def _drop_standard_output() -> None:
+    """What is still buffered would fail once more at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def stop_on_signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
+    """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed).
+
+    Before the run has begun (imports, headers, a download from the Hub) the first one does.
+    """
+    answer = b"stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends at once\n"
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if not stop.heeded:
+            name = signal.Signals(number).name
+            os.write(2, f"error: interrupted by {name} before any work: the same command begins again\n".encode())
+            os._exit(InterruptedRunError.exit_status)
+        if stop.requested:
+            os.write(
+                2, b"error: interrupted again: ended at once; finished work is kept: the same command continues it\n"
+            )
+            os._exit(InterruptedRunError.exit_status)
+        stop.request(f"interrupted by {signal.Signals(number).name}")
+        if not quiet:
+            with contextlib.suppress(OSError):
+                os.write(2, (b"\n" if sys.stderr.isatty() else b"") + answer)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,76 @@
+"""What the work on a result took, over every session that it took: time, bytes, peaks, and what was warned of.
+
+A session is one start of the command. With every commit it writes how far it has come, so that a killed one is missed
+by seconds; of each session the last line counts. Only the report needs them: damage to the file costs nothing else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.journal import Journal
+from streamrepair.errors import InputError
+from streamrepair.report import Session, Timings
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """A line of the file."""
+
+    number: int
+    session: Session
+
+
+class Accounts:
+    """The sessions of a result, kept in a file of checked lines.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._journal = path, Journal(path)
+        self._sessions: dict[int, Session] = {}
+        self._number = 0
+
+    def open(self) -> None:
+        """Read what earlier sessions left.
+
+        Raises:
+            OutputError: the file cannot be opened.
+        """
+        try:
+            lines = [msgspec.json.decode(line, type=_Line) for line in self._journal.open()]
+        except (InputError, msgspec.MsgspecError):
+            self._journal.close()
+            osfile.unlink(self._path)
+            lines = []
+            self._journal.open()
+        self._sessions = {line.number: line.session for line in lines}
+        self._number = max(self._sessions, default=0) + 1
+
+    def record(self, session: Session) -> None:
+        """Write how far the present session has come.
+
+        Raises:
+            OutputError: the device refused.
+        """
+        self._sessions[self._number] = session
+        self._journal.append([msgspec.json.encode(_Line(self._number, session))])
+
+    @property
+    def sessions(self) -> list[Session]:
+        """All of them, in order."""
+        return [self._sessions[number] for number in sorted(self._sessions)]
+
+    def close(self) -> None:
+        """Release the file."""
+        self._journal.close()
+
+
+def summed(sessions: list[Session]) -> Timings:
+    """The times and bytes of all sessions together."""
+    totals = {name: sum(getattr(s.timings, name) for s in sessions) for name in Timings.__struct_fields__}
+    return msgspec.convert({name: round(total, 4) for name, total in totals.items()}, Timings)

@@ -1,0 +1,36 @@
+"""What is written beside the weights, looked at before any work: hours of it must not end at a sidecar or a path."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from streamrepair.errors import UsageError, shown
+from streamrepair.report import REPORT_NAME
+
+
+def check_path_beside(option: str, path: Path, out: Path) -> None:
+    """Refuse a file beside the result that could not be written, or that would take the place of OUT's own files.
+
+    Args:
+        option: that names it; the second copy of the report may be the first one.
+
+    Raises:
+        UsageError: its folder is missing or not writable, it is no regular file, or it lies in OUT.
+    """
+    name = f"{option} {shown(str(path))}"
+    if path.is_dir():
+        raise UsageError(f"{name} is a folder, expected a file's name: name a file in it")
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UsageError(f"{name} is a link, FIFO or device, and would be replaced by a file: name a file")
+    folder = path.absolute().parent
+    target, own = folder.resolve() / path.name, out.resolve()
+    is_report = option == "--report" and target == own / REPORT_NAME
+    if target.is_relative_to(own) and not is_report:
+        raise UsageError(f"{name} lies in OUT, which holds the result's own files: name another place")
+    if is_report:
+        return  # the run makes its folder, and writes it anyway
+    if not folder.is_dir():
+        raise UsageError(f"{name}: the folder {shown(str(folder))} does not exist: create it")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{name}: the folder {shown(str(folder))} is not writable: name another place")

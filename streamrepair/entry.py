@@ -1,0 +1,35 @@
+"""The first code of the command: signals mean "interrupted" from here on, while the rest is still being imported.
+
+Imports nothing that takes time. Once a run works, `cli` puts its own handlers in place of these.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+
+_INTERRUPTED = 75  # as InterruptedRunError has it, which is not imported yet
+
+
+def main() -> int:
+    """Run the command line; returns the exit status."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, _end)
+    from streamrepair.cli import main as run
+
+    return run()
+
+
+def _end(number: int, _frame: FrameType | None) -> None:
+    """Nothing is in work that could be lost, or left half done."""
+    try:
+        name = signal.Signals(number).name
+        os.write(2, f"error: interrupted by {name} before any work: the same command begins again\n".encode())
+    finally:
+        os._exit(_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""Values of options as a caller may give them, held against what they can be.
+
+What `Settings` holds is checked by `Settings.check`.
+"""
+
+from __future__ import annotations
+
+import os
+from numbers import Integral
+
+from streamrepair.errors import UsageError, shown
+from streamrepair.units import parse_bytes
+
+Source = str | os.PathLike[str]
+"""A path, or for an input a Hub id."""
+Size = int | str
+"""Bytes, or text such as "16GB"."""
+
+
+def path_text(name: str, path: object) -> str:
+    """A path as text.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(path, bytes | str | os.PathLike):
+        return os.fsdecode(path)
+    raise UsageError(f"{name} is {shown(repr(path))}, expected a path")
+
+
+def size_bytes(name: str, size: object) -> int:
+    """A size in bytes.
+
+    Raises:
+        UsageError: it is no positive number of bytes and no text that says one.
+    """
+    if isinstance(size, str):
+        return parse_bytes(size)
+    if isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0:
+        return int(size)
+    raise UsageError(f'--{name} is {shown(repr(size))}, expected a positive number of bytes or text such as "16GB"')
+
+
+def check_count(name: str, count: object) -> None:
+    """Refuse what is no number of things.
+
+    Raises:
+        UsageError: it is no whole number, or less than 1.
+    """
+    if not isinstance(count, Integral) or isinstance(count, bool) or int(count) < 1:
+        raise UsageError(f"--{name} is {shown(repr(count))}, expected a whole number, at least 1")

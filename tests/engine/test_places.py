@@ -1,0 +1,147 @@
+"""Where a run may write: what is refused before any work, so that neither foreign files nor hours are lost."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from streamrepair import api
+from streamrepair.checkpoint import osfile
+from streamrepair.engine import task
+from streamrepair.errors import InputError, LockedError, OutputError, UsageError
+from tests.faults import Kernel, fails
+from tests.pairs import Pair, shard_bytes, snapshot, write_pair
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return write_pair(tmp_path, {"w": (64, 48), "x": (48, 48)}, shards=(1, 2))
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00002.safetensors", "config.json", "new.json", ".streamrepair/journal"]
+)
+def test_a_report_in_out_is_refused_and_takes_nothings_place(pair: Pair, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    for _ in range(2):  # before OUT exists, and when it is whole
+        before = snapshot(out) if out.exists() else {}
+        with pytest.raises(UsageError, match=r"--report .* lies in OUT"):
+            api.repair(pair.base, pair.ft, out, report=out / name)
+        assert (snapshot(out) if out.exists() else {}) == before
+        api.repair(pair.base, pair.ft, out)
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(UsageError, match="lies in OUT"):
+        api.repair(pair.base, pair.ft, out, report=tmp_path / "link" / name)
+    assert api.verify(out).damage == ()
+
+
+def test_the_reports_own_place_is_no_second_one(pair: Pair, tmp_path: Path) -> None:
+    api.repair(pair.base, pair.ft, tmp_path / "out", report=tmp_path / "out" / "streamrepair.json")
+    assert api.verify(tmp_path / "out").damage == ()
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_any_work(pair: Pair, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "fifo")
+    before = snapshot(tmp_path)
+    for name, said in (
+        ("folder", "is a folder"),
+        ("none/report.json", "none does not exist: create it"),
+        ("link", "is a link, FIFO or device"),
+        ("fifo", "is a link, FIFO or device"),
+    ):
+        with pytest.raises(UsageError, match=rf"--report .*{said}"):
+            api.repair(pair.base, pair.ft, tmp_path / "out", report=tmp_path / name)
+    assert snapshot(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_report_that_fails_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for call in ("pwrite", "fsync", "replace"):
+        monkeypatch.setattr(osfile, "os", Kernel((call,), fails(1, 28)))
+        with pytest.raises(OutputError, match="No space left"):
+            osfile.write_atomic(tmp_path / "report.json", b"{}")
+        monkeypatch.undo()
+        assert list(tmp_path.iterdir()) == []
+
+
+def _no_work(job: task.Job) -> object:
+    raise AssertionError("work began")
+
+
+def test_a_sidecar_that_is_too_large_is_met_before_any_work(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "_repair", _no_work)
+    with (pair.ft / "vocab.json").open("wb") as file:
+        file.truncate((1 << 28) + 1)
+    with pytest.raises(InputError, match=r"vocab\.json: is 268435457 bytes long"):
+        api.repair(pair.base, pair.ft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sidecar_that_cannot_be_read_is_met_before_any_work(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "_repair", _no_work)
+
+    class Unreadable:
+        def __getattr__(self, name: str) -> object:
+            return getattr(os, name)
+
+        def open(self, path: Path, *rest: int) -> int:
+            if Path(path).name == "tokenizer.json":
+                raise PermissionError(13, "Permission denied")
+            return os.open(path, *rest)
+
+    monkeypatch.setattr(osfile, "os", Unreadable())
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read \(Permission denied\)"):
+        api.repair(pair.base, pair.ft, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def _foreign(out: Path, names: list[str]) -> None:
+    """A checkpoint that no run made, called as the result's files would be."""
+    out.mkdir()
+    for name in names:
+        (out / name).write_bytes(b"precious " + name.encode())
+
+
+def test_overwrite_takes_no_checkpoint_that_only_bears_the_same_names(pair: Pair, tmp_path: Path) -> None:
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    _foreign(tmp_path / "out", names)
+    before = snapshot(tmp_path)
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match=r"not empty|weights that are not of an earlier run"):
+            api.repair(pair.base, pair.ft, tmp_path / "out", overwrite=overwrite)
+        assert snapshot(tmp_path) == before
+
+
+def test_overwrite_takes_no_index_that_is_not_a_runs(pair: Pair, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out)
+    foreign = out / "adapter.safetensors.index.json"
+    for text in (json.dumps({"weight_map": {"a": "adapter-1.safetensors"}}), "{", "[]"):
+        foreign.write_text(text)
+        before = snapshot(out)
+        with pytest.raises(InputError, match=r"not of an earlier run, e\.g\. adapter\.safetensors\.index\.json"):
+            api.repair(pair.base, pair.ft, out, overwrite=True)
+        assert snapshot(out) == before
+    foreign.unlink()
+    expected = shard_bytes(out)
+    api.repair(pair.base, pair.ft, out, overwrite=True)
+    assert shard_bytes(out) == expected
+
+
+def test_a_lock_whose_holder_has_not_signed_yet_is_said_so_plainly(pair: Pair, tmp_path: Path) -> None:
+    state = tmp_path / "out" / ".streamrepair"
+    state.mkdir(parents=True)
+    fd = osfile.open_output(state / "lock")
+    assert osfile.lock(fd, state / "lock")
+    with pytest.raises(LockedError, match="is held by another run: wait"):
+        api.repair(pair.base, pair.ft, tmp_path / "out")
+    osfile.close(fd)

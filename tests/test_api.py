@@ -1,0 +1,120 @@
+"""The Python API: what it exports, and that a wrong value is refused before anything is read or written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import streamrepair
+from streamrepair import BudgetError, Plan, Report, Settings, UsageError, api
+from tests.pairs import Pair, write_pair
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return write_pair(tmp_path, {"w": (64, 48), "v": (48,)})
+
+
+WRONG = [
+    ({"out_dtype": "bf16"}, "--out-dtype is 'bf16', expected same or float32"),
+    ({"backend": "foo"}, "--backend is 'foo', expected auto or full or gram"),
+    ({"on_nonfinite": "foo"}, "--on-nonfinite is 'foo', expected refuse or copy-ft"),
+    ({"sigma": None}, "--sigma is None, expected median or tail"),
+    ({"scale": "1"}, "--scale is '1', expected a positive number"),
+    ({"scale": float("nan")}, "--scale is nan, expected a positive number"),
+    ({"scale": True}, "--scale is True"),
+    ({"include": b"x"}, "--include is b'x', expected a regular expression as text"),
+    ({"exclude": "("}, r"--exclude '\(' is not a regular expression"),
+    ({"ram": -5}, "--ram is -5, expected a positive number of bytes"),
+    ({"ram": 1e9}, "--ram is 1000000000.0, expected a positive number of bytes"),
+    ({"vram": "foo", "device": "cpu"}, "size 'foo' is not understood"),
+    ({"vram": 0}, "--vram is 0"),
+    ({"workers": 1.5}, "--workers is 1.5, expected a whole number"),
+    ({"workers": 0}, "--workers is 0"),
+    ({"device": 0}, "--device 0 is not understood"),
+    ({"device": "cuda:"}, "--device 'cuda:' is not understood"),
+]
+
+
+@pytest.mark.parametrize(("options", "said"), WRONG, ids=lambda value: str(value)[:30])
+def test_a_wrong_value_is_a_usage_error_and_nothing_is_written(
+    pair: Pair, tmp_path: Path, options: dict[str, object], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said):
+        api.repair(pair.base, pair.ft, tmp_path / "out", **options)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=said):
+        api.plan(pair.base, pair.ft, **options)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", [None, 3, ["a"]])
+def test_what_is_no_path_is_a_usage_error(pair: Pair, tmp_path: Path, path: object) -> None:
+    for words in ((path, pair.ft, tmp_path / "out"), (pair.base, path, tmp_path / "out"), (pair.base, pair.ft, path)):
+        with pytest.raises(UsageError, match="expected a path"):
+            api.repair(*words)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="--report is"):
+        api.repair(pair.base, pair.ft, tmp_path / "out", report=path or 0)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_takes_what_repair_takes(pair: Pair) -> None:
+    named = api.plan(pair.base, pair.ft, ram=np.int64(10**9), out_dtype="float32", scale=2, exclude="v")  # type: ignore[arg-type]
+    assert named.settings == Settings(out_dtype="float32", scale=2.0, exclude="v")
+    assert named.ram_allowed_bytes == 10**9
+    assert {layout.entries["w"].dtype for layout in named.layouts if "w" in layout.entries} == {"F32"}
+    assert api.plan(pair.base, pair.ft, settings=named.settings, ram=10**9) == named
+    with pytest.raises(UsageError, match="given twice"):
+        api.plan(pair.base, pair.ft, settings=Settings(), scale=2.0)
+
+
+def test_a_gpu_is_planned_for_where_there_is_none(pair: Pair, tmp_path: Path) -> None:
+    """With --vram stated nothing of the card is asked; a repair needs it all the same."""
+    planned = api.plan(pair.base, pair.ft, device="cuda", vram="24GB", ram="16GB")
+    assert (planned.device, planned.vram_allowed_bytes) == ("cuda:0", 24_000_000_000)
+    assert planned.vram_projected_bytes is not None
+    assert api.plan(pair.base, pair.ft, device="cuda:3", vram="24GB", ram="16GB").device == "cuda:3"
+    with pytest.raises(BudgetError, match="--vram"):
+        api.plan(pair.base, pair.ft, device="cuda", vram="1MB", ram="16GB")
+    with pytest.raises(UsageError, match="this machine has"):
+        api.repair(pair.base, pair.ft, tmp_path / "out", device="cuda:99", vram="24GB", ram="16GB")
+
+
+NO_TORCH = """
+import sys
+sys.modules["torch"] = None
+from streamrepair import api
+import streamrepair.engine.budget as budget
+budget._driver_present = lambda: True
+for options in ({"device": "cpu"}, {"device": "cuda", "vram": "24GB"}, {"device": "cuda:1", "vram": 24 * 10**9}):
+    print(api.plan(*sys.argv[1:], ram="16GB", **options).device)
+"""
+
+
+def test_a_plan_whose_budgets_are_stated_loads_no_torch(pair: Pair) -> None:
+    words = [sys.executable, "-c", NO_TORCH, str(pair.base), str(pair.ft)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout.split(), done.stderr) == (["cpu", "cuda:0", "cuda:1"], "")
+
+
+def test_every_exported_name_is_there_and_the_functions_are_the_apis() -> None:
+    """`streamrepair.verify` must be the function whichever module was imported first."""
+    for name in streamrepair.__all__:
+        assert getattr(streamrepair, name) is not None
+    assert {"Report", "Settings", "Plan", "UsageError", "InputError", "TensorRecord"} <= set(streamrepair.__all__)
+    assert (streamrepair.plan, streamrepair.repair, streamrepair.verify) == (api.plan, api.repair, api.verify)
+    assert Report.__module__ == "streamrepair.report"
+    assert Plan.__module__ == "streamrepair.engine.plan"
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = streamrepair.nothing
+
+
+def test_importing_the_package_imports_nothing_that_takes_time() -> None:
+    code = (
+        "import sys, streamrepair.entry; print(sorted({'numpy', 'msgspec', 'cyclopts', 'psutil'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"

@@ -1,0 +1,38 @@
+"""Progress where there is no terminal: a line now and then, with what is left at the mean rate of this run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from streamrepair import api, terminal
+from tests.pairs import write_pair
+
+
+def test_a_line_of_progress_tells_how_long_it_will_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 48), "v": (64, 48)})
+    planned = api.plan(pair.base, pair.ft)
+    now = [100.0]
+    monkeypatch.setattr(terminal, "_now", lambda: now[0])
+    bar = terminal.Bar(quiet=False)
+    bar.begin(planned, 2 * 64 * 48)  # half of it was found done: what that took is not known
+    now[0] += 31
+    bar.advance(64 * 48 // 2)
+    assert capsys.readouterr().err.splitlines()[-1] == "7.68 kB of 12.3 kB done, about 1 min 33 s left"
+    now[0] += 1
+    bar.advance(100)
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_foretold_before_anything_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 48)})
+    monkeypatch.setattr(terminal, "_SILENT_S", -1.0)
+    bar = terminal.Bar(quiet=False)
+    bar.begin(api.plan(pair.base, pair.ft), 0)
+    bar.advance(0)
+    assert capsys.readouterr().err == "0 B of 6.14 kB done\n"
