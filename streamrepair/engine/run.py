@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from typing import Protocol
 import msgspec
 
 from streamrepair.checkpoint import osfile
-from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import copy_sidecars, sidecars
 from streamrepair.checkpoint.write import ShardFile
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine import budget, gpu, limits, memory
+from streamrepair.engine.account import fingerprint, make_report, plan_warnings, shard_index
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.fit import fits_climb
 from streamrepair.engine.local import LocalExecutor
@@ -35,17 +34,9 @@ from streamrepair.engine.workspace import Workspace, refuse_overlap
 from streamrepair.errors import InputError, OutputError, shown
 from streamrepair.report import (
     REPORT_NAME,
-    Budget,
-    CheckpointSummary,
-    Fingerprint,
     Report,
     TensorRecord,
-    Timings,
-    storable,
 )
-from streamrepair.version import __version__
-
-_FEW = 8
 
 
 class Watcher(Protocol):
@@ -131,7 +122,7 @@ def execute(
     finally:
         watcher.end()
         if trace is not None:
-            osfile.write_atomic(trace, chrome_trace(timeline, lane_names(plan.lanes)))
+            _write_trace(run, trace)
         run.files.close()
         run.threads.release()
         workspace.close()
@@ -167,13 +158,14 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     run.stop.check_at_once()  # from here on it is a matter of moments
     unchanged()
     names = _write_beside(run)
-    report = _report(
-        run,
+    timings = spent.timings(wall_s=time.perf_counter() - began, cpu_s=time.process_time() - began_cpu)
+    report = make_report(
+        plan,
         committer.records,
-        spent,
-        names,
-        wall_s=time.perf_counter() - began,
-        cpu_s=time.process_time() - began_cpu,
+        timings,
+        sidecars=names,
+        warnings=run.warnings,
+        utilisation=run.timeline.uses(lane_names(plan.lanes), timings.wall_s),
     )
     osfile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
@@ -184,6 +176,14 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
 def _write_copy(report: Report, path: Path | None) -> None:
     if path is not None:
         osfile.write_atomic(path, _as_text(report))
+
+
+def _write_trace(run: _Run, path: Path) -> None:
+    """The result does not hang on it, so that it cannot be written is no failure."""
+    try:
+        osfile.write_atomic(path, chrome_trace(run.timeline, lane_names(run.plan.lanes)))
+    except OutputError as error:
+        run.watcher.warn(f"no trace: {error}")
 
 
 def _as_text(report: Report) -> bytes:
@@ -302,122 +302,5 @@ def _write_beside(run: _Run) -> tuple[str, ...]:
     names = sidecars(plan.ft)
     copy_sidecars(plan.ft, names, out, dtype="float32" if plan.settings.out_dtype == "float32" else None)
     if plan.ft.index_name is not None:
-        osfile.write_atomic(out / plan.ft.index_name, _index(plan))
+        osfile.write_atomic(out / plan.ft.index_name, shard_index(plan))
     return names
-
-
-def _index(plan: Plan) -> bytes:
-    ft = plan.ft
-    placed = {name: plan.layouts[ft.tensors[name][0]] for name in ft.index_order}
-    total = sum(layout.entries[name].nbytes for name, layout in placed.items())
-    index = {
-        "metadata": {**ft.index_metadata, "total_size": total},
-        "weight_map": {name: layout.name for name, layout in placed.items()},
-    }
-    # Not msgspec: metadata are FT's, and may hold integers of any length.
-    return (json.dumps(index, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def plan_warnings(plan: Plan) -> list[str]:
-    """What a person should know before the work starts."""
-    found = []
-    if dropped := len(plan.dropped):
-        found.append(f"{dropped} tensors of BASE are not in FT and are dropped, e.g. {shown(plan.dropped[0].name)}")
-    missing = [t for t in plan.tasks if t.pairing.base is None and t.pairing.reason == "not in the base checkpoint"]
-    if missing:
-        found.append(f"{len(missing)} tensors of FT are not in BASE and are kept, e.g. {shown(missing[0].name)}")
-    short = [t for t in plan.tasks if t.shape is not None and t.shape.cols < _FEW]
-    if short:
-        found.append(
-            f"{len(short)} matrices have a side shorter than {_FEW}, of which the law of large matrices says little; "
-            f"--exclude passes them through, e.g. {shown(short[0].name)} {list(short[0].out.shape)}"
-        )
-    if resized := [t for t in plan.tasks if t.pairing.reason.startswith("shapes differ")]:
-        found.append(f"{len(resized)} tensors differ in shape and are kept, e.g. {shown(resized[0].name)}")
-    for side, checkpoint in (("BASE", plan.base), ("FT", plan.ft)):
-        if checkpoint.unindexed:
-            found.append(f"{side}: {len(checkpoint.unindexed)} tensors are in its shards but not in its index")
-        if checkpoint.stray_files:
-            found.append(f"{side}: ignored weight files {', '.join(map(shown, checkpoint.stray_files[:5]))}")
-    return found
-
-
-def fingerprint(plan: Plan) -> Fingerprint:
-    """What must be unchanged for another run to continue this one."""
-    return Fingerprint(
-        version=__version__,
-        base=_identities(plan.base),
-        ft=_identities(plan.ft),
-        settings=plan.settings,
-        device=plan.device.partition(":")[0],
-    )
-
-
-def _identities(checkpoint: Checkpoint) -> dict[str, str]:
-    shards = {storable(str(shard.path.resolve())): shard for shard in checkpoint.shards}
-    return {
-        path: f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
-        for path, shard in shards.items()
-    }
-
-
-def _report(
-    run: _Run,
-    records: dict[str, TensorRecord],
-    spent: Spent,
-    names: tuple[str, ...],
-    *,
-    wall_s: float,
-    cpu_s: float,
-) -> Report:
-    plan = run.plan
-    tensors = {name: records[name] for layout in plan.layouts for name in layout.entries}
-    for pairing in plan.dropped:
-        assert pairing.base is not None
-        entry = pairing.base.entry
-        tensors[pairing.name] = TensorRecord(
-            action="dropped", reason=pairing.reason, shape=entry.shape, dtype=entry.dtype
-        )
-    return Report(
-        version=__version__,
-        base=_summary(plan.base),
-        ft=_summary(plan.ft),
-        settings=plan.settings,
-        device=plan.device,
-        workers=plan.workers,
-        budget=Budget(
-            ram_allowed_bytes=plan.ram_allowed_bytes,
-            ram_projected_bytes=plan.ram_projected_bytes,
-            ram_measured_bytes=budget.peak_bytes(),
-            vram_allowed_bytes=plan.vram_allowed_bytes,
-            vram_projected_bytes=plan.vram_projected_bytes,
-            vram_measured_bytes=budget.device_peak_bytes(plan.gpus),
-        ),
-        timings=Timings(
-            wall_s=round(wall_s, 4),
-            read_s=round(spent.read_s, 4),
-            decompose_s=round(spent.decompose_s, 4),
-            write_s=round(spent.write_s, 4),
-            bytes_read=spent.bytes_read,
-            bytes_written=spent.bytes_written,
-            cpu_s=round(cpu_s, 4),
-        ),
-        utilisation=run.timeline.uses(lane_names(plan.lanes), wall_s),
-        sidecars=tuple(map(storable, names)),
-        headers={layout.name: layout.header_digest for layout in plan.layouts},
-        warnings=tuple(run.warnings),
-        tensors=tensors,
-    )
-
-
-def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
-    return CheckpointSummary(
-        given=storable(checkpoint.given),
-        path=storable(str(checkpoint.folder.resolve())),
-        shards=tuple(shard.path.name for shard in checkpoint.shards),
-        tensors=len(checkpoint.tensors),
-        bytes=checkpoint.total_bytes,
-        header_digest=checkpoint.header_digest,
-        unindexed=checkpoint.unindexed,
-        stray_files=tuple(map(storable, checkpoint.stray_files)),
-    )

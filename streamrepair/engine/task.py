@@ -27,7 +27,7 @@ from streamrepair.engine.memory import COPY_BYTES
 from streamrepair.engine.plan import Task
 from streamrepair.engine.worker import Worker
 from streamrepair.errors import InputError, shown
-from streamrepair.report import Settings, TensorRecord
+from streamrepair.report import Settings, TensorRecord, Timings
 
 _DIRECT_FROM_BYTES = 1 << 20
 """Smaller tensors go through the page cache, which gathers them."""
@@ -62,6 +62,18 @@ class Spent:
         self.write_s += other.write_s
         self.bytes_read += other.bytes_read
         self.bytes_written += other.bytes_written
+
+    def timings(self, *, wall_s: float, cpu_s: float) -> Timings:
+        """The same for the report, beside the whole run's wall and processor time."""
+        return Timings(
+            wall_s=round(wall_s, 4),
+            read_s=round(self.read_s, 4),
+            decompose_s=round(self.decompose_s, 4),
+            write_s=round(self.write_s, 4),
+            bytes_read=self.bytes_read,
+            bytes_written=self.bytes_written,
+            cpu_s=round(cpu_s, 4),
+        )
 
 
 @dataclass(frozen=True, slots=True)
