@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,14 +13,12 @@ import msgspec
 
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.headers import ShardHeader
-from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
 from streamrepair.checkpoint.write import ShardFile
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine import budget, gpu, limits, memory
-from streamrepair.engine.accounts import summed
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.finite import search
 from streamrepair.engine.fit import fits_climb, full_budget
@@ -31,6 +28,7 @@ from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.side_files import check_path_beside
+from streamrepair.engine.statement import fingerprint, make_report, shard_index
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, nonfinite_error, run_task
 from streamrepair.engine.timeline import Timeline
@@ -40,15 +38,10 @@ from streamrepair.engine.workspace import Workspace, refuse_overlap
 from streamrepair.errors import InputError, OutputError, shown
 from streamrepair.report import (
     REPORT_NAME,
-    Budget,
-    CheckpointSummary,
-    Fingerprint,
     Report,
     Session,
     TensorRecord,
-    storable,
 )
-from streamrepair.version import __version__
 
 
 class Watcher(Protocol):
@@ -155,7 +148,7 @@ def execute(
     finally:
         watcher.end()
         if trace is not None:
-            osfile.write_atomic(trace, chrome_trace(timeline, lane_names(plan.lanes)))
+            _write_trace(run, trace)
         run.files.close()
         run.threads.release()
         workspace.close()
@@ -197,7 +190,13 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     unchanged()
     names = _write_beside(run)
     run.record_session()
-    report = _report(run, committer.records, names)
+    report = make_report(
+        plan,
+        committer.records,
+        run.workspace.accounts.sessions,
+        sidecars=names,
+        utilisation=run.timeline.uses(lane_names(plan.lanes), time.perf_counter() - run.began),
+    )
     osfile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
     _write_copy(report, report_path)
@@ -207,6 +206,14 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
 def _write_copy(report: Report, path: Path | None) -> None:
     if path is not None:
         osfile.write_atomic(path, _as_text(report))
+
+
+def _write_trace(run: _Run, path: Path) -> None:
+    """The result does not hang on it, so that it cannot be written is no failure."""
+    try:
+        osfile.write_atomic(path, chrome_trace(run.timeline, lane_names(run.plan.lanes)))
+    except OutputError as error:
+        run.watcher.warn(f"no trace: {error}")
 
 
 def _as_text(report: Report) -> bytes:
@@ -343,88 +350,5 @@ def _write_beside(run: _Run) -> tuple[str, ...]:
     names = sidecars(plan.ft)
     copy_sidecars(plan.ft, names, out, dtype="float32" if plan.settings.out_dtype == "float32" else None)
     if plan.ft.index_name is not None:
-        osfile.write_atomic(out / plan.ft.index_name, _index(plan))
+        osfile.write_atomic(out / plan.ft.index_name, shard_index(plan))
     return names
-
-
-def _index(plan: Plan) -> bytes:
-    ft = plan.ft
-    placed = {name: plan.layouts[ft.tensors[name][0]] for name in ft.index_order}
-    total = sum(layout.entries[name].nbytes for name, layout in placed.items())
-    index = {
-        "metadata": {**ft.index_metadata, "total_size": total},
-        "weight_map": {name: layout.name for name, layout in placed.items()},
-    }
-    # Not msgspec: metadata are FT's, and may hold integers of any length.
-    return (json.dumps(index, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def fingerprint(plan: Plan) -> Fingerprint:
-    """What must be unchanged for another run to continue this one."""
-    return Fingerprint(
-        version=__version__,
-        base=_identities(plan.base),
-        ft=_identities(plan.ft),
-        settings=plan.settings,
-        device=plan.device.partition(":")[0],
-    )
-
-
-def _identities(checkpoint: Checkpoint) -> dict[str, str]:
-    shards = {storable(str(shard.path.resolve())): shard for shard in checkpoint.shards}
-    return {
-        path: f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
-        for path, shard in shards.items()
-    }
-
-
-def _report(run: _Run, records: dict[str, TensorRecord], names: tuple[str, ...]) -> Report:
-    """Of everything that led to this result, in this session and those before it."""
-    plan, sessions = run.plan, run.workspace.accounts.sessions
-    tensors = {name: records[name] for layout in plan.layouts for name in layout.entries}
-    for pairing in plan.dropped:
-        assert pairing.base is not None
-        entry = pairing.base.entry
-        tensors[pairing.name] = TensorRecord(
-            action="dropped", reason=pairing.reason, shape=entry.shape, dtype=entry.dtype
-        )
-    return Report(
-        version=__version__,
-        base=_summary(plan.base),
-        ft=_summary(plan.ft),
-        settings=plan.settings,
-        device=plan.device,
-        workers=plan.workers,
-        budget=Budget(
-            ram_allowed_bytes=plan.ram_allowed_bytes,
-            ram_projected_bytes=plan.ram_projected_bytes,
-            ram_measured_bytes=max(session.ram_measured_bytes for session in sessions),
-            vram_allowed_bytes=plan.vram_allowed_bytes,
-            vram_projected_bytes=plan.vram_projected_bytes,
-            vram_measured_bytes=max((s.vram_measured_bytes or 0 for s in sessions), default=0) or None,
-        ),
-        timings=summed(sessions),
-        sessions=len(sessions),
-        utilisation=run.timeline.uses(lane_names(plan.lanes), time.perf_counter() - run.began),
-        sidecars=tuple(map(storable, names)),
-        headers={layout.name: layout.header_digest for layout in plan.layouts},
-        warnings=(
-            *plan_warnings(plan),
-            *(message for session in sessions for message in session.warnings),
-            *(message for record in tensors.values() for message in record.warnings),
-        ),
-        tensors=tensors,
-    )
-
-
-def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
-    return CheckpointSummary(
-        given=storable(checkpoint.given),
-        path=storable(str(checkpoint.folder.resolve())),
-        shards=tuple(shard.path.name for shard in checkpoint.shards),
-        tensors=len(checkpoint.tensors),
-        bytes=checkpoint.total_bytes,
-        header_digest=checkpoint.header_digest,
-        unindexed=checkpoint.unindexed,
-        stray_files=tuple(map(storable, checkpoint.stray_files)),
-    )

@@ -1,0 +1,116 @@
+"""What a plan and a run state in files: the fingerprint, the index, the report. Does no work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.engine.accounts import summed
+from streamrepair.engine.notices import plan_warnings
+from streamrepair.engine.plan import Plan
+from streamrepair.report import (
+    Budget,
+    CheckpointSummary,
+    Fingerprint,
+    Report,
+    ResourceUse,
+    Session,
+    TensorRecord,
+    storable,
+)
+from streamrepair.version import __version__
+
+
+def fingerprint(plan: Plan) -> Fingerprint:
+    """What must be unchanged for another run to continue this one."""
+    return Fingerprint(
+        version=__version__,
+        base=_identities(plan.base),
+        ft=_identities(plan.ft),
+        settings=plan.settings,
+        device=",".join(sorted({device.partition(":")[0] for device in plan.devices})),
+    )
+
+
+def _identities(checkpoint: Checkpoint) -> dict[str, str]:
+    shards = {storable(str(shard.path.resolve())): shard for shard in checkpoint.shards}
+    return {
+        path: f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
+        for path, shard in shards.items()
+    }
+
+
+def shard_index(plan: Plan) -> bytes:
+    """The result's index: FT's, with the bytes counted anew."""
+    ft = plan.ft
+    placed = {name: plan.layouts[ft.tensors[name][0]] for name in ft.index_order}
+    total = sum(layout.entries[name].nbytes for name, layout in placed.items())
+    index = {
+        "metadata": {**ft.index_metadata, "total_size": total},
+        "weight_map": {name: layout.name for name, layout in placed.items()},
+    }
+    # Not msgspec: metadata are FT's, and may hold integers of any length.
+    return (json.dumps(index, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def make_report(
+    plan: Plan,
+    records: Mapping[str, TensorRecord],
+    sessions: list[Session],
+    *,
+    sidecars: Sequence[str],
+    utilisation: tuple[ResourceUse, ...],
+) -> Report:
+    """The report of a run whose every tensor has its record.
+
+    Args:
+        sessions: all that led to this result, the present one last. utilisation: of the present one.
+    """
+    tensors = {name: records[name] for layout in plan.layouts for name in layout.entries}
+    for pairing in plan.dropped:
+        assert pairing.base is not None
+        entry = pairing.base.entry
+        tensors[pairing.name] = TensorRecord(
+            action="dropped", reason=pairing.reason, shape=entry.shape, dtype=entry.dtype
+        )
+    return Report(
+        version=__version__,
+        base=_summary(plan.base),
+        ft=_summary(plan.ft),
+        settings=plan.settings,
+        device=plan.device,
+        workers=plan.workers,
+        budget=Budget(
+            ram_allowed_bytes=plan.ram_allowed_bytes,
+            ram_projected_bytes=plan.ram_projected_bytes,
+            ram_measured_bytes=max(session.ram_measured_bytes for session in sessions),
+            vram_allowed_bytes=plan.vram_allowed_bytes,
+            vram_projected_bytes=plan.vram_projected_bytes,
+            vram_measured_bytes=max((s.vram_measured_bytes or 0 for s in sessions), default=0) or None,
+        ),
+        timings=summed(sessions),
+        sessions=len(sessions),
+        utilisation=utilisation,
+        sidecars=tuple(map(storable, sidecars)),
+        headers={layout.name: layout.header_digest for layout in plan.layouts},
+        warnings=(
+            *plan_warnings(plan),
+            *(message for session in sessions for message in session.warnings),
+            *(message for record in tensors.values() for message in record.warnings),
+        ),
+        tensors=tensors,
+    )
+
+
+def _summary(checkpoint: Checkpoint) -> CheckpointSummary:
+    return CheckpointSummary(
+        given=storable(checkpoint.given),
+        path=storable(str(checkpoint.folder.resolve())),
+        shards=tuple(shard.path.name for shard in checkpoint.shards),
+        tensors=len(checkpoint.tensors),
+        bytes=checkpoint.total_bytes,
+        header_digest=checkpoint.header_digest,
+        unindexed=checkpoint.unindexed,
+        stray_files=tuple(map(storable, checkpoint.stray_files)),
+    )
