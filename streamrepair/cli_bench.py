@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from streamrepair.cli_options import MEANS, NUMBERS, OUTPUT, Device, Json
 from streamrepair.console import printing
-from streamrepair.errors import NumericalError
+from streamrepair.errors import NumericalError, shown
 
 Shapes = Annotated[
     list[str] | None,
@@ -51,10 +51,20 @@ def bench(
     device: Device = "auto",
     threads: Threads = None,
     repeats: Annotated[int, Parameter(group=MEANS, help="Timed runs of each; the median counts.")] = 3,
+    calibrate: Annotated[
+        bool,
+        Parameter(
+            group=OUTPUT,
+            negative=(),
+            help="Only measure this machine's speeds, for the times that `plan` predicts, and keep them; some seconds.",
+        ),
+    ] = False,
     plot: Annotated[Path | None, Parameter(group=OUTPUT, help="Bar chart: FILE.svg or FILE.html.")] = None,
     json: Json = False,
 ) -> int:
     """Time the backends on this device, on synthetic deltas, against torch.linalg.svd in memory and float64."""
+    if calibrate:
+        return _calibrated(json=json)
     from streamrepair.benchmark import plot as chart
     from streamrepair.benchmark.cases import make_cases
     from streamrepair.benchmark.conditions import make_conditions
@@ -78,4 +88,22 @@ def bench(
         chart.save(result, plot)
     if result.faults:
         raise NumericalError(f"{'; '.join(result.faults)}: report it with the output of --json")
+    return 0
+
+
+def _calibrated(*, json: bool) -> int:
+    from streamrepair.engine import rates
+    from streamrepair.terminal import print_json
+    from streamrepair.units import format_bytes
+
+    found = rates.measure()
+    kept = rates.save(found)
+    with printing():
+        if json:
+            print_json(found)
+        else:
+            products = f"{found.float32_flops_per_s / 1e9:.0f} and {found.float64_flops_per_s / 1e9:.0f} GFLOP/s"
+            reads = f"{format_bytes(found.cache_bytes_per_s)}/s and {format_bytes(found.memory_bytes_per_s)}/s"
+            print(f"one thread: products in float32 and float64 {products}; from cache and memory {reads}")
+            print(f"kept in {shown(str(kept))}: `plan` predicts by it on this machine", flush=True)
     return 0
