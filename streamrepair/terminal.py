@@ -14,6 +14,7 @@ import msgspec
 from tqdm import tqdm
 
 from streamrepair.engine.plan import Plan
+from streamrepair.engine.rates import CPU
 from streamrepair.errors import shown
 from streamrepair.report import Action, Report, ResourceUse, TensorRecord
 from streamrepair.units import counted, format_bytes, format_seconds
@@ -112,7 +113,8 @@ def print_plan(plan: Plan) -> None:
     work = f"{format_bytes(plan.read_bytes)} to read, {format_bytes(plan.out_bytes)} to write in "
     work += f"{counted(len(plan.layouts), 'shard')}, {sum(t.flops for t in plan.tasks) / 1e9:,.0f} GFLOP "
     work += f"on {plan.device} with {counted(plan.workers, 'worker')}"
-    print(f"\n{work}: about {format_seconds(plan.estimated_s)}")
+    measured = " by speeds measured here" if plan.rates != CPU else ""
+    print(f"\n{work}: about {format_seconds(plan.estimated_s)}{measured}")
     line = f"memory: {format_bytes(plan.ram_projected_bytes)} projected, {format_bytes(plan.ram_allowed_bytes)} allowed"
     if plan.vram_projected_bytes is not None and plan.vram_allowed_bytes is not None:
         line += (
