@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -410,3 +411,42 @@ def test_a_disk_that_refuses_is_one_line(pair: Pair, tmp_path: Path, call: str) 
 def test_the_demo_pair_from_start_to_end(tmp_path: Path) -> None:
     assert run(DEMO / "base", DEMO / "ft", tmp_path / "out").status == 0
     assert "whole" in run("verify", tmp_path / "out", "--deep").out
+
+
+def test_a_plan_has_times_and_their_sum(pair: Pair) -> None:
+    """A row for each kind of tensor with its time; the totals say about how long all of it takes."""
+    text = run("plan", pair.base, pair.ft, "--device", "cpu").out
+    head, *rows = text.splitlines()
+    assert head.split() == ["tensors", "shape", "what", "result", "memory", "each", "time"]
+    assert all(row.split()[-1] in ("s", "min", "h") for row in rows[: rows.index("")])
+    assert re.search(r"with \d+ workers: about [\d.e-]+ s$", text, re.MULTILINE)
+    data = json.loads(run("plan", pair.base, pair.ft, "--device", "cpu", "--json").out)
+    assert sum(group["count"] for group in data["groups"]) == len(data["tensors"])
+    total_s = sum(tensor.get("seconds", 0.0) for tensor in data["tensors"].values())
+    assert 0 < data["totals"]["estimated_s"] <= total_s * 1.01
+
+
+def test_the_summary_says_who_was_busy_and_a_trace_what_they_did(pair: Pair, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    result = run(pair.base, pair.ft, tmp_path / "out", "--workers", 1, "--device", "cpu", "--trace", trace)
+    assert result.status == 0, result.err
+    assert re.search(r"^cpu busy \d+%.*; files busy \d+%$", result.out, re.MULTILINE)
+    events = json.loads(trace.read_text())["traceEvents"]
+    tasks = {event["name"] for event in events if event.get("cat") == "task"}
+    assert tasks == json.loads((tmp_path / "out" / "streamrepair.json").read_text())["tensors"].keys()
+
+
+def test_a_trace_among_the_inputs_is_refused(pair: Pair, tmp_path: Path) -> None:
+    result = run(pair.base, pair.ft, tmp_path / "out", "--trace", pair.base / "trace.json")
+    assert result.status == 3
+    assert result.error
+    assert not (tmp_path / "out").exists()
+    assert not (pair.base / "trace.json").exists()
+
+
+def test_a_trace_that_cannot_be_written_is_a_warning(pair: Pair, tmp_path: Path) -> None:
+    """Hours of work do not fail for it."""
+    result = run(pair.base, pair.ft, tmp_path / "out", "--trace", tmp_path / "none" / "trace.json")
+    assert result.status == 0
+    assert "warning: no trace: " in result.err
+    assert run("verify", tmp_path / "out").status == 0

@@ -155,7 +155,7 @@ def execute(
     finally:
         watcher.end()
         if trace is not None:
-            osfile.write_atomic(trace, chrome_trace(timeline, lane_names(plan.lanes)))
+            _write_trace(run, trace)
         run.files.close()
         run.threads.release()
         workspace.close()
@@ -207,6 +207,14 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
 def _write_copy(report: Report, path: Path | None) -> None:
     if path is not None:
         osfile.write_atomic(path, _as_text(report))
+
+
+def _write_trace(run: _Run, path: Path) -> None:
+    """The result does not hang on it, so that it cannot be written is no failure."""
+    try:
+        osfile.write_atomic(path, chrome_trace(run.timeline, lane_names(run.plan.lanes)))
+    except OutputError as error:
+        run.watcher.warn(f"no trace: {error}")
 
 
 def _as_text(report: Report) -> bytes:
@@ -366,7 +374,7 @@ def fingerprint(plan: Plan) -> Fingerprint:
         base=_identities(plan.base),
         ft=_identities(plan.ft),
         settings=plan.settings,
-        device=plan.device.partition(":")[0],
+        device=",".join(sorted({device.partition(":")[0] for device in plan.devices})),
     )
 
 
