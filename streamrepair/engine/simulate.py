@@ -90,8 +90,8 @@ class Simulation:
     _parked: deque[Process] = field(default_factory=deque)
     _reader: Process | None = None
     _ahead: deque[Task] = field(default_factory=deque)
-    _cached: dict[str, float] = field(default_factory=dict)
-    """Bytes of each task's inputs in the page cache."""
+    _asked: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    """Of each task's inputs: (bytes from the start, when they are there), as asked for."""
     _spans: list[SimulatedSpan] = field(default_factory=list)
 
     def run(self) -> Simulated:
@@ -154,9 +154,9 @@ class Simulation:
             self._note(lane, "compute", task.name, now_s, now_s + stages.factor_s)
             now_s = yield now_s + stages.factor_s
             if not self._keeps(task):
-                self._cached.pop(task.name, None)
+                self._asked.pop(task.name, None)
         now_s = yield from self._stream(lane, task, now_s, stages.merge_s, writes=True)
-        self._cached.pop(task.name, None)
+        self._asked.pop(task.name, None)
         return now_s
 
     def _keeps(self, task: Task) -> bool:
@@ -183,17 +183,25 @@ class Simulation:
         return now_s
 
     def _read(self, task: Task, piece_bytes: float, piece: int, now_s: float) -> float:
-        """When a piece is there: at once if it is in the page cache."""
-        if self._cached.get(task.name, 0.0) >= piece * piece_bytes - 1.0:
-            return now_s
-        done_s = self._disk.serve(now_s, piece_bytes)
-        self._cached[task.name] = max(self._cached.get(task.name, 0.0), piece * piece_bytes)
+        """When a piece is there: by then what was asked for before is too, by whomever."""
+        wanted = piece * piece_bytes
+        asked = self._asked.setdefault(task.name, [])
+        for upto, at_s in asked:
+            if upto >= wanted - 1.0:
+                return max(now_s, at_s)
+        return self._ask(task, wanted, now_s)
+
+    def _ask(self, task: Task, upto: float, now_s: float) -> float:
+        """Ask the disk for all up to a place that nobody has asked for yet; when it is there."""
+        asked = self._asked[task.name]
+        done_s = self._disk.serve(now_s, upto - (asked[-1][0] if asked else 0.0))
+        asked.append((upto, done_s))
         return done_s
 
     def _read_ahead(self, task: Task, now_s: float) -> None:
-        if not self._keeps(task) or task.name in self._cached:
+        if not self._keeps(task) or task.name in self._asked:
             return
-        self._cached[task.name] = 0.0
+        self._asked[task.name] = []
         self._ahead.append(task)
         if self._reader is None:
             self._reader = self._reading()
@@ -204,10 +212,11 @@ class Simulation:
         now_s = yield 0.0
         while self._ahead:
             task = self._ahead.popleft()
-            while (left := task.read_once_bytes - self._cached.get(task.name, 0.0)) > 0:
-                piece = min(left, float(_PIECE_BYTES))
-                now_s = yield self._disk.serve(now_s, piece)
-                self._cached[task.name] = self._cached.get(task.name, 0.0) + piece
+            while (asked := self._asked.get(task.name)) is not None:
+                at = asked[-1][0] if asked else 0.0
+                if at >= task.read_once_bytes:
+                    break
+                now_s = yield self._ask(task, min(float(task.read_once_bytes), at + _PIECE_BYTES), now_s)
         self._reader = None
 
     def _note(self, lane: str, kind: str, name: str, start_s: float, end_s: float) -> None:
