@@ -442,11 +442,3 @@ def test_a_trace_among_the_inputs_is_refused(pair: Pair, tmp_path: Path) -> None
     assert result.error
     assert not (tmp_path / "out").exists()
     assert not (pair.base / "trace.json").exists()
-
-
-def test_a_trace_that_cannot_be_written_is_a_warning(pair: Pair, tmp_path: Path) -> None:
-    """Hours of work do not fail for it."""
-    result = run(pair.base, pair.ft, tmp_path / "out", "--trace", tmp_path / "none" / "trace.json")
-    assert result.status == 0
-    assert "warning: no trace: " in result.err
-    assert run("verify", tmp_path / "out").status == 0

@@ -236,6 +236,31 @@ def test_the_trace_is_of_chromes_format(pair: Pair, tmp_path: Path) -> None:
     assert done == report.tensors.keys()
 
 
+class _TakesTheFolderAway(Silent):
+    """A watcher under whom a folder vanishes once the work has begun."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.warnings: list[str] = []
+
+    def begin(self, plan: Plan, done_bytes: int) -> None:  # noqa: ARG002 – the protocol's
+        self._folder.rmdir()
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_a_trace_that_cannot_be_written_in_the_end_is_a_warning(pair: Pair, tmp_path: Path) -> None:
+    """Hours of work do not fail for it."""
+    folder = tmp_path / "traces"
+    folder.mkdir()
+    watcher = _TakesTheFolderAway(folder)
+    plan = planned(pair, ("cpu",))
+    report = execute(plan, tmp_path / "out", stop=StopRequest(), watcher=watcher, trace=folder / "trace.json")
+    assert report.tensors.keys() == SHAPES.keys()
+    assert any(message.startswith("no trace: ") for message in watcher.warnings)
+
+
 def test_the_account_of_every_lane_adds_up(pair: Pair, tmp_path: Path) -> None:
     report = run(planned(pair, ("cuda:0", "cuda:1")), tmp_path / "out")
     for use in report.utilisation:
