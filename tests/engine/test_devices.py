@@ -243,7 +243,7 @@ class _TakesTheFolderAway(Silent):
         self._folder = folder
         self.warnings: list[str] = []
 
-    def begin(self, plan: Plan, done_bytes: int) -> None:  # noqa: ARG002 – the protocol
+    def begin(self, plan: Plan, done_bytes: int) -> None:  # noqa: ARG002 – the protocol's
         self._folder.rmdir()
 
     def warn(self, message: str) -> None:
