@@ -18,6 +18,8 @@ from streamrepair.spectral.threshold import HardThreshold, Threshold
 TAU_RESOLUTION = 1e-4
 """Widest interval for τ, in units of τ, that counts as resolved; the bound behind it is met with a wide margin."""
 
+PROMISED_GAP = 1e-5
+"""Values further than this from τ, in units of τ, fall on the side where a float64 SVD has them."""
 _NEIGHBOURS = 128
 """Values on either side of τ whose vectors are looked at for mixing; the effect falls with the square of the gap."""
 
@@ -75,7 +77,7 @@ def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: in
         The threshold, and how many eigenvalues lie closer to τ² than the bound on both.
 
     Raises:
-        UnresolvedError: τ is not resolved.
+        UnresolvedError: τ is not resolved, or values lie within a bound that is wider than is promised.
     """
     # Every estimator of σ rises with each value, so that shifting all of them encloses τ.
     low, threshold, high = (rule.estimate(_roots(values + shift), m, n) for shift in (-bound, 0.0, bound))
@@ -83,7 +85,10 @@ def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: in
         raise UnresolvedError(f"bound {bound:.1e} against a median eigenvalue of {threshold.s_median**2:.1e}")
     cut = threshold.tau**2
     margin = bound + max(high.tau**2 - cut, cut - low.tau**2)
-    return threshold, int(np.count_nonzero(np.abs(values - cut) <= margin))
+    close = int(np.count_nonzero(np.abs(values - cut) <= margin))
+    if close and margin > 2.0 * PROMISED_GAP * cut:
+        raise UnresolvedError(f"{close} values within {margin / cut:.1e} of the squared threshold")
+    return threshold, close
 
 
 def mixing(values: NDArray[np.float64], rank: int, bound: float, exact: slice = slice(0, 0)) -> float:

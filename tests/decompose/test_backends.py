@@ -167,6 +167,20 @@ def test_float32_with_exact_windows_decides_next_to_the_threshold(gap: float, sh
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("gap", [3e-5, -3e-5])
+def test_a_blunt_float64_gram_matrix_does_not_decide_within_its_bound(arithmetic: str, gap: float) -> None:
+    """With s₁ at 10⁵ medians its bound is wider than what is promised: the SVD has to tell."""
+    s = np.concatenate([np.linspace(0.5, 1.5, 298), [0.0, 1.5e5]])
+    s[-2] = RULE.estimate(np.sort(s), 300, 300).tau * (1.0 + gap)
+    source = from_delta(with_spectrum(np.sort(s), 300))
+    truncation = ladder.decompose(source, RULE, arithmetic=ARITHMETICS[arithmetic], backend="auto", sharp=True)
+    assert truncation.undecidable == 0
+    if arithmetic == "host":  # eigh may be sharper
+        assert truncation.backend == "full"
+    _check(source, truncation)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("route", ["gram-float64", "full", "auto"])
 def test_values_on_the_threshold_itself_are_recorded_as_undecidable(arithmetic: str, route: str) -> None:
     m, n = 300, 100
