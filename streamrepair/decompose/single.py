@@ -129,8 +129,8 @@ class _Windows:
     """(w,) Ritz values, ascending."""
     vectors: Doubles
     """(w, n) as rows."""
-    residual: float
-    """Largest ‖ΔᵀΔ·y − θ·y‖."""
+    residuals: Doubles
+    """(w, w) inner products of the residuals ΔᵀΔ·y − θ·y."""
     slack: float
     """How far the products that it was computed from may be from those with ΔᵀΔ."""
     outside: Doubles
@@ -156,16 +156,32 @@ class _Windows:
         Raises:
             UnresolvedError: it is not.
         """
-        nearest, margin = float(np.abs(self.outside - value).min(initial=np.inf)), self.blunt + _SKEW * value
+        if self.outside.size == 0:
+            return
+        # K of the module's text is taken as `value`: the coupling of window and rest then moves the rest by ‖R‖²/K.
+        margin = self.blunt + _SKEW * value + 2.0 * float(np.trace(self.residuals)) / value
+        nearest = self._distance(value)
         if not nearest > margin:
             raise UnresolvedError(
                 f"values outside the window come within {nearest / value:.1e}, {margin / value:.1e} is known"
             )
 
     def error(self, value: float) -> float:
-        """How far a Ritz value near `value` may be from an eigenvalue: residual² over the distance to the others."""
-        gap = float(np.abs(self.outside - value).min(initial=np.inf)) - self.blunt
-        return self.slack + (min(self.residual, self.residual**2 / gap) if gap > 0.0 else self.residual)
+        """How far a Ritz value near `value` may be from an eigenvalue: ‖R‖₂² over the distance to the values outside.
+
+        R are the residuals of the Ritz vectors that are nearer than those; what comes by way of the other windows is
+        smaller by another such quotient.
+        """
+        nearest = self._distance(value)
+        here = np.abs(self.values - value) <= nearest
+        square = float(np.linalg.eigvalsh(self.residuals[np.ix_(here, here)])[-1]) if here.any() else np.inf
+        gap = nearest - self.blunt
+        off = min(square**0.5, square / gap) if gap > 0.0 else square**0.5
+        return self.slack + float(off)
+
+    def _distance(self, value: float) -> float:
+        """From the nearest value of T outside."""
+        return float(np.abs(self.outside - value).min(initial=np.inf))
 
     def mixing(self, cut: float) -> float:
         """‖Δ*′ − Δ*‖/‖Δ*‖ to expect of what Ritz vectors on either side of τ² have of each other.
@@ -325,9 +341,8 @@ def _ritz(products: Products, slack: float, basis: _Basis) -> _Windows:
         raise NumericalError("products with the delta are not finite")
     values, mix = np.linalg.eigh(inner)
     vectors = mix.T @ frame
-    residuals = np.linalg.norm(mix.T @ images - values[:, None] * vectors, axis=1)
-    worst = float(residuals.max())
-    return _Windows(values, vectors, worst, slack, basis.outside, basis.error + worst)
+    residuals = mix.T @ images - values[:, None] * vectors
+    return _Windows(values, vectors, residuals @ residuals.T, slack, basis.outside, basis.error)
 
 
 def _assembled(windows: _Windows, basis: _Basis, values: Doubles, rank: int) -> Singles:
