@@ -41,9 +41,9 @@ Singles = NDArray[np.float32]
 Products = Callable[[Doubles], tuple[Doubles, Doubles]]
 """(k, n) rows → their images under ΔᵀΔ, and (k, k) inner products of rows and images."""
 
-_BESIDE = 12
+_BESIDE = 8
 """Vectors on either side of the median and of τ², at least."""
-_LARGEST = 16
+_LARGEST = 8
 """Vectors of the largest values, along which float32 errors of the others are largest."""
 _WIDEST = 192
 """Vectors of one window at most; a wider one costs more than float64."""
@@ -158,6 +158,8 @@ class _Windows:
         """
         if self.outside.size == 0:
             return
+        if not value > 0.0:
+            raise UnresolvedError("the squared threshold vanishes")
         # K of the module's text is taken as `value`: the coupling of window and rest then moves the rest by ‖R‖²/K.
         margin = self.blunt + _SKEW * value + 2.0 * float(np.trace(self.residuals)) / value
         nearest = self._distance(value)
