@@ -73,10 +73,11 @@ class ShardFile:
 
     Args:
         layout: what it will hold. out: the folder of its final name. work: the folder it grows in.
+        direct: whether copies may go past the page cache.
     """
 
-    def __init__(self, layout: ShardLayout, *, out: Path, work: Path) -> None:
-        self.layout = layout
+    def __init__(self, layout: ShardLayout, *, out: Path, work: Path, direct: bool = True) -> None:
+        self.layout, self._direct = layout, direct
         self.final = out / layout.name
         self.partial = work / (layout.name + PARTIAL_SUFFIX)
         self.sealed = False
@@ -102,7 +103,7 @@ class ShardFile:
             osfile.refuse_linked(self._fd, self.partial)
             osfile.allocate(self._fd, self.layout.file_bytes, self.partial)
             osfile.pwrite_all(self._fd, memoryview(self.layout.prefix), 0, self.partial)
-            self._direct_fd = osfile.open_direct(self.partial)
+            self._direct_fd = osfile.open_direct(self.partial) if self._direct else -1
         return sound
 
     def _begins_right(self) -> bool:

@@ -10,6 +10,7 @@ Source: Golub & Van Loan, Matrix Computations, section 8.6; the checks are `cert
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -54,8 +55,17 @@ def truncate(
     left: tuple[str, ...] = ()
     if krylov and gram.matrix is not None:
         try:
-            return randomized.truncate(source, rule, gram=gram, probes=probes, precision=precision, estimate=estimate)
-        except (NumericalError, np.linalg.LinAlgError) as error:
+            products = partial(arithmetic.products, source) if isinstance(arithmetic, HostArithmetic) else None
+            return randomized.truncate(
+                source,
+                rule,
+                gram=gram,
+                probes=probes,
+                precision=precision,
+                estimate=estimate,
+                products=products,
+            )
+        except (ArithmeticError, np.linalg.LinAlgError) as error:
             left = (f"randomized-{precision}: {error}",)
     if precision == "float32" and isinstance(arithmetic, HostArithmetic):
         found = single.truncate(source, rule, arithmetic=arithmetic, gram=gram, probes=probes)
@@ -101,7 +111,7 @@ def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precis
         raise UnresolvedError(f"{close} values within {bound:.1e} of the squared threshold")
     if precision == "float32" and (turned := mixing(values, threshold.rank_kept, bound)) > _MOST_MIXING:
         raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
-    close = _checked_count(spectrum.count_above(threshold.tau**2, bound), threshold.rank_kept, close)
+    close = _checked_count(spectrum.count_above(threshold.tau * threshold.tau, bound), threshold.rank_kept, close)
     if precision == "float32" and close:
         raise UnresolvedError(f"a count leaves {close} values near the squared threshold open")
     vectors = spectrum.top(threshold.rank_kept)

@@ -26,6 +26,8 @@ from streamrepair.spectral.threshold import HardThreshold
 
 Rung = tuple[str, Callable[[], Truncation]]
 
+_LEAST_FLOAT32 = 32
+"""Below this many columns float32 saves nothing, and its errors are too few to be measured by probes."""
 _GRAM_ON_CPU = "gram-float64-cpu"
 
 
@@ -65,7 +67,7 @@ def decompose(
             if not name.startswith("gram"):
                 raise
             failures.append(f"{name}: {error}")  # squares can overflow where the input is sound
-        except (NumericalError, RuntimeError, np.linalg.LinAlgError) as error:
+        except (ArithmeticError, RuntimeError, np.linalg.LinAlgError) as error:
             too_blunt = isinstance(error, UnresolvedError)
             failures.append(f"{name}: {str(error).partition(chr(10))[0]}")
     raise NumericalError("; ".join(failures))
@@ -86,7 +88,7 @@ def _rungs(
     krylov = tries_krylov(backend, estimate, source.cols)
     if backend != "full":
         for precision in arithmetic.precisions:
-            if precision == "float64" or (not sharp and rule.sigma == "median"):
+            if precision == "float64" or (not sharp and rule.sigma == "median" and source.cols >= _LEAST_FLOAT32):
                 attempt = partial(
                     gram.truncate,
                     source,

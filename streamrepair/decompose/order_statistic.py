@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrepair.decompose.krylov import BlockLanczos
+from streamrepair.decompose.krylov import BlockLanczos, Ritz
 from streamrepair.decompose.symmetric import SymmetricPair
 from streamrepair.decompose.truncation import UnresolvedError
 
@@ -26,6 +26,10 @@ _BLOCK = 16
 _MOST_STEPS = 20
 _MOST_SHIFTS = 10
 _SEED = 0x5EED
+_SOUND = 1e-4
+"""Residual of a neighbour's inverse, relative, up to which it serves to span the surroundings."""
+_BEYOND = 6
+"""Neighbours that are kept beyond the wanted one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,10 @@ class Located:
     value: float
     bound: float
     """It is off by no more than this."""
+    around: Doubles | None = None
+    """(w, n) vectors of consecutive eigenvalues, ascending, as rows."""
+    index: int = 0
+    """Which of them is the value's."""
 
 
 def locate(
@@ -99,27 +107,46 @@ def _nearby(matrix: SymmetricPair, c: float, steps: int, tolerance: float, probe
         at = count - 1 if steps > 0 else len(ritz.values) - count
         nu, residual = float(ritz.values[at]), float(ritz.residuals[at])
         # ν = 1/(λ − c), so that an error of ν is one of λ divided by ν².
-        if np.sign(nu) == np.sign(steps) and residual <= 0.1 * tolerance * nu**2:
-            vector = lanczos.vectors(ritz.coefficients[:, at : at + 1])
-            return _checked(matrix, (c, nu, vector), tolerance, probes)
+        if np.sign(nu) == np.sign(steps) and residual <= 0.1 * tolerance * nu * nu:
+            vectors, index = _surroundings(lanczos, ritz, steps)
+            return _checked(matrix, (c, nu, vectors, index), tolerance, probes)
     if np.sign(nu) != np.sign(steps):
         raise UnresolvedError(f"the {count} eigenvalues next to the estimated median did not converge")
     return c + 1.0 / nu
 
 
-def _checked(matrix: SymmetricPair, found: tuple[float, float, Doubles], tolerance: float, probes: Doubles) -> Located:
+def _surroundings(lanczos: BlockLanczos, ritz: Ritz, steps: int) -> tuple[Doubles, int]:
+    """Vectors of consecutive eigenvalues around the wanted one, ascending, as rows; and its index among them."""
+    count = abs(steps)
+    sound = ritz.residuals <= _SOUND * np.abs(ritz.values)
+    # Nearest to the shift first, on either side of it: as many as are known without a gap.
+    sides = []
+    for order in (np.flatnonzero(ritz.values > 0.0), np.flatnonzero(ritz.values < 0.0)[::-1]):
+        known = len(order) if sound[order].all() else int(np.argmin(sound[order]))
+        sides.append(order[: min(known, count + _BEYOND)])
+    above, below = sides
+    if len(above if steps > 0 else below) < count:
+        above, below = (np.array([count - 1]), below[:0]) if steps > 0 else (above[:0], np.array([len(sound) - count]))
+        count = 1
+    places = np.concatenate([below[::-1], above])
+    index = len(below) + count - 1 if steps > 0 else len(below) - count
+    return lanczos.vectors(ritz.coefficients[:, places]), index
+
+
+def _checked(
+    matrix: SymmetricPair, found: tuple[float, float, Doubles, int], tolerance: float, probes: Doubles
+) -> Located:
     """The eigenvalue from its inverse's Ritz pair, which is tried out once more.
 
-    Some eigenvalue of the inverse lies within the residual of ν, and the factors' matrix differs from G by their error.
+    Some eigenvalue of the inverse lies within the residual of ν, and the factors' matrix differs from G by their error;
+    count and solutions come from the same factors, so that the place is right to that error too.
     """
-    c, nu, vector = found
-    vector = vector / np.linalg.norm(vector)
+    c, nu, vectors, index = found
+    vector = vectors[index : index + 1] / np.linalg.norm(vectors[index])
     residual = float(np.linalg.norm(matrix.solve(vector) - nu * vector))
     error = matrix.shift_error(c, probes)
-    if not residual < 0.5 * abs(nu) or not (bound := 2.0 * residual / nu**2 + error) <= tolerance:
+    if not residual < 0.5 * abs(nu) or not (bound := 2.0 * residual / (nu * nu) + error) <= tolerance:
         raise UnresolvedError(
-            f"the median eigenvalue's residual is {residual / nu**2:.1e}, its factors' error {error:.1e}"
+            f"the median eigenvalue's residual is {residual / (nu * nu):.1e}, its factors' error {error:.1e}"
         )
-    if not error <= 0.5 * abs(1.0 / nu):
-        raise UnresolvedError(f"the count at the median is certain to {error:.1e} only")
-    return Located(c + 1.0 / nu, bound)
+    return Located(c + 1.0 / nu, bound, vectors, index)

@@ -16,7 +16,10 @@ Source: Halko, Martinsson & Tropp 2011; Musco & Musco 2015; Parlett, sections 3.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import scipy.linalg
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
@@ -31,6 +34,8 @@ from streamrepair.spectral.noise import sigma_from_median
 from streamrepair.spectral.threshold import HardThreshold, aspect_ratio, tau
 
 Doubles = NDArray[np.float64]
+Products = Callable[[Doubles], tuple[Doubles, Doubles]]
+"""(k, n) rows → their images under ΔᵀΔ, and (k, k) inner products of rows and images."""
 
 CAPACITY_SHARE = 6
 """The basis holds at most n / this many vectors; what needs more is cheaper by the reduction."""
@@ -43,6 +48,10 @@ _ROTATION = 3e-6
 """‖Δ*′ − Δ*‖/‖Δ*‖ up to which the basis is extended."""
 _MOST_ROTATION = 3e-5
 """The same at the end, the rounding of G included; 1e-4 is the promise."""
+_BLUNTEST = 1e-2
+"""Error of G, in units of the median eigenvalue, past which nothing is tried."""
+_SHARP = 1e-5
+"""Error of the median eigenvalue, relative, that is promised: half of it is what τ may be off by."""
 _RESIDUAL = 1e-5
 """‖(VG − ΛV)X‖/(λ_max·‖X‖); what it allows in Δ* is bounded by the rotation."""
 _DEVIATIONS = 4.0
@@ -60,11 +69,14 @@ def truncate(
     probes: Doubles,
     precision: Precision,
     estimate: Estimate = "exact",
+    products: Products | None = None,
 ) -> Truncation:
     """Decide and factor one delta, given its Gram matrix.
 
     Args:
-        gram: in host memory. probes: (p, n) that entered no computation.
+        gram: in host memory.
+        products: images under ΔᵀΔ itself, in float64, should G be too blunt for the median.
+        probes: (p, n) that entered no computation.
         precision: of the products that G was summed from.
 
     Raises:
@@ -75,27 +87,33 @@ def truncate(
     if rule.sigma != "median":
         raise UnresolvedError("this estimator needs all values")
     matrix = SymmetricPair(gram.matrix)
-    bound = certify.spectral_bound(gram.images - gram.exact_images)
     try:
-        return _decided(_Search(matrix, rule, (source.rows, source.cols), bound), gram, probes, precision, estimate)
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it passes no check
+            bound = certify.spectral_bound(gram.images - gram.exact_images)
+            search = _Search(matrix, rule, (source.rows, source.cols), bound)
+            return _decided(search, gram, probes, (precision, estimate, products))
     finally:
         matrix.restore()
 
 
-def _decided(search: _Search, gram: Gram, probes: Doubles, precision: Precision, estimate: Estimate) -> Truncation:
+def _decided(
+    search: _Search, gram: Gram, probes: Doubles, how: tuple[Precision, Estimate, Products | None]
+) -> Truncation:
+    precision, estimate, products = how
     # The first estimate is a rough one: what is settled at first lies clear of the noise.
     search.settle(1.2 * search.look())
     density = search.density()
-    search.settle(search.cut(density.at(search.place)))
-    if estimate == "fast":
-        median, low, high = search.estimated(density)
-    else:
-        median = search.exact_median(density, probes)
-        off = median.bound + search.bound
-        low, high = search.cut(median.value - off), search.cut(median.value + off)
+    guess = density.at(search.place)
+    if not search.bound <= _BLUNTEST * guess:
+        raise UnresolvedError(f"bound {search.bound:.1e} against a median eigenvalue of about {guess:.1e}")
+    search.settle(search.cut(guess))
+    fast = estimate == "fast" and density.continuous(search.place)
+    median = search.estimated(density) if fast else search.exact_median(density, probes, products)
+    off = median.bound + (search.bound if fast else 0.0)
+    low, high = search.cut(median.value - off), search.cut(median.value + off)
     search.settle(low)
-    values, vectors, following, within = search.proven(low, high, probes)
-    if within and estimate == "exact":
+    values, vectors, following, within = search.proven(low - search.bound, high + search.bound, probes)
+    if within and not fast:
         raise UnresolvedError(f"{within} values within {high - low:.1e} of the squared threshold")
     threshold = search.rule.from_median(median.value**0.5, _roots(np.append(following, values)), *search.shape)
     kept = slice(len(values) - threshold.rank_kept, None)
@@ -109,7 +127,7 @@ def _decided(search: _Search, gram: Gram, probes: Doubles, precision: Precision,
         frob_delta_in=gram.trace**0.5,
         backend=f"randomized-{precision}",
         certificate=certify.Certificate(median.bound + search.bound, defect, residual),
-        interval=(low**0.5, high**0.5) if estimate == "fast" else None,
+        interval=((max(0.0, low - search.bound)) ** 0.5, (high + search.bound) ** 0.5) if fast else None,
         within=within,
     )
 
@@ -128,7 +146,8 @@ class _Search:
     def cut(self, median: float) -> float:
         """τ² for a median eigenvalue."""
         beta = aspect_ratio(*self.shape)
-        return tau(sigma_from_median(max(median, 0.0) ** 0.5, beta), beta, scale=self.rule.scale) ** 2
+        root = tau(sigma_from_median(max(median, 0.0) ** 0.5, beta), beta, scale=self.rule.scale)
+        return root * root  # infinite rather than an OverflowError
 
     def look(self) -> float:
         """A first estimate of τ², from the first few steps."""
@@ -183,31 +202,67 @@ class _Search:
             return np.inf if count else 0.0
         return float(np.sqrt(np.sum(np.square(residuals / gaps) * (values + rest)) / values.sum()))
 
-    def estimated(self, density: Density) -> tuple[Located, float, float]:
-        """λ_med as the start block saw it, and τ² at the ends of its confidence interval."""
+    def estimated(self, density: Density) -> Located:
+        """λ_med as the start block saw it, with half of its confidence interval as bound."""
         median = density.at(self.place)
         spread = _DEVIATIONS * density.spread(median) + 0.002 * self.matrix.size  # the quadrature's own error
         low, high = density.at(self.place - spread), density.at(self.place + spread)
-        return Located(median, max(high - median, median - low)), self.cut(low), self.cut(high)
+        return Located(median, max(high - median, median - low))
 
-    def exact_median(self, density: Density, probes: Doubles) -> Located:
-        """λ_med by counting."""
+    def exact_median(self, density: Density, probes: Doubles, products: Products | None) -> Located:
+        """λ_med by counting; where G's own error is more than is promised of it, by ΔᵀΔ around that place.
+
+        Raises:
+            UnresolvedError: it is not known sharply enough.
+        """
         guess = density.at(self.place)
-        slope = density.slope(guess)
-        tolerance = max(1e-7 * guess, self.bound)
-        return locate(self.matrix, self.place, guess, slope, tolerance=tolerance, probes=probes)
+        found = locate(self.matrix, self.place, guess, density.slope(guess), tolerance=1e-6 * guess, probes=probes)
+        if self.bound > _SHARP * found.value:
+            if products is None:
+                raise UnresolvedError(f"the median eigenvalue is known to {self.bound / found.value:.1e} only")
+            return self._against_delta(found, products)
+        return Located(found.value, found.bound + self.bound)
+
+    def _against_delta(self, found: Located, products: Products) -> Located:
+        """Rayleigh–Ritz with ΔᵀΔ in the span of consecutive eigenvectors of G around the median.
+
+        By Weyl no eigenvalue moves by more than G's error between the two, so that none enters or leaves the middle of
+        the span, and the place within it is the same. Values are right to ‖R‖₂² of the vectors near the value over
+        the distance to the ends.
+        """
+        assert found.around is not None
+        frame = np.ascontiguousarray(
+            scipy.linalg.qr(found.around.T, mode="economic", check_finite=False)[0].T, np.float64
+        )
+        images, inner = products(frame)
+        if not np.isfinite(inner).all():
+            raise UnresolvedError("products with the delta are not finite")
+        values, mix = np.linalg.eigh(inner)
+        value = float(values[found.index])
+        gap = min(value - float(values[0]), float(values[-1]) - value) - self.bound
+        residuals = mix.T @ images - values[:, None] * (mix.T @ frame)
+        here = np.abs(values - value) <= 0.5 * gap
+        square = float(np.linalg.eigvalsh(residuals[here] @ residuals[here].T)[-1]) if gap > 0.0 else np.inf
+        off = square / gap if gap > 0.0 else np.inf
+        if not off <= _SHARP * value:
+            raise UnresolvedError(f"the median eigenvalue is known to {off / value:.1e} only")
+        return Located(value, off + found.bound)
 
     def _sharpen(self, cut: float) -> None:
         """A few more steps for the largest value below, which the report tells of."""
         for _ in range(_SHARPENING):
             count = int(np.count_nonzero(self.ritz.values > cut))
-            if self.ritz.residuals[count] <= 0.01 * self.ritz.values[count] or self.lanczos.full:
+            if (
+                count >= len(self.ritz.values)
+                or self.ritz.residuals[count] <= 0.01 * self.ritz.values[count]
+                or self.lanczos.full
+            ):
                 return
             self.lanczos.extend()
             self.ritz = self.lanczos.ritz()
 
     def proven(self, low: float, high: float, probes: Doubles) -> tuple[Doubles, Doubles, float, int]:
-        """All eigenvalues above `low`, ascending, and their vectors as rows, with the proof that there are no others.
+        """All eigenvalues of G above `low`, ascending, their vectors as rows, and the proof that there are no more.
 
         Returns:
             Values, vectors, the largest Ritz value below, and how many values lie between `low` and `high`.
@@ -215,20 +270,22 @@ class _Search:
         Raises:
             UnresolvedError: there may be others.
         """
-        low -= self.bound
         self._sharpen(low)
         ritz, count = self.ritz, int(np.count_nonzero(self.ritz.values > low))
+        if not (low > 0.0 and count < len(ritz.values)):
+            raise UnresolvedError(f"the squared threshold is known to {self.bound:.1e} only")
         following = float(ritz.values[count])
-        turned = self.rotation(count, max(following, 0.5 * low), error=0.5 * self.bound)
+        ceiling = low - 1e-3 * (low - following)
+        rest = min(ceiling, max(following + float(ritz.residuals[count]), 0.5 * low))
+        turned = self.rotation(count, rest, error=0.5 * self.bound)
         if turned > _MOST_ROTATION:
             raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
         vectors = self.lanczos.vectors(ritz.coefficients[:, :count][:, ::-1])
         values = ritz.values[:count][::-1]
-        ceiling = low - 1e-3 * (low - following)
         error = self.matrix.none_above(ceiling, values, vectors, probes)
         if error is None or ceiling + error > low:
             raise UnresolvedError(f"not all values above {low:.3g} were found")
-        return values, vectors, following, int(np.count_nonzero(values < high + self.bound))
+        return values, vectors, following, int(np.count_nonzero(values < high))
 
 
 def _roots(values: Doubles) -> Doubles:

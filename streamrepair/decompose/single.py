@@ -220,7 +220,8 @@ def truncate(
     basis = _Basis.chosen(form, first, error)
     del form
     matrix = _Matrix(source, rule, gram, probes)
-    slack = certify.spectral_bound(gram.images - gram.exact_images)
+    least = float(np.finfo(np.float32).eps) * gram.trace / source.cols  # likewise
+    slack = max(certify.spectral_bound(gram.images - gram.exact_images), least)
     if slack <= _MOST_SLACK * first.s_median**2:
         try:
             return _decided(basis, (_by_gram(gram.matrix), slack), matrix)
@@ -238,7 +239,7 @@ def _decided(basis: _Basis, by: tuple[Products, float], matrix: _Matrix) -> Trun
         raise UnresolvedError(f"the median eigenvalue is known to {off / median:.1e} only")
     values = np.sort(np.concatenate([windows.values, windows.outside]))
     threshold = rule.estimate(_roots(values), source.rows, n)
-    cut = threshold.tau**2
+    cut = threshold.tau * threshold.tau
     windows.clear(cut)
     margin = windows.error(cut) + cut / median * off
     if close := int(np.count_nonzero(np.abs(windows.values - cut) <= margin)):
@@ -295,8 +296,9 @@ class _Basis:
         """
         t, n = form.values, len(form.values)
         form.check_count(first.s_median**2)
-        form.check_count(first.tau**2)
-        middle, edge = _window(t, first.s_median**2, error), _window(t, first.tau**2, error)
+        cut = first.tau * first.tau  # infinite rather than an OverflowError
+        form.check_count(cut)
+        middle, edge = _window(t, first.s_median**2, error), _window(t, cut, error)
         places = np.unique(np.concatenate([middle, edge, np.arange(max(0, n - _LARGEST), n)]))
         wanted = np.union1d(places, np.arange(edge[0], n))
         exact = slice(int(edge[0]), int(edge[-1]) + 1)
@@ -310,7 +312,9 @@ def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> float
         raise NumericalError(f"eigenvalues up to {largest} of a matrix of trace {gram.trace}")
     difference = form.product(probes) - gram.exact_images
     certify.check_factor(difference, largest, tolerance=_FACTOR)
-    return certify.spectral_bound(difference) + certify.solver_bound(largest, len(values))
+    # Few entries can share their rounding with the images that they are held against: there is a least error.
+    least = float(np.finfo(np.float32).eps * largest / np.sqrt(len(values)))
+    return max(certify.spectral_bound(difference), least) + certify.solver_bound(largest, len(values))
 
 
 def _by_gram(matrix: Doubles) -> Products:
@@ -337,6 +341,8 @@ def _window(values: Doubles, at: float, error: float) -> NDArray[np.intp]:
 def _ritz(products: Products, slack: float, basis: _Basis) -> _Windows:
     """Rayleigh–Ritz in float64, in the span of the windows' vectors."""
     rows = basis.rows[basis.windowed].astype(np.float64)
+    if not np.isfinite(rows).all():  # LAPACK's QR need not return
+        raise NumericalError("vectors of the tridiagonal form are not finite")
     frame: Doubles = np.ascontiguousarray(scipy.linalg.qr(rows.T, mode="economic", check_finite=False)[0].T)
     images, inner = products(frame)
     if not np.isfinite(inner).all():

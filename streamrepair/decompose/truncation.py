@@ -20,8 +20,6 @@ TAU_RESOLUTION = 1e-4
 
 PROMISED_GAP = 1e-5
 """Values further than this from τ, in units of τ, fall on the side where a float64 SVD has them."""
-_NEIGHBOURS = 128
-"""Values on either side of τ whose vectors are looked at for mixing; the effect falls with the square of the gap."""
 
 
 class UnresolvedError(NumericalError):
@@ -83,7 +81,7 @@ def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: in
     low, threshold, high = (rule.estimate(_roots(values + shift), m, n) for shift in (-bound, 0.0, bound))
     if not high.tau - low.tau <= TAU_RESOLUTION * threshold.tau:
         raise UnresolvedError(f"bound {bound:.1e} against a median eigenvalue of {threshold.s_median**2:.1e}")
-    cut = threshold.tau**2
+    cut = threshold.tau * threshold.tau  # infinite rather than an OverflowError
     margin = bound + max(high.tau**2 - cut, cut - low.tau**2)
     close = int(np.count_nonzero(np.abs(values - cut) <= margin))
     if close and margin > 2.0 * PROMISED_GAP * cut:
@@ -105,13 +103,15 @@ def mixing(values: NDArray[np.float64], rank: int, bound: float, exact: slice = 
     kept, dropped = values[n - rank :], values[: n - rank]
     if len(kept) == 0 or len(dropped) == 0:
         return 0.0
-    i, j = kept[:_NEIGHBOURS, None], dropped[None, -_NEIGHBOURS:]
-    with np.errstate(divide="ignore"):
-        each = (i + np.abs(j)) / np.square(i - j)
     inside = np.zeros(n, bool)
     inside[exact] = True
-    each[np.ix_(inside[n - rank :][:_NEIGHBOURS], inside[: n - rank][-_NEIGHBOURS:])] = 0.0
-    sensitivity = np.sum(each)
+    sensitivity = 0.0
+    with np.errstate(divide="ignore"):
+        for i, refined in zip(kept, inside[n - rank :], strict=True):
+            each = (i + np.abs(dropped)) / np.square(i - dropped)
+            if refined:
+                each[inside[: n - rank]] = 0.0
+            sensitivity += float(each.sum())
     return float(bound / (2.0 * np.sqrt(n)) * np.sqrt(sensitivity / kept.sum()))
 
 

@@ -11,7 +11,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
@@ -24,19 +24,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """Speeds of one worker with one BLAS thread, or of one GPU."""
 
-    float32_flops_per_s: float
+    float32_flops_per_s: Positive
     """Matrix products, as in a Gram matrix."""
-    float64_flops_per_s: float
-    cache_bytes_per_s: float
+    float64_flops_per_s: Positive
+    cache_bytes_per_s: Positive
     """Of a symmetric matrix that fits the cache, read by matrix-vector products."""
-    memory_bytes_per_s: float
+    memory_bytes_per_s: Positive
     """The same from memory."""
     float32_first: bool
     """Whether 16-bit outputs are tried in float32."""
-    start_s: float
+    start_s: Positive
     """Of each repair, whatever its size."""
 
 
@@ -93,7 +96,7 @@ def load() -> Rates | None:
         measured = msgspec.json.decode(osfile.read_whole(path()), type=Measured)
     except (InputError, RuntimeError, msgspec.MsgspecError):  # RuntimeError: no home folder
         return None
-    return measured.rates if measured.machine == machine() else None
+    return measured.rates if (measured.machine, measured.version) == (machine(), __version__) else None
 
 
 def save(rates: Rates) -> Path:

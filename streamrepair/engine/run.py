@@ -133,7 +133,8 @@ def execute(
     check_sidecars(plan.ft)
     budget.reset_peak()
     gpu.cap_memory(plan.gpus, plan.vram_allowed_bytes)
-    workspace = Workspace(out, plan.layouts)
+    # Past the page cache is slower where there is room in it, and kinder where there is not.
+    workspace = Workspace(out, plan.layouts, direct=lets_go(plan, limits.free_bytes()))
     timeline = Timeline(keep=trace is not None)
     run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [], timeline, arithmetic)
     try:

@@ -38,15 +38,19 @@ class _Index(msgspec.Struct):
 
 
 class Workspace:
-    """OUT, held by this run from `open` to `close`."""
+    """OUT, held by this run from `open` to `close`.
 
-    def __init__(self, out: Path, layouts: tuple[ShardLayout, ...]) -> None:
+    Args:
+        direct: whether copies may go past the page cache.
+    """
+
+    def __init__(self, out: Path, layouts: tuple[ShardLayout, ...], *, direct: bool = True) -> None:
         self.out = out
         self.state = out / STATE
         self.work = self.state / "partial"
         self.journal = Journal(self.state / "journal")
         self.accounts = Accounts(self.state / "sessions")
-        self.shards = tuple(ShardFile(layout, out=out, work=self.work) for layout in layouts)
+        self.shards = tuple(ShardFile(layout, out=out, work=self.work, direct=direct) for layout in layouts)
         self.damaged: tuple[Path, ...] = ()
         """Sealed shards whose length or header `open` found wrong."""
         self.began_on = ""

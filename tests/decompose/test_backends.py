@@ -367,3 +367,11 @@ def test_larger_heavy_tails(arithmetic: str, power: float, shape: tuple[int, int
     truncation = _decomposed(source, ARITHMETICS[arithmetic], "auto")
     assert truncation.backend.startswith("gram")
     _check(source, truncation)
+
+
+def test_matrices_too_small_for_probes_are_not_tried_in_float32() -> None:
+    """Two entries can share their rounding with the images that they are held against."""
+    source = from_delta([[1104.0, 1216.0], [-1.25, -1.25]], "BF16")
+    truncation = ladder.decompose(source, RULE, arithmetic=HostArithmetic(), backend="auto")
+    exact = RULE.estimate(np.linalg.svd(source.delta(), compute_uv=False), 2, 2)
+    assert truncation.threshold.tau == pytest.approx(exact.tau, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,15 @@ def _alone(source: ArraySource, estimate: Estimate = "exact", precision: Any = "
     """No other rung to fall back on."""
     probes = certify.probe_vectors(source.cols)
     formed = HostArithmetic().gram(source, probes, precision)
-    return randomized.truncate(source, RULE, gram=formed, probes=probes, precision=precision, estimate=estimate)
+    return randomized.truncate(
+        source,
+        RULE,
+        gram=formed,
+        probes=probes,
+        precision=precision,
+        estimate=estimate,
+        products=partial(HostArithmetic().products, source),
+    )
 
 
 def _check(source: ArraySource, truncation: Truncation) -> None:
@@ -207,3 +216,58 @@ def test_gram_goes_on_from_the_same_matrix() -> None:
         passes = 0
         gram.truncate(each, RULE, arithmetic=Counting(), precision="float32", krylov=True)
         assert passes == 1
+
+
+@pytest.mark.parametrize("largest", [100.0, 300.0, 1000.0])
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_a_blunt_gram_matrix_moves_no_threshold(largest: float, precision: str) -> None:
+    """Three huge values: the float32 sums are off by up to a tenth of the median eigenvalue."""
+    s = np.r_[np.random.default_rng(0).uniform(0.5, 1.5, 297), [largest] * 3]
+    source = from_delta(with_spectrum(np.sort(s), 400), "BF16")
+    exact = RULE.estimate(np.linalg.svd(source.delta(), compute_uv=False), 400, 300)
+    for found in (_alone_or_none(source, precision), ladder.decompose(source, RULE, arithmetic=HostArithmetic(),
+                                                                       backend="randomized")):  # fmt: skip
+        if found is not None:
+            assert found.threshold.tau == pytest.approx(exact.tau, rel=1e-5)
+            assert found.threshold.rank_kept == exact.rank_kept
+
+
+def _alone_or_none(source: ArraySource, precision: str) -> Truncation | None:
+    try:
+        return _alone(source, "exact", precision)
+    except UnresolvedError:
+        return None
+
+
+def test_fast_where_the_bound_exceeds_the_threshold_is_handed_over() -> None:
+    delta = np.random.default_rng(1).standard_normal((300, 300))
+    delta[:, :7] *= 5000
+    source = from_delta(delta, "BF16")
+    truncation = ladder.decompose(source, RULE, arithmetic=HostArithmetic(), backend="randomized", estimate="fast")
+    _check(source, truncation)
+
+
+def test_fast_does_not_guess_inside_a_gap_of_the_spectrum() -> None:
+    """The median's place at a step: between the quadrature's nodes nothing is known of where the step is."""
+    s = np.r_[np.full(151, 0.4), np.full(149, 1.0)] * (1 + 1e-3 * np.random.default_rng(0).standard_normal(300))
+    s[-5:] = RULE.estimate(np.sort(s), 300, 300).tau * 1.003
+    source = from_delta(with_spectrum(np.sort(s), 300), "F32")
+    truncation = ladder.decompose(
+        source, RULE, arithmetic=HostArithmetic(), backend="randomized", estimate="fast", sharp=True
+    )
+    _check(source, truncation)
+
+
+@pytest.mark.parametrize("backend", ["auto", "gram", "randomized", "full"])
+@pytest.mark.parametrize("sharp", [True, False])
+@pytest.mark.parametrize("factor", [1e-100, 1e100])
+def test_squares_out_of_range_end_in_another_rung(backend: Any, sharp: bool, factor: float) -> None:
+    source = from_delta(factor * low_rank_plus_noise(400, 260, 3), "F64")
+    _check(source, ladder.decompose(source, RULE, arithmetic=HostArithmetic(), backend=backend, sharp=sharp))
+
+
+@pytest.mark.parametrize("backend", ["auto", "randomized"])
+def test_a_scale_beyond_all_values_keeps_nothing(backend: Any) -> None:
+    rule = HardThreshold(scale=1e160)
+    truncation = ladder.decompose(_gapped(), rule, arithmetic=HostArithmetic(), backend=backend)
+    assert truncation.threshold.rank_kept == 0

@@ -49,8 +49,9 @@ def test_a_measurement_is_kept_for_this_machine_only(tmp_path: Path, monkeypatch
     other = msgspec.json.decode(rates.path().read_bytes(), type=rates.Measured)
     rates.path().write_bytes(msgspec.json.encode(msgspec.structs.replace(other, machine="another")))
     assert rates.load() is None
-    rates.path().write_text("{")
-    assert rates.load() is None
+    for text in ("{", rates.path().read_text().replace("0.5", "0.0")):
+        rates.path().write_text(text)
+        assert rates.load() is None
 
 
 @pytest.mark.slow
