@@ -23,12 +23,12 @@ Doubles = NDArray[np.float64]
 REACH = 14
 """Neighbours of a shift that are found rather than shifted to; further away a second factorisation is cheaper."""
 _BLOCK = 16
-_MOST_STEPS = 20
+_MOST_STEPS = 24
 _MOST_SHIFTS = 10
 _SEED = 0x5EED
 _SOUND = 1e-4
 """Residual of a neighbour's inverse, relative, up to which it serves to span the surroundings."""
-_BEYOND = 6
+_BEYOND = 7
 """Neighbours that are kept beyond the wanted one."""
 
 
@@ -46,7 +46,14 @@ class Located:
 
 
 def locate(
-    matrix: SymmetricPair, place: int, guess: float, slope: float, *, tolerance: float, probes: Doubles
+    matrix: SymmetricPair,
+    place: int,
+    guess: float,
+    slope: float,
+    *,
+    tolerance: float,
+    probes: Doubles,
+    around: bool = False,
 ) -> Located:
     """The eigenvalue with `place` eigenvalues below it.
 
@@ -54,6 +61,7 @@ def locate(
         guess: where to begin, positive. slope: eigenvalues per unit there, roughly.
         tolerance: largest bound that will do, absolute.
         probes: (p, n) for the measurement of the factors' error.
+        around: whether some neighbours on either side are wanted too.
 
     Raises:
         UnresolvedError: it was not found within the bound; another method will have to.
@@ -69,7 +77,7 @@ def locate(
             high = min(high, (c, below))
         steps = place - below + (place >= below)  # ±1 is the nearest on that side
         if abs(steps) <= REACH:
-            found = _nearby(matrix, c, steps, tolerance, probes)
+            found = _nearby(matrix, c, steps, tolerance, probes, around=around)
             if isinstance(found, Located):
                 return found
             c = found
@@ -93,7 +101,9 @@ def _next(c: float, places: tuple[float, int], slope: float, low: tuple[float, i
     return float(np.clip(c + (place - below) / slope, 0.25 * c, 4.0 * c))
 
 
-def _nearby(matrix: SymmetricPair, c: float, steps: int, tolerance: float, probes: Doubles) -> Located | float:
+def _nearby(
+    matrix: SymmetricPair, c: float, steps: int, tolerance: float, probes: Doubles, *, around: bool
+) -> Located | float:
     """The eigenvalue so many steps from the shift; if it did not converge, a shift that is nearer."""
     n, count = matrix.size, abs(steps)
     capacity = min(n, (_MOST_STEPS + 1) * _BLOCK)
@@ -109,6 +119,8 @@ def _nearby(matrix: SymmetricPair, c: float, steps: int, tolerance: float, probe
         # ν = 1/(λ − c), so that an error of ν is one of λ divided by ν².
         if np.sign(nu) == np.sign(steps) and residual <= 0.1 * tolerance * nu * nu:
             vectors, index = _surroundings(lanczos, ritz, steps)
+            if around and min(index, len(vectors) - 1 - index) < _BEYOND and not lanczos.full:
+                continue
             return _checked(matrix, (c, nu, vectors, index), tolerance, probes)
     if np.sign(nu) != np.sign(steps):
         raise UnresolvedError(f"the {count} eigenvalues next to the estimated median did not converge")
@@ -123,7 +135,7 @@ def _surroundings(lanczos: BlockLanczos, ritz: Ritz, steps: int) -> tuple[Double
     sides = []
     for order in (np.flatnonzero(ritz.values > 0.0), np.flatnonzero(ritz.values < 0.0)[::-1]):
         known = len(order) if sound[order].all() else int(np.argmin(sound[order]))
-        sides.append(order[: min(known, count + _BEYOND)])
+        sides.append(order[: min(known, count + 2 * _BEYOND)])
     above, below = sides
     if len(above if steps > 0 else below) < count:
         above, below = (np.array([count - 1]), below[:0]) if steps > 0 else (above[:0], np.array([len(sound) - count]))

@@ -50,7 +50,7 @@ _MOST_ROTATION = 3e-5
 """The same at the end, the rounding of G included; 1e-4 is the promise."""
 _BLUNTEST = 1e-2
 """Error of G, in units of the median eigenvalue, past which nothing is tried."""
-_SHARP = 1e-5
+_SHARP = 2e-5
 """Error of the median eigenvalue, relative, that is promised: half of it is what τ may be off by."""
 _RESIDUAL = 1e-5
 """‖(VG − ΛV)X‖/(λ_max·‖X‖); what it allows in Δ* is bounded by the rotation."""
@@ -216,7 +216,15 @@ class _Search:
             UnresolvedError: it is not known sharply enough.
         """
         guess = density.at(self.place)
-        found = locate(self.matrix, self.place, guess, density.slope(guess), tolerance=1e-6 * guess, probes=probes)
+        found = locate(
+            self.matrix,
+            self.place,
+            guess,
+            density.slope(guess),
+            tolerance=1e-6 * guess,
+            probes=probes,
+            around=self.bound > _SHARP * guess,
+        )
         if self.bound > _SHARP * found.value:
             if products is None:
                 raise UnresolvedError(f"the median eigenvalue is known to {self.bound / found.value:.1e} only")
@@ -227,8 +235,8 @@ class _Search:
         """Rayleigh–Ritz with ΔᵀΔ in the span of consecutive eigenvectors of G around the median.
 
         By Weyl no eigenvalue moves by more than G's error between the two, so that none enters or leaves the middle of
-        the span, and the place within it is the same. Values are right to ‖R‖₂² of the vectors near the value over
-        the distance to the ends.
+        the span, and the place within it is the same. A value is right to its residual squared over the distance to
+        the ends of the span.
         """
         assert found.around is not None
         frame = np.ascontiguousarray(
@@ -241,9 +249,12 @@ class _Search:
         value = float(values[found.index])
         gap = min(value - float(values[0]), float(values[-1]) - value) - self.bound
         residuals = mix.T @ images - values[:, None] * (mix.T @ frame)
-        here = np.abs(values - value) <= 0.5 * gap
-        square = float(np.linalg.eigvalsh(residuals[here] @ residuals[here].T)[-1]) if gap > 0.0 else np.inf
-        off = square / gap if gap > 0.0 else np.inf
+        norms = np.linalg.norm(residuals, axis=1)
+        own, others = float(norms[found.index]), np.delete(norms, found.index)
+        # Second order in the coupling with what lies outside, and what of it comes by way of the other vectors.
+        coupled = own * others / gap if gap > 0.0 else np.full(len(others), np.inf)
+        by_others = np.square(coupled) / np.abs(np.delete(values, found.index) - value)
+        off = 2.0 * (own * own / gap + float(by_others.sum())) if gap > 0.0 else np.inf
         if not off <= _SHARP * value:
             raise UnresolvedError(f"the median eigenvalue is known to {off / value:.1e} only")
         return Located(value, off + found.bound)
