@@ -27,7 +27,7 @@ from streamrepair.spectral.threshold import HardThreshold
 Rung = tuple[str, Callable[[], Truncation]]
 
 _LEAST_FLOAT32 = 32
-"""Below this many columns float32 saves nothing, and its errors are too few to be measured by probes."""
+"""Below this many columns the errors of float32 are too few to be measured by probes."""
 _GRAM_ON_CPU = "gram-float64-cpu"
 
 

@@ -41,9 +41,9 @@ Singles = NDArray[np.float32]
 Products = Callable[[Doubles], tuple[Doubles, Doubles]]
 """(k, n) rows → their images under ΔᵀΔ, and (k, k) inner products of rows and images."""
 
-_BESIDE = 8
+_BESIDE = 12
 """Vectors on either side of the median and of τ², at least."""
-_LARGEST = 8
+_LARGEST = 16
 """Vectors of the largest values, along which float32 errors of the others are largest."""
 _WIDEST = 192
 """Vectors of one window at most; a wider one costs more than float64."""

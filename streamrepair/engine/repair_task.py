@@ -29,6 +29,8 @@ from streamrepair.errors import NumericalError, shown
 from streamrepair.report import TensorRecord
 from streamrepair.spectral.threshold import HardThreshold
 
+_LEAST_SINGLE_COLS = 256
+
 
 def repair(job: Job) -> tuple[TensorRecord, str | None]:
     """Repair the job's matrix; returns its record, and where an input is not finite if that is allowed.
@@ -44,7 +46,8 @@ def repair(job: Job) -> tuple[TensorRecord, str | None]:
     host = ReservedHost(job)
     arithmetic = _arithmetic(job, host)
     fits = job.around.fits(job.task, "full")
-    sharp = job.task.out.dtype not in ("BF16", "F16")
+    # In small matrices float32 saves next to nothing, and a delta as large as its weights shows the difference.
+    sharp = job.task.out.dtype not in ("BF16", "F16") or view.cols < _LEAST_SINGLE_COLS
     began = time.perf_counter()
     try:
         with pace:
