@@ -19,6 +19,8 @@ from streamrepair.errors import NumericalError
 
 Precision = Literal["float32", "float64"]
 Doubles = NDArray[np.float64]
+Products = Callable[[Doubles], tuple[Doubles, Doubles]]
+"""(k, n) rows → their images under ΔᵀΔ, and (k, k) inner products of rows and images."""
 
 
 class ResidentVectors(Protocol):

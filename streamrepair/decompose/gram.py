@@ -19,14 +19,17 @@ from streamrepair.decompose.arithmetic import Arithmetic, Count, Gram, Precision
 from streamrepair.decompose.choose import Estimate
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
-from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError, decide, mixing
+from streamrepair.decompose.truncation import (
+    LEAST_FLOAT32_VALUE,
+    MOST_MIXING,
+    NonFiniteDeltaError,
+    Truncation,
+    UnresolvedError,
+    decide,
+    mixing,
+)
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
-
-_LEAST_FLOAT32_VALUE = 1e-28
-"""Squares below this could have met float32's underflow."""
-_MOST_MIXING = 3e-5
-"""‖Δ*′ − Δ*‖/‖Δ*‖ to expect of float32 at most; 1e-4 is the promise, and what is expected may be met by three times."""
 
 
 def truncate(
@@ -107,9 +110,9 @@ def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precis
     bound = certify.spectral_bound(gram.images - gram.exact_images) + certify.spectral_bound(difference)
     bound += certify.solver_bound(largest, n)
     threshold, close = decide(values, bound, rule, m, n)
-    if precision == "float32" and (close or threshold.s_median**2 < _LEAST_FLOAT32_VALUE):
+    if precision == "float32" and (close or threshold.s_median**2 < LEAST_FLOAT32_VALUE):
         raise UnresolvedError(f"{close} values within {bound:.1e} of the squared threshold")
-    if precision == "float32" and (turned := mixing(values, threshold.rank_kept, bound)) > _MOST_MIXING:
+    if precision == "float32" and (turned := mixing(values, threshold.rank_kept, bound)) > MOST_MIXING:
         raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
     close = _checked_count(spectrum.count_above(threshold.tau * threshold.tau, bound), threshold.rank_kept, close)
     if precision == "float32" and close:

@@ -14,13 +14,13 @@ from functools import partial
 
 import numpy as np
 
-from streamrepair.decompose import certify, full, gram, row_space
+from streamrepair.decompose import full, gram, row_space
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.choose import Backend, Estimate, tries_krylov
 from streamrepair.decompose.convert import difference
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource, blocks
-from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError
+from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError, without_noise
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 
@@ -136,15 +136,7 @@ def _mostly_empty(source: PanelSource, rule: HardThreshold) -> Truncation:
         norm = math.hypot(norm, full.scaled_norm(delta))
         if occupied > (n - 1) // 2:
             raise NumericalError("too many rows are not zero to prove that the median is")
-    return Truncation(
-        values=np.zeros(n),
-        threshold=rule.estimate(np.zeros(n), source.rows, n),
-        vh=np.zeros((0, n)),
-        frob_delta_in=norm,
-        backend="rows",
-        certificate=certify.Certificate(0.0, 0.0, 0.0),
-        noise_free=True,
-    )
+    return without_noise(n, source.rows, rule, norm=norm, backend="rows")
 
 
 def _too_large() -> Truncation:

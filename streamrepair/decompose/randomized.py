@@ -16,26 +16,22 @@ Source: Halko, Martinsson & Tropp 2011; Musco & Musco 2015; Parlett, sections 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import scipy.linalg
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
-from streamrepair.decompose.arithmetic import Gram, Precision
+from streamrepair.decompose.arithmetic import Gram, Precision, Products
 from streamrepair.decompose.choose import Estimate
 from streamrepair.decompose.krylov import BlockLanczos, Density, Ritz
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.order_statistic import Located, locate
 from streamrepair.decompose.symmetric import SymmetricPair
-from streamrepair.decompose.truncation import Truncation, UnresolvedError
+from streamrepair.decompose.truncation import MOST_MIXING, Truncation, UnresolvedError, roots
 from streamrepair.spectral.noise import sigma_from_median
 from streamrepair.spectral.threshold import HardThreshold, aspect_ratio, tau
 
 Doubles = NDArray[np.float64]
-Products = Callable[[Doubles], tuple[Doubles, Doubles]]
-"""(k, n) rows → their images under ΔᵀΔ, and (k, k) inner products of rows and images."""
 
 CAPACITY_SHARE = 6
 """The basis holds at most n / this many vectors; what needs more is cheaper by the reduction."""
@@ -46,8 +42,6 @@ _MOST_KEPT = 0.08
 """Share of the rank above which the reduction is quicker."""
 _ROTATION = 3e-6
 """‖Δ*′ − Δ*‖/‖Δ*‖ up to which the basis is extended."""
-_MOST_ROTATION = 3e-5
-"""The same at the end, the rounding of G included; 1e-4 is the promise."""
 _BLUNTEST = 1e-2
 """Error of G, in units of the median eigenvalue, past which nothing is tried."""
 _SHARP = 2e-5
@@ -115,13 +109,13 @@ def _decided(
     values, vectors, following, within = search.proven(low - search.bound, high + search.bound, probes)
     if within and not fast:
         raise UnresolvedError(f"{within} values within {high - low:.1e} of the squared threshold")
-    threshold = search.rule.from_median(median.value**0.5, _roots(np.append(following, values)), *search.shape)
+    threshold = search.rule.from_median(median.value**0.5, roots(np.append(following, values)), *search.shape)
     kept = slice(len(values) - threshold.rank_kept, None)
     defect, residual = certify.check_vectors(
         vectors[kept], values[kept], probes, gram.images, orthonormal=certify.ORTHONORMALITY, belonging=_RESIDUAL
     )
     return Truncation(
-        values=_roots(values[kept]),
+        values=roots(values[kept]),
         threshold=threshold,
         vh=np.ascontiguousarray(vectors[kept]),
         frob_delta_in=gram.trace**0.5,
@@ -289,7 +283,7 @@ class _Search:
         ceiling = low - 1e-3 * (low - following)
         rest = min(ceiling, max(following + float(ritz.residuals[count]), 0.5 * low))
         turned = self.rotation(count, rest, error=0.5 * self.bound)
-        if turned > _MOST_ROTATION:
+        if turned > MOST_MIXING:
             raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
         vectors = self.lanczos.vectors(ritz.coefficients[:, :count][:, ::-1])
         values = ritz.values[:count][::-1]
@@ -297,7 +291,3 @@ class _Search:
         if error is None or ceiling + error > low:
             raise UnresolvedError(f"not all values above {low:.3g} were found")
         return values, vectors, following, int(np.count_nonzero(values < high))
-
-
-def _roots(values: Doubles) -> Doubles:
-    return np.sqrt(np.maximum(values, 0.0))

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 import numpy as np
 import scipy.linalg
 
-from streamrepair.decompose import certify, full, lapack
+from streamrepair.decompose import full, lapack
 from streamrepair.decompose.arithmetic import Doubles
 from streamrepair.decompose.convert import difference
 from streamrepair.decompose.operator import PanelSource, blocks
-from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
+from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, without_noise
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 
@@ -46,15 +46,7 @@ def truncate(source: PanelSource, rule: HardThreshold, *, thorough: bool) -> Tru
     for size in sizes:
         residual, largest, norm = _residual(source, _basis(source, size))
         if residual <= full.zero_bound(source.rows, largest):
-            return Truncation(
-                values=np.zeros(n),
-                threshold=rule.estimate(np.zeros(n), source.rows, n),
-                vh=np.zeros((0, n)),
-                frob_delta_in=norm,
-                backend="row-space",
-                certificate=certify.Certificate(0.0, 0.0, 0.0),
-                noise_free=True,
-            )
+            return without_noise(n, source.rows, rule, norm=norm, backend="row-space")
     raise NumericalError(f"a basis of {sizes[-1]} directions leaves a residual of {residual:.1e}")
 
 

@@ -19,7 +19,6 @@ bounds); Davis & Kahan 1970.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -29,17 +28,22 @@ import scipy.linalg
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, lapack, twisted
-from streamrepair.decompose.arithmetic import Gram
+from streamrepair.decompose.arithmetic import Gram, Products
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
-from streamrepair.decompose.truncation import Truncation, UnresolvedError, mixing
+from streamrepair.decompose.truncation import (
+    LEAST_FLOAT32_VALUE,
+    MOST_MIXING,
+    Truncation,
+    UnresolvedError,
+    mixing,
+    roots,
+)
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
 
 Doubles = NDArray[np.float64]
 Singles = NDArray[np.float32]
-Products = Callable[[Doubles], tuple[Doubles, Doubles]]
-"""(k, n) rows → their images under ΔᵀΔ, and (k, k) inner products of rows and images."""
 
 _BESIDE = 12
 """Vectors on either side of the median and of τ², at least."""
@@ -53,14 +57,10 @@ _ORTHONORMALITY = 2e-5
 _RESIDUAL = 2e-5
 _SKEW = 1e-5
 """Relative change of eigenvalues by reflectors that are orthogonal to float32 only (Ostrowski)."""
-_MOST_MIXING = 3e-5
-"""‖Δ*′ − Δ*‖/‖Δ*‖ to expect at most; 1e-4 is the promise, and what is expected may be met by three times."""
 _MOST_SLACK = 1e-5
 """Error of G, in units of the median eigenvalue, up to which it serves in place of another pass over Δ."""
 _MEDIAN = 2e-5
 """Widest bound of the median eigenvalue, relative: half of it is what τ may be off by."""
-_LEAST_VALUE = 1e-28
-"""Squares below this could have met float32's underflow."""
 
 
 class SingleTridiagonal:
@@ -214,8 +214,8 @@ def truncate(
         raise UnresolvedError("this estimator needs more values than the median")
     form = SingleTridiagonal(gram.matrix)
     error = _factor_error(form, gram, probes)
-    first = rule.estimate(_roots(form.values), source.rows, source.cols)
-    if first.s_median**2 < max(_LEAST_VALUE, 2.0 * error):
+    first = rule.estimate(roots(form.values), source.rows, source.cols)
+    if first.s_median**2 < max(LEAST_FLOAT32_VALUE, 2.0 * error):
         raise UnresolvedError(f"bound {error:.1e} against a median eigenvalue of {first.s_median**2:.1e}")
     basis = _Basis.chosen(form, first, error)
     del form
@@ -238,14 +238,14 @@ def _decided(basis: _Basis, by: tuple[Products, float], matrix: _Matrix) -> Trun
     if not off <= _MEDIAN * median:
         raise UnresolvedError(f"the median eigenvalue is known to {off / median:.1e} only")
     values = np.sort(np.concatenate([windows.values, windows.outside]))
-    threshold = rule.estimate(_roots(values), source.rows, n)
+    threshold = rule.estimate(roots(values), source.rows, n)
     cut = threshold.tau * threshold.tau
     windows.clear(cut)
     margin = windows.error(cut) + cut / median * off
     if close := int(np.count_nonzero(np.abs(windows.values - cut) <= margin)):
         raise UnresolvedError(f"{close} values within {margin:.1e} of the squared threshold")
     turned = mixing(values, threshold.rank_kept, basis.error, basis.exact) + windows.mixing(cut)
-    if turned > _MOST_MIXING:
+    if turned > MOST_MIXING:
         raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
     vectors = _assembled(windows, basis, values, threshold.rank_kept)
     top = values[n - threshold.rank_kept :]
@@ -253,7 +253,7 @@ def _decided(basis: _Basis, by: tuple[Products, float], matrix: _Matrix) -> Trun
         vectors, top, probes, gram.exact_images, orthonormal=_ORTHONORMALITY, belonging=_RESIDUAL
     )
     return Truncation(
-        values=_roots(values),
+        values=roots(values),
         threshold=threshold,
         vh=vectors,
         frob_delta_in=gram.trace**0.5,
@@ -361,7 +361,3 @@ def _assembled(windows: _Windows, basis: _Basis, values: Doubles, rank: int) -> 
     vectors[exact] = windows.vectors[len(windows.values) - int(exact.sum()) :]
     vectors[~exact] = plain[len(plain) - int(rank - exact.sum()) :]
     return vectors
-
-
-def _roots(values: Doubles) -> Doubles:
-    return np.sqrt(np.maximum(values, 0.0))

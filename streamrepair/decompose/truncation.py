@@ -18,6 +18,10 @@ from streamrepair.spectral.threshold import HardThreshold, Threshold
 TAU_RESOLUTION = 1e-4
 """Widest interval for τ, in units of τ, that counts as resolved; the bound behind it is met with a wide margin."""
 
+LEAST_FLOAT32_VALUE = 1e-28
+"""Squares below this could have met float32's underflow."""
+MOST_MIXING = 3e-5
+"""‖Δ*′ − Δ*‖/‖Δ*‖ to expect at most; 1e-4 is the promise, and what is expected may be met by three times."""
 PROMISED_GAP = 1e-5
 """Values further than this from τ, in units of τ, fall on the side where a float64 SVD has them."""
 
@@ -78,7 +82,7 @@ def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: in
         UnresolvedError: τ is not resolved, or values lie within a bound that is wider than is promised.
     """
     # Every estimator of σ rises with each value, so that shifting all of them encloses τ.
-    low, threshold, high = (rule.estimate(_roots(values + shift), m, n) for shift in (-bound, 0.0, bound))
+    low, threshold, high = (rule.estimate(roots(values + shift), m, n) for shift in (-bound, 0.0, bound))
     if not high.tau - low.tau <= TAU_RESOLUTION * threshold.tau:
         raise UnresolvedError(f"bound {bound:.1e} against a median eigenvalue of {threshold.s_median**2:.1e}")
     cut = threshold.tau * threshold.tau  # infinite rather than an OverflowError
@@ -115,5 +119,23 @@ def mixing(values: NDArray[np.float64], rank: int, bound: float, exact: slice = 
     return float(bound / (2.0 * np.sqrt(n)) * np.sqrt(sensitivity / kept.sum()))
 
 
-def _roots(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def roots(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Singular values from eigenvalues; those that rounding made negative are zero."""
     return np.sqrt(np.maximum(values, 0.0))
+
+
+def without_noise(n: int, m: int, rule: HardThreshold, *, norm: float, backend: str) -> Truncation:
+    """The answer for a delta whose median singular value was shown to be zero: there is no noise to estimate.
+
+    Args:
+        n, m: its shorter and its longer side. norm: ‖Δ‖_F.
+    """
+    return Truncation(
+        values=np.zeros(n),
+        threshold=rule.estimate(np.zeros(n), m, n),
+        vh=np.zeros((0, n)),
+        frob_delta_in=norm,
+        backend=backend,
+        certificate=Certificate(0.0, 0.0, 0.0),
+        noise_free=True,
+    )
