@@ -24,7 +24,7 @@ REACH = 14
 """Neighbours of a shift that are found rather than shifted to; further away a second factorisation is cheaper."""
 _BLOCK = 16
 _MOST_STEPS = 24
-_MOST_SHIFTS = 10
+_MOST_SHIFTS = 16
 _SEED = 0x5EED
 _SOUND = 1e-4
 """Residual of a neighbour's inverse, relative, up to which it serves to span the surroundings."""
@@ -94,6 +94,9 @@ def _next(c: float, places: tuple[float, int], slope: float, low: tuple[float, i
     if np.isfinite(low[0]) and np.isfinite(high[0]):
         # Kept off both ends, where the secant of a curved distribution would stick.
         part = float(np.clip((place - low[1]) / max(1, high[1] - low[1]), 0.2, 0.8))
+        # A far end with nothing near it would be crept away from: there the middle of the logarithms is nearer.
+        if low[0] > 0.0 and high[0] > 2.0 * low[0]:
+            return float(low[0] ** (1.0 - part) * high[0] ** part)
         return low[0] + part * (high[0] - low[0])
     if slope <= 0.0:
         raise UnresolvedError("no eigenvalues were seen near the estimated median")

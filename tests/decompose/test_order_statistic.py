@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamrepair.decompose.certify import probe_vectors
@@ -19,6 +19,7 @@ def _with_values(values: np.ndarray, seed: int = 0) -> SymmetricPair:
 
 
 @given(place=st.integers(0, N - 1), guess=st.floats(0.05, 4.0), slope=st.sampled_from([1.0, 60.0, 5000.0]))
+@example(place=222, guess=0.05078125, slope=1.0)
 @settings(max_examples=30, deadline=None)
 def test_the_wanted_place_is_found_from_any_guess(place: int, guess: float, slope: float) -> None:
     """Also from far away and with a useless density, and at either end of the spectrum."""
