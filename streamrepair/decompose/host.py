@@ -77,6 +77,14 @@ class HostArithmetic:
             inner += lifted.T @ lifted
         return images, inner
 
+    def inner_products(self, source: PanelSource, vectors: Doubles) -> Doubles:
+        """(k, k) inner products vᵀΔᵀΔ·w of the rows of (k, n) `vectors`, in float64, in one pass."""
+        inner = np.zeros((len(vectors), len(vectors)))
+        for block in blocks(source):
+            lifted = self._delta(block, np.float64) @ vectors.T
+            inner += lifted.T @ lifted
+        return inner
+
     def triangular_factor(self, source: PanelSource) -> Doubles:
         """R by sequential TSQR (Demmel, Grigori, Hoemmen & Langou 2012)."""
         r: Doubles = np.zeros((0, source.cols))

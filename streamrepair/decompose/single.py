@@ -19,6 +19,8 @@ bounds); Davis & Kahan 1970.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -46,7 +48,7 @@ Doubles = NDArray[np.float64]
 Singles = NDArray[np.float32]
 
 _BESIDE = 12
-"""Vectors on either side of the median and of τ², at least."""
+"""Vectors on either side of the median, at least; likewise of τ² where vectors there might mix."""
 _LARGEST = 16
 """Vectors of the largest values, along which float32 errors of the others are largest."""
 _WIDEST = 192
@@ -59,6 +61,10 @@ _SKEW = 1e-5
 """Relative change of eigenvalues by reflectors that are orthogonal to float32 only (Ostrowski)."""
 _MOST_SLACK = 1e-5
 """Error of G, in units of the median eigenvalue, up to which it serves in place of another pass over Δ."""
+_TALL = 2
+"""Rows per column from which products with G and Δ together are worth it."""
+_LITTLE_MIXING = 0.25 * MOST_MIXING
+"""Of float32 vectors on either side of τ²; below it none of them needs to be made exact."""
 _MEDIAN = 2e-5
 """Widest bound of the median eigenvalue, relative: half of it is what τ may be off by."""
 
@@ -113,12 +119,22 @@ class SingleTridiagonal:
 
     def vectors(self, places: NDArray[np.intp]) -> Singles:
         """(k, n) eigenvectors of the values at these places, as rows; not orthonormal where values are clustered."""
-        rows: Singles = np.empty((len(places), len(self._values)), np.float32)
-        for start in range(0, len(places), twisted.AT_ONCE):
-            batch = places[start : start + twisted.AT_ONCE]
+        n = len(self._values)
+        rows: Singles = np.empty((len(places), n), np.float32)
+        for start in range(0, len(places), twisted.at_once(n)):
+            batch = places[start : start + twisted.at_once(n)]
             rows[start : start + len(batch)] = twisted.vectors(self._diagonal, self._off, self._values[batch])
         lapack.rotate_back(self._reflectors, self._scales, rows)
         return rows
+
+
+class _Slack(NamedTuple):
+    """How far products may be from those with ΔᵀΔ: spectral norms of the difference."""
+
+    values: float
+    """Of the inner products, which give the Ritz values."""
+    residuals: float
+    """Of the images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +147,7 @@ class _Windows:
     """(w, n) as rows."""
     residuals: Doubles
     """(w, w) inner products of the residuals ΔᵀΔ·y − θ·y."""
-    slack: float
-    """How far the products that it was computed from may be from those with ΔᵀΔ."""
+    slack: _Slack
     outside: Doubles
     """Values of T at the other places, ascending."""
     blunt: float
@@ -150,8 +165,8 @@ class _Windows:
             raise UnresolvedError("the median is not in the window that was made for it")
         return value, self.error(value)
 
-    def clear(self, value: float) -> None:
-        """Hold that all that lies near `value` is in the windows.
+    def clear(self, value: float, unsure: float = 0.0) -> None:
+        """Hold that all that lies near `value`, which may itself be off by `unsure`, is in the windows.
 
         Raises:
             UnresolvedError: it is not.
@@ -161,7 +176,8 @@ class _Windows:
         if not value > 0.0:
             raise UnresolvedError("the squared threshold vanishes")
         # K of the module's text is taken as `value`: the coupling of window and rest then moves the rest by ‖R‖²/K.
-        margin = self.blunt + _SKEW * value + 2.0 * float(np.trace(self.residuals)) / value
+        coupling = (float(np.trace(self.residuals)) ** 0.5 + len(self.values) ** 0.5 * self.slack.residuals) ** 2
+        margin = self.blunt + _SKEW * value + 2.0 * coupling / value + unsure
         nearest = self._distance(value)
         if not nearest > margin:
             raise UnresolvedError(
@@ -176,10 +192,12 @@ class _Windows:
         """
         nearest = self._distance(value)
         here = np.abs(self.values - value) <= nearest
-        square = float(np.linalg.eigvalsh(self.residuals[np.ix_(here, here)])[-1]) if here.any() else np.inf
+        if not here.any():
+            return self.slack.values
+        size = float(np.linalg.eigvalsh(self.residuals[np.ix_(here, here)])[-1]) ** 0.5 + self.slack.residuals
         gap = nearest - self.blunt
-        off = min(square**0.5, square / gap) if gap > 0.0 else square**0.5
-        return self.slack + float(off)
+        off = min(size, size * size / gap) if gap > 0.0 else size
+        return float(self.slack.values + off)
 
     def _distance(self, value: float) -> float:
         """From the nearest value of T outside."""
@@ -192,7 +210,7 @@ class _Windows:
         span over those of the windows.
         """
         n, w = self.vectors.shape[1], len(self.values)
-        each = self.slack / (2.0 * n**0.5) + (self.error(cut) - self.slack) / w**0.5
+        each = self.slack.values / (2.0 * n**0.5) + (self.error(cut) - self.slack.values) / w**0.5
         kept, dropped = self.values[self.values > cut], self.values[self.values <= cut]
         if len(kept) == 0:
             return 0.0
@@ -222,15 +240,19 @@ def truncate(
     matrix = _Matrix(source, rule, gram, probes)
     least = float(np.finfo(np.float32).eps) * gram.trace / source.cols  # likewise
     slack = max(certify.spectral_bound(gram.images - gram.exact_images), least)
+    tries: list[tuple[Products, _Slack]] = []
     if slack <= _MOST_SLACK * first.s_median**2:
-        try:
-            return _decided(basis, (_by_gram(gram.matrix), slack), matrix)
-        except UnresolvedError:
-            pass  # by the delta itself it may be
-    return _decided(basis, (partial(arithmetic.products, source), 0.0), matrix)
+        tries.append((_by_gram(gram.matrix), _Slack(slack, slack)))
+    if source.rows >= _TALL * source.cols:
+        tries.append((_by_both(gram.matrix, partial(arithmetic.inner_products, source)), _Slack(0.0, slack)))
+    tries.append((partial(arithmetic.products, source), _Slack(0.0, 0.0)))
+    for by in tries[:-1]:
+        with suppress(UnresolvedError):  # by more of the delta itself it may be
+            return _decided(basis, by, matrix)
+    return _decided(basis, tries[-1], matrix)
 
 
-def _decided(basis: _Basis, by: tuple[Products, float], matrix: _Matrix) -> Truncation:
+def _decided(basis: _Basis, by: tuple[Products, _Slack], matrix: _Matrix) -> Truncation:
     """The decision by Ritz values of products, and how far those may be off."""
     source, rule, gram, probes = matrix
     windows, n = _ritz(*by, basis), source.cols
@@ -240,7 +262,7 @@ def _decided(basis: _Basis, by: tuple[Products, float], matrix: _Matrix) -> Trun
     values = np.sort(np.concatenate([windows.values, windows.outside]))
     threshold = rule.estimate(roots(values), source.rows, n)
     cut = threshold.tau * threshold.tau
-    windows.clear(cut)
+    windows.clear(cut, cut / median * off)
     margin = windows.error(cut) + cut / median * off
     if close := int(np.count_nonzero(np.abs(windows.values - cut) <= margin)):
         raise UnresolvedError(f"{close} values within {margin:.1e} of the squared threshold")
@@ -298,10 +320,12 @@ class _Basis:
         form.check_count(first.s_median**2)
         cut = first.tau * first.tau  # infinite rather than an OverflowError
         form.check_count(cut)
-        middle, edge = _window(t, first.s_median**2, error), _window(t, cut, error)
+        middle = _window(t, first.s_median**2, error, _BESIDE)
+        mixed = mixing(t, first.rank_kept, error) > _LITTLE_MIXING
+        edge = _window(t, cut, error, _BESIDE if mixed else 0)
         places = np.unique(np.concatenate([middle, edge, np.arange(max(0, n - _LARGEST), n)]))
-        wanted = np.union1d(places, np.arange(edge[0], n))
-        exact = slice(int(edge[0]), int(edge[-1]) + 1)
+        wanted = np.union1d(places, np.arange(n - first.rank_kept, n))
+        exact = slice(int(edge[0]), int(edge[-1]) + 1) if len(edge) else slice(0, 0)
         return _Basis(form.vectors(wanted), np.isin(wanted, places), np.delete(t, places), exact, error)
 
 
@@ -327,18 +351,27 @@ def _by_gram(matrix: Doubles) -> Products:
     return products
 
 
-def _window(values: Doubles, at: float, error: float) -> NDArray[np.intp]:
-    """Places of the values that may be near `at`, and some more on either side."""
+def _by_both(matrix: Doubles, inner: Callable[[Doubles], Doubles]) -> Products:
+    """Images under G, and inner products with the delta itself: half the flops of both with a tall one."""
+
+    def products(rows: Doubles) -> tuple[Doubles, Doubles]:
+        return lapack.times_symmetric(matrix, rows), inner(rows)
+
+    return products
+
+
+def _window(values: Doubles, at: float, error: float, beside: int) -> NDArray[np.intp]:
+    """Places of the values that may be near `at`, and at least so many on either side."""
     reach = 4.0 * error + 2.0 * _SKEW * at
     middle = int(np.searchsorted(values, at))
-    low = min(int(np.searchsorted(values, at - reach)), middle - _BESIDE)
-    high = max(int(np.searchsorted(values, at + reach)), middle + _BESIDE)
+    low = min(int(np.searchsorted(values, at - reach)), middle - beside)
+    high = max(int(np.searchsorted(values, at + reach)), middle + beside)
     if high - low > _WIDEST:
         raise UnresolvedError(f"{high - low} values within {reach / at:.1e} of one that decides")
     return np.arange(max(0, low), min(len(values), high))
 
 
-def _ritz(products: Products, slack: float, basis: _Basis) -> _Windows:
+def _ritz(products: Products, slack: _Slack, basis: _Basis) -> _Windows:
     """Rayleigh–Ritz in float64, in the span of the windows' vectors."""
     rows = basis.rows[basis.windowed].astype(np.float64)
     if not np.isfinite(rows).all():  # LAPACK's QR need not return

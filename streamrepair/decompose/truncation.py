@@ -22,6 +22,8 @@ LEAST_FLOAT32_VALUE = 1e-28
 """Squares below this could have met float32's underflow."""
 MOST_MIXING = 3e-5
 """‖Δ*′ − Δ*‖/‖Δ*‖ to expect at most; 1e-4 is the promise, and what is expected may be met by three times."""
+_AT_ONCE = 64
+"""Kept values whose mixing is summed in one operation."""
 PROMISED_GAP = 1e-5
 """Values further than this from τ, in units of τ, fall on the side where a float64 SVD has them."""
 
@@ -109,12 +111,13 @@ def mixing(values: NDArray[np.float64], rank: int, bound: float, exact: slice = 
         return 0.0
     inside = np.zeros(n, bool)
     inside[exact] = True
+    kept_inside, dropped_inside = inside[n - rank :], inside[: n - rank]
     sensitivity = 0.0
     with np.errstate(divide="ignore"):
-        for i, refined in zip(kept, inside[n - rank :], strict=True):
-            each = (i + np.abs(dropped)) / np.square(i - dropped)
-            if refined:
-                each[inside[: n - rank]] = 0.0
+        for start in range(0, rank, _AT_ONCE):
+            part = slice(start, start + _AT_ONCE)
+            each = (kept[part, None] + np.abs(dropped)) / np.square(kept[part, None] - dropped)
+            each[np.ix_(kept_inside[part], dropped_inside)] = 0.0
             sensitivity += float(each.sum())
     return float(bound / (2.0 * np.sqrt(n)) * np.sqrt(sensitivity / kept.sum()))
 

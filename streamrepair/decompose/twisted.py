@@ -13,10 +13,12 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-AT_ONCE = 256
-"""Vectors per batch: the three working arrays are n × this."""
-
 Doubles = NDArray[np.float64]
+
+
+def at_once(n: int) -> int:
+    """Vectors per batch, which takes working arrays of n × five times this."""
+    return 256 if n <= 2048 else 128
 
 
 def vectors(diagonal: Doubles, off: Doubles, values: Doubles) -> Doubles:
@@ -25,44 +27,46 @@ def vectors(diagonal: Doubles, off: Doubles, values: Doubles) -> Doubles:
     Args:
         diagonal: (n,). off: (n − 1,). values: (k,) eigenvalues, accurate to rounding.
     """
-    found = np.empty((len(values), len(diagonal)))
+    found, step = np.empty((len(values), len(diagonal))), at_once(len(diagonal))
     with np.errstate(all="ignore"):  # a zero pivot ends in a row that is not finite, as promised
-        for start in range(0, len(values), AT_ONCE):
-            found[start : start + AT_ONCE] = _batch(diagonal, off, values[start : start + AT_ONCE])
+        for start in range(0, len(values), step):
+            found[start : start + step] = _batch(diagonal, off, values[start : start + step])
     return found
 
 
 def _batch(diagonal: Doubles, off: Doubles, values: Doubles) -> Doubles:
+    """Both ends of a recurrence advance in one operation: `[j, 0]` is row j, `[j, 1]` the j-th from the bottom."""
     n, k = len(diagonal), len(values)
-    down, up = np.empty((n, k)), np.empty((n, k))
-    np.subtract(diagonal[:, None], values, out=down)
-    np.copyto(up, down)
-    twist = np.negative(down)  # γᵢ = d⁺ᵢ + d⁻ᵢ − (dᵢ − λ)
-    squares = np.square(off).tolist()
-    step = np.empty(k)
-    for i in range(1, n):  # T − λ = L·D⁺·Lᵀ from the top
-        np.divide(squares[i - 1], down[i - 1], out=step)
-        down[i] -= step
-    for i in range(n - 2, -1, -1):  # T − λ = U·D⁻·Uᵀ from the bottom
-        np.divide(squares[i], up[i + 1], out=step)
-        up[i] -= step
-    twist += down
-    twist += up
+    shifted, step = np.empty((n, 2, k)), np.empty((2, k))
+    np.subtract(_from_both_ends(diagonal), values, out=shifted)
+    pivots = shifted.copy()
+    # T − λ = L·D⁺·Lᵀ from the top and U·D⁻·Uᵀ from the bottom.
+    for square, last, row in zip(_from_both_ends(np.square(off)), pivots[:-1], pivots[1:], strict=True):
+        np.divide(square, last, out=step)
+        np.subtract(row, step, out=row)
+    twist = pivots[:, 0] + pivots[::-1, 1]
+    twist -= shifted[:, 0]  # γᵢ = d⁺ᵢ + d⁻ᵢ − (dᵢ − λ)
     at = np.argmin(np.abs(twist, out=twist), axis=0)
-    # Multipliers of the two recurrences that leave the twist; zero on the other side of it.
-    above = np.arange(n - 1)[:, None] < at
-    np.divide(-off[:, None], down[:-1], out=down[:-1], where=above)
-    np.divide(-off[:, None], up[1:], out=up[1:], where=~above)
-    down[:-1][~above] = 0.0
-    up[1:][above] = 0.0
-    z = twist
-    z.fill(0.0)
-    z[at, np.arange(k)] = 1.0
-    for i in range(n - 2, -1, -1):
-        np.multiply(down[i], z[i + 1], out=step)
-        z[i] += step
-    for i in range(1, n):
-        np.multiply(up[i], z[i - 1], out=step)
-        z[i] += step
-    z /= np.linalg.norm(z, axis=0)
-    return z.T
+    # From the twist outwards a row is the last one's times −off/d⁺ on the way up and −off/d⁻ on the way down; zero
+    # where the twist is still to come. Now [j, 0] is row n − 1 − j, on the way up.
+    begin = np.stack([n - 1 - at, at])
+    multipliers = pivots[-2::-1] if n > 1 else pivots[:0]
+    np.divide(-_from_both_ends(off)[::-1], multipliers, out=multipliers)
+    np.copyto(multipliers, 0.0, where=np.arange(n - 1)[:, None, None] < begin)
+    z = shifted
+    z[0] = begin == 0
+    begins = set(begin.ravel().tolist())
+    for j, (multiplier, last, row) in enumerate(zip(multipliers, z[:-1], z[1:], strict=True), 1):
+        np.multiply(multiplier, last, out=row)
+        if j in begins:
+            np.add(row, begin == j, out=row)
+    found = twist
+    np.add(z[::-1, 0], z[:, 1], out=found)
+    found[at, np.arange(k)] = 1.0  # both halves have it
+    found /= np.linalg.norm(found, axis=0)
+    return found.T
+
+
+def _from_both_ends(values: Doubles) -> Doubles:
+    """(len, 2, 1): forwards and backwards."""
+    return np.stack([values, values[::-1]], axis=1)[:, :, None]
