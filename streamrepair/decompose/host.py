@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
-import scipy.linalg
 
 from streamrepair.decompose import certify, lapack, twisted
 from streamrepair.decompose.arithmetic import Count, Doubles, Gram, Merger, Precision, Spectrum, Vectors, on_host
@@ -87,6 +86,8 @@ class HostArithmetic:
 
     def triangular_factor(self, source: PanelSource) -> Doubles:
         """R by sequential TSQR (Demmel, Grigori, Hoemmen & Langou 2012)."""
+        import scipy.linalg  # late: a quarter of a second that most runs need not spend
+
         r: Doubles = np.zeros((0, source.cols))
         for block in blocks(source):
             stacked = np.concatenate([r, self._delta(block, np.float64)])
@@ -98,6 +99,8 @@ class HostArithmetic:
 
     def svd(self, matrix: Doubles, driver: str) -> tuple[Doubles, Doubles, Doubles]:
         """LAPACK's gesdd ("default") or gesvd."""
+        import scipy.linalg
+
         name = "gesvd" if driver == "gesvd" else "gesdd"
         svd: Callable[..., tuple[Doubles, Doubles, Doubles]] = scipy.linalg.svd
         return svd(matrix, full_matrices=False, lapack_driver=name, check_finite=False)

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
 from streamrepair.errors import NumericalError
@@ -99,7 +98,7 @@ class BlockLanczos:
     def ritz(self) -> Ritz:
         """All Ritz pairs of the present basis, descending."""
         d, b = self.size, self._block
-        values, vectors = scipy.linalg.eigh(self._projected[:d, :d], check_finite=False, driver="evd")
+        values, vectors = np.linalg.eigh(self._projected[:d, :d])
         order = np.arange(d)[::-1]
         vectors = vectors[:, order]
         residuals = np.linalg.norm(self._last @ vectors[d - b :], axis=0)
@@ -120,8 +119,8 @@ def _projected(rows: Doubles, basis: Doubles) -> Doubles:
 
 def _orthonormal(rows: Doubles) -> tuple[Doubles, Doubles]:
     """Q (rows) and R with rowsᵀ = Qᵀ·R."""
-    q, r = scipy.linalg.qr(rows.T, mode="economic", check_finite=False)
-    return np.ascontiguousarray(q.T, np.float64), np.asarray(r, np.float64)
+    q, r = np.linalg.qr(rows.T)
+    return np.ascontiguousarray(q.T), r
 
 
 @dataclass(frozen=True, slots=True)

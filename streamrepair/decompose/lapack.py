@@ -12,8 +12,13 @@ itself, its Fortran lower triangle is the C upper one, and a row of a C array is
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -30,12 +35,31 @@ _UPPER = b"U"  # likewise: the C lower triangle, where factors lie beside the ma
 
 
 @cache
+def tables() -> tuple[dict[str, object], ...]:
+    """Name → pointer of SciPy's LAPACK and BLAS routines.
+
+    Their modules are loaded by themselves: `scipy.linalg` around them takes a quarter of a second, most of it other
+    packages that nothing here needs.
+    """
+    import scipy  # sees to the libraries' places
+
+    found = []
+    for module in ("scipy.linalg.cython_lapack", "scipy.linalg.cython_blas"):
+        if module not in sys.modules:
+            spec = PathFinder.find_spec(module, [str(Path(folder) / "linalg") for folder in scipy.__path__])
+            if spec is None or spec.loader is None:  # installed in some other way
+                import_module(module)
+            else:
+                sys.modules[module] = module_from_spec(spec)
+                spec.loader.exec_module(sys.modules[module])
+        found.append(sys.modules[module].__pyx_capi__)
+    return tuple(found)
+
+
+@cache
 def _routine(name: str, arguments: int) -> Callable[..., None]:
     """The compiled routine `name` as a function of `arguments` pointers."""
-    from scipy.linalg import cython_blas, cython_lapack
-
-    module = cython_lapack if name in cython_lapack.__pyx_capi__ else cython_blas
-    capsule = module.__pyx_capi__[name]
+    capsule = next(table[name] for table in tables() if name in table)
     get_name = ctypes.pythonapi.PyCapsule_GetName
     get_name.restype, get_name.argtypes = ctypes.c_char_p, [ctypes.py_object]
     get_pointer = ctypes.pythonapi.PyCapsule_GetPointer

@@ -17,7 +17,6 @@ Source: Halko, Martinsson & Tropp 2011; Musco & Musco 2015; Parlett, sections 3.
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
@@ -233,9 +232,7 @@ class _Search:
         the ends of the span.
         """
         assert found.around is not None
-        frame = np.ascontiguousarray(
-            scipy.linalg.qr(found.around.T, mode="economic", check_finite=False)[0].T, np.float64
-        )
+        frame = np.ascontiguousarray(np.linalg.qr(found.around.T)[0].T)
         images, inner = products(frame)
         if not np.isfinite(inner).all():
             raise UnresolvedError("products with the delta are not finite")

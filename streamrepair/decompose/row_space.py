@@ -14,7 +14,6 @@ import math
 from collections.abc import Iterator
 
 import numpy as np
-import scipy.linalg
 
 from streamrepair.decompose import full, lapack
 from streamrepair.decompose.arithmetic import Doubles
@@ -58,6 +57,8 @@ def _basis(source: PanelSource, size: int) -> Doubles:
         lapack.add_product(delta.T, random.standard_normal((len(delta), size)), sketch)
     if not np.isfinite(sketch).all():
         raise NonFiniteDeltaError("a sum over the delta is not finite")
+    import scipy.linalg  # late: a quarter of a second that most runs need not spend
+
     return np.asarray(scipy.linalg.qr(sketch, mode="economic", overwrite_a=True, check_finite=False)[0], np.float64)
 
 

@@ -26,7 +26,6 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, lapack, twisted
@@ -376,7 +375,7 @@ def _ritz(products: Products, slack: _Slack, basis: _Basis) -> _Windows:
     rows = basis.rows[basis.windowed].astype(np.float64)
     if not np.isfinite(rows).all():  # LAPACK's QR need not return
         raise NumericalError("vectors of the tridiagonal form are not finite")
-    frame: Doubles = np.ascontiguousarray(scipy.linalg.qr(rows.T, mode="economic", check_finite=False)[0].T)
+    frame: Doubles = np.ascontiguousarray(np.linalg.qr(rows.T)[0].T)
     images, inner = products(frame)
     if not np.isfinite(inner).all():
         raise NumericalError("products with the delta are not finite")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
+from streamrepair.decompose import lapack
+
 if TYPE_CHECKING:
     from threadpoolctl import threadpool_limits
 
@@ -29,10 +31,9 @@ class NumericThreads:
         if getattr(self._here, "held", False):
             return
         with self._lock:
-            import scipy.linalg.cython_blas
-            import scipy.linalg.cython_lapack  # noqa: F401 – a library is limited only once it is loaded
             from threadpoolctl import threadpool_limits
 
+            lapack.tables()  # a library is limited only once it is loaded
             _become_controlling()
             limits = threadpool_limits(limits=1)
             self._limits = self._limits or limits  # the first one knows what was set before
