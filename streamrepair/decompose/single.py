@@ -2,19 +2,8 @@
 
 Tridiagonal form, in float32, of a float32 Gram matrix gives all eigenvalues to within e, measured on probes, which is
 about the distance of two neighbouring values: too blunt to name the median or to count at τ². But it gives approximate
-vectors, and a few of them around the median, a few around τ² and the largest span an almost invariant subspace X of
-ΔᵀΔ. Its Ritz values, from float64 products with the Gram matrix or, where that is too blunt, with Δ itself in one more
-pass, are right to the square of their residual, and
-
-    the eigenvalues of ΔᵀΔ are those Ritz values and n − |X| others, each within e of a value of T outside the window:
-
-add K·XXᵀ to ΔᵀΔ and to Q·T·Qᵀ, with K as wide as a window, and by Weyl the ordered eigenvalues still differ by e at
-most, while those of the window have moved out of the way. So wherever the nearest value of T outside is further away
-than e, counting Ritz values and values of T counts eigenvalues of ΔᵀΔ. What rests on float32 alone is the direction of
-vectors well above τ.
-
-Source: Parlett, The Symmetric Eigenvalue Problem, sections 10.1, 11.5 and 11.7; Mathias 1998 (quadratic residual
-bounds); Davis & Kahan 1970.
+vectors, and in the span of those around the median, around τ² and of the largest values `windows` finds exact values.
+What rests on float32 alone is the direction of vectors well above τ.
 """
 
 from __future__ import annotations
@@ -40,6 +29,7 @@ from streamrepair.decompose.truncation import (
     mixing,
     roots,
 )
+from streamrepair.decompose.windows import SKEW, Slack, Windows, ritz
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
 
@@ -56,8 +46,6 @@ _FACTOR = 2e-5
 """‖G − QTQᵀ‖/λ_max that float32 explains."""
 _ORTHONORMALITY = 2e-5
 _RESIDUAL = 2e-5
-_SKEW = 1e-5
-"""Relative change of eigenvalues by reflectors that are orthogonal to float32 only (Ostrowski)."""
 _MOST_SLACK = 1e-5
 """Error of G, in units of the median eigenvalue, up to which it serves in place of another pass over Δ."""
 _TALL = 2
@@ -127,96 +115,6 @@ class SingleTridiagonal:
         return rows
 
 
-class _Slack(NamedTuple):
-    """How far products may be from those with ΔᵀΔ: spectral norms of the difference."""
-
-    values: float
-    """Of the inner products, which give the Ritz values."""
-    residuals: float
-    """Of the images."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Windows:
-    """Ritz pairs of ΔᵀΔ in the windows, and what T says of the rest."""
-
-    values: Doubles
-    """(w,) Ritz values, ascending."""
-    vectors: Doubles
-    """(w, n) as rows."""
-    residuals: Doubles
-    """(w, w) inner products of the residuals ΔᵀΔ·y − θ·y."""
-    slack: _Slack
-    outside: Doubles
-    """Values of T at the other places, ascending."""
-    blunt: float
-    """How far eigenvalues may be from `outside`."""
-
-    def place(self, place: int) -> tuple[float, float]:
-        """The eigenvalue with `place` below it, and how far it may be off.
-
-        Raises:
-            UnresolvedError: it may not be among the Ritz values.
-        """
-        value = float(np.sort(np.concatenate([self.values, self.outside]))[place])
-        self.clear(value)
-        if value not in self.values:
-            raise UnresolvedError("the median is not in the window that was made for it")
-        return value, self.error(value)
-
-    def clear(self, value: float, unsure: float = 0.0) -> None:
-        """Hold that all that lies near `value`, which may itself be off by `unsure`, is in the windows.
-
-        Raises:
-            UnresolvedError: it is not.
-        """
-        if self.outside.size == 0:
-            return
-        if not value > 0.0:
-            raise UnresolvedError("the squared threshold vanishes")
-        # K of the module's text is taken as `value`: the coupling of window and rest then moves the rest by ‖R‖²/K.
-        coupling = (float(np.trace(self.residuals)) ** 0.5 + len(self.values) ** 0.5 * self.slack.residuals) ** 2
-        margin = self.blunt + _SKEW * value + 2.0 * coupling / value + unsure
-        nearest = self._distance(value)
-        if not nearest > margin:
-            raise UnresolvedError(
-                f"values outside the window come within {nearest / value:.1e}, {margin / value:.1e} is known"
-            )
-
-    def error(self, value: float) -> float:
-        """How far a Ritz value near `value` may be from an eigenvalue: ‖R‖₂² over the distance to the values outside.
-
-        R are the residuals of the Ritz vectors that are nearer than those; what comes by way of the other windows is
-        smaller by another such quotient.
-        """
-        nearest = self._distance(value)
-        here = np.abs(self.values - value) <= nearest
-        if not here.any():
-            return self.slack.values
-        size = float(np.linalg.eigvalsh(self.residuals[np.ix_(here, here)])[-1]) ** 0.5 + self.slack.residuals
-        gap = nearest - self.blunt
-        off = min(size, size * size / gap) if gap > 0.0 else size
-        return float(self.slack.values + off)
-
-    def _distance(self, value: float) -> float:
-        """From the nearest value of T outside."""
-        return float(np.abs(self.outside - value).min(initial=np.inf))
-
-    def mixing(self, cut: float) -> float:
-        """‖Δ*′ − Δ*‖/‖Δ*‖ to expect of what Ritz vectors on either side of τ² have of each other.
-
-        As `truncation.mixing` has it. Both errors are taken as spread: that of the products over n places, that of the
-        span over those of the windows.
-        """
-        n, w = self.vectors.shape[1], len(self.values)
-        each = self.slack.values / (2.0 * n**0.5) + (self.error(cut) - self.slack.values) / w**0.5
-        kept, dropped = self.values[self.values > cut], self.values[self.values <= cut]
-        if len(kept) == 0:
-            return 0.0
-        i, j = kept[:, None], dropped[None, :]
-        return float(each * np.sqrt(np.sum((i + np.abs(j)) / np.square(i - j)) / kept.sum()))
-
-
 def truncate(
     source: PanelSource, rule: HardThreshold, *, arithmetic: HostArithmetic, gram: Gram, probes: Doubles
 ) -> Truncation:
@@ -239,22 +137,22 @@ def truncate(
     matrix = _Matrix(source, rule, gram, probes)
     least = float(np.finfo(np.float32).eps) * gram.trace / source.cols  # likewise
     slack = max(certify.spectral_bound(gram.images - gram.exact_images), least)
-    tries: list[tuple[Products, _Slack]] = []
+    tries: list[tuple[Products, Slack]] = []
     if slack <= _MOST_SLACK * first.s_median**2:
-        tries.append((_by_gram(gram.matrix), _Slack(slack, slack)))
+        tries.append((_by_gram(gram.matrix), Slack(slack, slack)))
     if source.rows >= _TALL * source.cols:
-        tries.append((_by_both(gram.matrix, partial(arithmetic.inner_products, source)), _Slack(0.0, slack)))
-    tries.append((partial(arithmetic.products, source), _Slack(0.0, 0.0)))
+        tries.append((_by_both(gram.matrix, partial(arithmetic.inner_products, source)), Slack(0.0, slack)))
+    tries.append((partial(arithmetic.products, source), Slack(0.0, 0.0)))
     for by in tries[:-1]:
         with suppress(UnresolvedError):  # by more of the delta itself it may be
             return _decided(basis, by, matrix)
     return _decided(basis, tries[-1], matrix)
 
 
-def _decided(basis: _Basis, by: tuple[Products, _Slack], matrix: _Matrix) -> Truncation:
+def _decided(basis: _Basis, by: tuple[Products, Slack], matrix: _Matrix) -> Truncation:
     """The decision by Ritz values of products, and how far those may be off."""
     source, rule, gram, probes = matrix
-    windows, n = _ritz(*by, basis), source.cols
+    windows, n = basis.windows(*by), source.cols
     median, off = windows.place((n - 1) // 2)
     if not off <= _MEDIAN * median:
         raise UnresolvedError(f"the median eigenvalue is known to {off / median:.1e} only")
@@ -306,6 +204,10 @@ class _Basis:
     """Places of the window around τ²."""
     error: float
     """‖ΔᵀΔ − QTQᵀ‖₂."""
+
+    def windows(self, products: Products, slack: Slack) -> Windows:
+        """The windows' Ritz pairs."""
+        return ritz(products, slack, self.rows[self.windowed], self.outside, self.error)
 
     @staticmethod
     def chosen(form: SingleTridiagonal, first: Threshold, error: float) -> _Basis:
@@ -361,7 +263,7 @@ def _by_both(matrix: Doubles, inner: Callable[[Doubles], Doubles]) -> Products:
 
 def _window(values: Doubles, at: float, error: float, beside: int) -> NDArray[np.intp]:
     """Places of the values that may be near `at`, and at least so many on either side."""
-    reach = 4.0 * error + 2.0 * _SKEW * at
+    reach = 4.0 * error + 2.0 * SKEW * at
     middle = int(np.searchsorted(values, at))
     low = min(int(np.searchsorted(values, at - reach)), middle - beside)
     high = max(int(np.searchsorted(values, at + reach)), middle + beside)
@@ -370,22 +272,7 @@ def _window(values: Doubles, at: float, error: float, beside: int) -> NDArray[np
     return np.arange(max(0, low), min(len(values), high))
 
 
-def _ritz(products: Products, slack: _Slack, basis: _Basis) -> _Windows:
-    """Rayleigh–Ritz in float64, in the span of the windows' vectors."""
-    rows = basis.rows[basis.windowed].astype(np.float64)
-    if not np.isfinite(rows).all():  # LAPACK's QR need not return
-        raise NumericalError("vectors of the tridiagonal form are not finite")
-    frame: Doubles = np.ascontiguousarray(np.linalg.qr(rows.T)[0].T)
-    images, inner = products(frame)
-    if not np.isfinite(inner).all():
-        raise NumericalError("products with the delta are not finite")
-    values, mix = np.linalg.eigh(inner)
-    vectors = mix.T @ frame
-    residuals = mix.T @ images - values[:, None] * vectors
-    return _Windows(values, vectors, residuals @ residuals.T, slack, basis.outside, basis.error)
-
-
-def _assembled(windows: _Windows, basis: _Basis, values: Doubles, rank: int) -> Singles:
+def _assembled(windows: Windows, basis: _Basis, values: Doubles, rank: int) -> Singles:
     """(rank, n) kept vectors in the order of `values`: exact ones where there are, float32 ones elsewhere."""
     vectors: Singles = np.empty((rank, basis.rows.shape[1]), np.float32)
     exact = np.isin(values[len(values) - rank :], windows.values)

@@ -1,0 +1,147 @@
+"""Exact eigenvalues of ΔᵀΔ in a few windows, from a tridiagonal form T that has all of them to within e only.
+
+X, (w, n), are orthonormal approximations of T's vectors at the windows' places. By Rayleigh–Ritz in its span, in
+float64, ΔᵀΔ is in the basis of X and its complement
+
+    [ Θ  Rᵀ ]     Θ the Ritz values, R the residuals ΔᵀΔ·y − θ·y of the Ritz vectors,
+    [ R  H  ]     H unknown.
+
+1. *H's eigenvalues are T's other values, to within e + 2‖R‖²/K.* Add K·XXᵀ, K as wide as a window, to ΔᵀΔ and to
+   Q·T·Qᵀ: by Weyl their ordered eigenvalues still differ by e at most, those of the window have moved out of the way.
+2. *Where none of these comes near v, as many eigenvalues of ΔᵀΔ lie below v as θ and values of T outside do*, and each
+   one there is a θ to within ‖R‖²/gap, gap the distance from v to H's spectrum. For the inertia of ΔᵀΔ − v is that of
+   H − v and that of its Schur complement Θ − v − Rᵀ(H − v)⁻¹R together (Haynsworth).
+
+Source: Parlett, The Symmetric Eigenvalue Problem, sections 10.1, 11.5 and 11.7; Haynsworth 1968; Mathias 1998
+(quadratic residual bounds); Davis & Kahan 1970.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamrepair.decompose.arithmetic import Products
+from streamrepair.decompose.convert import Real
+from streamrepair.decompose.truncation import UnresolvedError
+from streamrepair.errors import NumericalError
+
+Doubles = NDArray[np.float64]
+
+SKEW = 1e-5
+"""Relative change of T's eigenvalues by reflectors that are orthogonal to float32 only (Ostrowski)."""
+
+
+class Slack(NamedTuple):
+    """How far products may be from those with ΔᵀΔ: spectral norms of the difference."""
+
+    values: float
+    """Of the inner products, which give the Ritz values."""
+    residuals: float
+    """Of the images."""
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Ritz pairs of ΔᵀΔ in the windows, and what T says of the rest."""
+
+    values: Doubles
+    """(w,) Ritz values, ascending."""
+    vectors: Doubles
+    """(w, n) as rows."""
+    residuals: Doubles
+    """(w, w) inner products of the residuals ΔᵀΔ·y − θ·y."""
+    slack: Slack
+    outside: Doubles
+    """Values of T at the other places, ascending."""
+    blunt: float
+    """How far eigenvalues may be from `outside`."""
+
+    def place(self, place: int) -> tuple[float, float]:
+        """The eigenvalue with `place` below it, and how far it may be off.
+
+        Raises:
+            UnresolvedError: it may not be among the Ritz values.
+        """
+        value = float(np.sort(np.concatenate([self.values, self.outside]))[place])
+        self.clear(value)
+        if value not in self.values:
+            raise UnresolvedError("the median is not in the window that was made for it")
+        return value, self.error(value)
+
+    def clear(self, value: float, unsure: float = 0.0) -> None:
+        """Hold that all that lies near `value`, which may itself be off by `unsure`, is in the windows.
+
+        Raises:
+            UnresolvedError: it is not.
+        """
+        if self.outside.size == 0:
+            return
+        if not value > 0.0:
+            raise UnresolvedError("the squared threshold vanishes")
+        # K is taken as `value`.
+        coupling = (float(np.trace(self.residuals)) ** 0.5 + len(self.values) ** 0.5 * self.slack.residuals) ** 2
+        margin = self.blunt + SKEW * value + 2.0 * coupling / value + unsure
+        nearest = self._distance(value)
+        if not nearest > margin:
+            raise UnresolvedError(
+                f"values outside the window come within {nearest / value:.1e}, {margin / value:.1e} is known"
+            )
+
+    def error(self, value: float) -> float:
+        """How far a Ritz value near `value` may be from an eigenvalue: ‖R‖₂² over the distance to the values outside.
+
+        R are the residuals of the Ritz vectors that are nearer than those; what comes by way of the other windows is
+        smaller by another such quotient.
+        """
+        nearest = self._distance(value)
+        here = np.abs(self.values - value) <= nearest
+        if not here.any():
+            return self.slack.values
+        size = float(np.linalg.eigvalsh(self.residuals[np.ix_(here, here)])[-1]) ** 0.5 + self.slack.residuals
+        gap = nearest - self.blunt
+        off = min(size, size * size / gap) if gap > 0.0 else size
+        return float(self.slack.values + off)
+
+    def _distance(self, value: float) -> float:
+        """From the nearest value of T outside."""
+        return float(np.abs(self.outside - value).min(initial=np.inf))
+
+    def mixing(self, cut: float) -> float:
+        """‖Δ*′ − Δ*‖/‖Δ*‖ to expect of what Ritz vectors on either side of τ² have of each other.
+
+        As `truncation.mixing` has it. Both errors are taken as spread: that of the products over n places, that of the
+        span over those of the windows.
+        """
+        n, w = self.vectors.shape[1], len(self.values)
+        each = self.slack.values / (2.0 * n**0.5) + (self.error(cut) - self.slack.values) / w**0.5
+        kept, dropped = self.values[self.values > cut], self.values[self.values <= cut]
+        if len(kept) == 0:
+            return 0.0
+        i, j = kept[:, None], dropped[None, :]
+        return float(each * np.sqrt(np.sum((i + np.abs(j)) / np.square(i - j)) / kept.sum()))
+
+
+def ritz(products: Products, slack: Slack, rows: Real, outside: Doubles, blunt: float) -> Windows:
+    """Rayleigh–Ritz in float64, in the span of some rows.
+
+    Args:
+        rows: (w, n), approximate eigenvectors. outside, blunt: as of `Windows`.
+
+    Raises:
+        NumericalError: something is not finite.
+    """
+    vectors = rows.astype(np.float64)
+    if not np.isfinite(vectors).all():  # LAPACK's QR need not return
+        raise NumericalError("vectors of the tridiagonal form are not finite")
+    frame: Doubles = np.ascontiguousarray(np.linalg.qr(vectors.T)[0].T)
+    images, inner = products(frame)
+    if not np.isfinite(inner).all():
+        raise NumericalError("products with the delta are not finite")
+    values, mix = np.linalg.eigh(inner)
+    vectors = mix.T @ frame
+    residuals = mix.T @ images - values[:, None] * vectors
+    return Windows(values, vectors, residuals @ residuals.T, slack, outside, blunt)

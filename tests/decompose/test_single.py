@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from streamrepair.decompose import certify, lapack, single, twisted
+from streamrepair.decompose.arithmetic import Doubles
+from streamrepair.decompose.host import HostArithmetic
+from streamrepair.decompose.operator import PanelSource
+from streamrepair.decompose.truncation import Truncation, UnresolvedError
+from streamrepair.errors import NumericalError
+from streamrepair.spectral.threshold import HardThreshold
+from tests.decompose.sources import ArraySource, fine_tuned, from_delta, low_rank_plus_noise, with_spectrum
+
+
+class _Counting(HostArithmetic):
+    """Counts the passes over the delta and the vectors that went through them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full: list[int] = []
+        self.inner: list[int] = []
+
+    def products(self, source: PanelSource, vectors: Doubles) -> tuple[Doubles, Doubles]:
+        self.full.append(len(vectors))
+        return super().products(source, vectors)
+
+    def inner_products(self, source: PanelSource, vectors: Doubles) -> Doubles:
+        self.inner.append(len(vectors))
+        return super().inner_products(source, vectors)
+
+
+def _truncated(source: ArraySource, arithmetic: HostArithmetic | None = None) -> Truncation:
+    arithmetic = arithmetic or HostArithmetic()
+    probes = certify.probe_vectors(source.cols)
+    gram = arithmetic.gram(source, probes, "float32")
+    return single.truncate(source, HardThreshold(), arithmetic=arithmetic, gram=gram, probes=probes)
+
+
+def _heavy(m: int, n: int) -> Doubles:
+    """A spectrum that runs through τ."""
+    return with_spectrum(np.random.default_rng(8).pareto(2.5, n) + 0.3, m)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (301, 293), (1400, 300)], ids=str)
+@pytest.mark.parametrize("spectrum", ["gapped", "heavy"])
+@pytest.mark.parametrize("stored", ["tall", "wide"])
+def test_median_rank_and_kept_part_are_those_of_float64(shape: tuple[int, int], spectrum: str, stored: str) -> None:
+    delta = low_rank_plus_noise(*shape, rank=9) if spectrum == "gapped" else _heavy(*shape)
+    source = fine_tuned(delta, "BF16")
+    source = source.transposed() if stored == "wide" else source
+    found = _truncated(source)
+    u, s, vh = np.linalg.svd(source.delta(), full_matrices=False)
+    exact = HardThreshold().estimate(s[::-1], source.rows, source.cols)
+    assert found.threshold.rank_kept == exact.rank_kept > 0
+    assert abs(found.threshold.s_median / exact.s_median - 1.0) < 1e-6
+    rank = exact.rank_kept
+    star = source.delta() @ found.vh.T @ found.vh
+    expected = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    assert np.linalg.norm(star - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+def test_a_gap_at_the_threshold_needs_no_vectors_there() -> None:
+    """Only those around the median and of the largest values go through the delta; more where values meet at τ."""
+    n, rule = 400, HardThreshold()
+    s = np.sort(np.random.default_rng(2).uniform(0.5, 1.5, n))
+    s[-6:] = np.geomspace(40.0, 60.0, 6)
+    gapped, met = _Counting(), _Counting()
+    _truncated(from_delta(with_spectrum(s, n), "F32"), gapped)
+    s[-8:-6] = rule.estimate(s, n, n).tau * np.array([0.9995, 1.0005])
+    _truncated(from_delta(with_spectrum(s, n), "F32"), met)
+    assert gapped.full == [24 + 16]
+    assert met.full[0] > 24 + 16
+
+
+def test_a_tall_delta_is_multiplied_once() -> None:
+    """Its Gram matrix, too blunt for the values, serves for the residuals."""
+    arithmetic = _Counting()
+    found = _truncated(fine_tuned(low_rank_plus_noise(1500, 300, rank=40), "BF16"), arithmetic)
+    assert found.threshold.rank_kept > 0
+    assert (arithmetic.full, len(arithmetic.inner)) == ([], 1)
+
+
+@pytest.mark.parametrize("off", [1e-3, 1e-4, 3e-5, -3e-5, -1e-4, -1e-3])
+def test_a_value_planted_beside_the_threshold_falls_on_its_side(off: float) -> None:
+    """Or the float32 route says that it cannot tell."""
+    n, rule = 320, HardThreshold()
+    s = np.sort(np.random.default_rng(2).uniform(0.5, 1.5, n))
+    s[-6:] = np.geomspace(40.0, 60.0, 6)
+    for _ in range(3):  # the median does not depend on it
+        s[-7] = (1.0 + off) * rule.estimate(np.sort(s), 2 * n, n).tau
+    source = from_delta(with_spectrum(s, 2 * n), "F32")
+    try:
+        found = _truncated(source)
+    except UnresolvedError:
+        assert abs(off) < 1e-4
+        return
+    assert found.threshold.rank_kept == (7 if off > 0 else 6)
+
+
+@pytest.mark.parametrize("fault", ["turned", "repeated", "nan"])
+def test_wrong_vectors_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = twisted.vectors
+
+    def wrong(diagonal: Doubles, off: Doubles, values: Doubles) -> Doubles:
+        found = right(diagonal, off, values)
+        if fault == "turned":
+            found = np.roll(found, 1, axis=1)
+        elif fault == "repeated":
+            found[-1] = found[-2]
+        else:
+            found[len(found) // 2, 7] = np.nan
+        return found
+
+    monkeypatch.setattr(twisted, "vectors", wrong)
+    with pytest.raises((NumericalError, UnresolvedError)):
+        _truncated(fine_tuned(low_rank_plus_noise(300, 300, rank=40), "BF16"))
+
+
+@pytest.mark.parametrize("factor", [1.0 + 1e-3, 1.0 - 1e-3])
+def test_wrong_values_are_caught(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = lapack.tridiagonal_values
+
+    def wrong(diagonal: Doubles, off: Doubles) -> Doubles:
+        values = right(diagonal, off)
+        values[len(values) // 2 :] *= factor
+        return values
+
+    monkeypatch.setattr(lapack, "tridiagonal_values", wrong)
+    with pytest.raises((NumericalError, UnresolvedError)):
+        _truncated(fine_tuned(low_rank_plus_noise(300, 300, rank=9), "BF16"))

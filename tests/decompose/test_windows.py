@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from streamrepair.decompose.truncation import UnresolvedError
+from streamrepair.decompose.windows import Slack, Windows, ritz
+from streamrepair.errors import NumericalError
+
+N, WIDTH, MIDDLE = 90, 24, 45
+Doubles = NDArray[np.float64]
+
+
+def _symmetric(values: Doubles, seed: int) -> Doubles:
+    q = np.linalg.qr(np.random.default_rng(seed).standard_normal((len(values), len(values))))[0]
+    return (q * values) @ q.T
+
+
+def _disturbance(norm: float, seed: int) -> Doubles:
+    """(N, N) symmetric, random, of this spectral norm."""
+    noise = np.random.default_rng(seed).standard_normal((N, N))
+    noise += noise.T
+    return norm / float(np.linalg.norm(noise, 2)) * noise
+
+
+def _windows(exact: Doubles, e: float, *, seed: int = 0, span_noise: float = 0.0, slack: float = 0.0) -> Windows:
+    """Windows around the middle, from a matrix that is off by e and products that are off by `slack`."""
+    t, vectors = np.linalg.eigh(exact + _disturbance(e, seed))
+    places = np.arange(MIDDLE - WIDTH // 2, MIDDLE + WIDTH // 2)
+    rows = vectors[:, places].T + span_noise * np.random.default_rng(seed).standard_normal((WIDTH, N))
+    seen = exact + _disturbance(slack, seed + 1)
+
+    def products(x: Doubles) -> tuple[Doubles, Doubles]:
+        return x @ seen, x @ seen @ x.T
+
+    return ritz(products, Slack(slack, slack), rows, np.delete(t, places), e)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    off=st.floats(1e-6, 3.0),
+    span_noise=st.sampled_from([0.0, 1e-7, 1e-4, 1e-3]),
+    slack=st.sampled_from([0.0, 1e-6, 1e-3]),
+    shape=st.sampled_from(["even", "random", "pairs", "cluster"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_what_is_claimed_of_a_place_is_so(seed: int, off: float, span_noise: float, slack: float, shape: str) -> None:
+    """The eigenvalue at a place, within the bound that comes with it, or no claim; e in units of the mean distance."""
+    rng = np.random.default_rng(seed)
+    values = {
+        "even": np.linspace(1.0, 2.0, N),
+        "random": np.sort(rng.uniform(1.0, 2.0, N)),
+        "pairs": np.repeat(np.linspace(1.0, 2.0, N // 2), 2),
+        "cluster": np.sort(np.r_[np.full(9, 1.5), rng.uniform(1.0, 2.0, N - 9)]),
+    }[shape]
+    exact = _symmetric(values, seed)
+    windows = _windows(exact, off / N, seed=seed, span_noise=span_noise, slack=slack)
+    for place in (MIDDLE - 4, MIDDLE, MIDDLE + 3):
+        try:
+            value, bound = windows.place(place)
+        except UnresolvedError:
+            continue
+        assert abs(value - values[place]) <= bound + 1e-13
+
+
+@pytest.mark.parametrize("off", [0.1, 0.5, 1.0])
+def test_a_median_that_t_cannot_name_is_known_to_many_digits(off: float) -> None:
+    """Off by up to the mean distance of two values: T alone has the wrong one as often as not."""
+    values = np.linspace(1.0, 2.0, N)
+    windows = _windows(_symmetric(values, 3), off / N)
+    value, bound = windows.place(MIDDLE)
+    assert bound < 0.1 / N
+    assert abs(value - values[MIDDLE]) <= bound
+
+
+def test_a_value_outside_that_may_be_anywhere_near_spoils_the_claim() -> None:
+    values = np.linspace(1.0, 2.0, N)
+    windows = _windows(_symmetric(values, 3), 8.0 / N)
+    with pytest.raises(UnresolvedError, match="outside the window"):
+        windows.place(MIDDLE)
+
+
+def test_nothing_in_a_window_is_no_error_where_nothing_is_near() -> None:
+    """A squared threshold in a gap needs no vectors around it, unless it may itself be off by as much as the gap."""
+    values = np.concatenate([np.linspace(1.0, 2.0, N - 5), np.linspace(5.0, 6.0, 5)])
+    windows = _windows(_symmetric(values, 4), 1e-4)
+    windows.clear(3.0)
+    assert windows.error(3.0) == 0.0
+    with pytest.raises(UnresolvedError):
+        windows.clear(3.0, unsure=1.1)
+
+
+def test_what_is_not_finite_is_an_error() -> None:
+    rows = np.eye(N)[:4]
+    for spoilt in (np.full_like(rows, np.nan), rows):
+        with pytest.raises(NumericalError, match="not finite"):
+            ritz(lambda x: (x, np.full((4, 4), np.inf)), Slack(0.0, 0.0), spoilt, np.ones(N - 4), 0.0)
