@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from streamrepair.decompose.blocks import block_rows
 from streamrepair.decompose.scratch import LARGE_ARRAY_BYTES, RETAINED_BYTES
+from streamrepair.decompose.twisted import at_once
 
 PROCESS_BYTES = 100_000_000
 """The interpreter with NumPy, SciPy and their BLAS loaded, before any task."""
@@ -62,7 +63,7 @@ def gram_bytes(shape: MatrixShape) -> int:
 
     n² terms: G in float64 (8), its float32 partial sum (4); then reflectors (8), kept vectors (8·share) and their
     products in the check (8·share²); then vectors (8·share), their cast (4·share). The batch of vectors being made is
-    three arrays of n × 256 doubles and two masks. Block terms: Δ in float64 if the first precision fails (8); in the
+    five arrays of n × 256 doubles and two masks (half as many for large n); windows are five of n × 64. Block terms: Δ in float64 if the first precision fails (8); in the
     merge W_base (4, or 8 for wide outputs), Δ·Vᵀ (as W_base, times share) and the result, which stay until the next
     task's factoring if a worker may keep so much.
     """
@@ -72,7 +73,7 @@ def gram_bytes(shape: MatrixShape) -> int:
     small = 12 * n * n if 8 * n * n <= LARGE_ARRAY_BYTES else 0  # G stays too
     merge_blocks = int((8 + item + item * share + rounded) * block) + small
     kept_on = max(8 * block + small, min(merge_blocks, RETAINED_BYTES))
-    batch = 26 * n * min(256, max(1, int(share * n))) + 80 * 8 * n
+    batch = 42 * n * min(at_once(n), max(1, int(share * n))) + 2560 * n
     accumulate = 12 * n * n + kept_on
     factor = int((8 + 8 * share + 8 * share * share) * n * n) + batch + kept_on
     merge = int((8 + item) * share * n * n) + merge_blocks
