@@ -13,7 +13,7 @@ from streamrepair.decompose.blocks import block_rows
 from streamrepair.decompose.scratch import LARGE_ARRAY_BYTES, RETAINED_BYTES
 from streamrepair.decompose.twisted import at_once
 
-PROCESS_BYTES = 100_000_000
+PROCESS_BYTES = 80_000_000
 """The interpreter with NumPy, SciPy and their BLAS loaded, before any task."""
 TENSOR_BYTES = 4_000
 """Headers, plan and records of one tensor."""
@@ -63,9 +63,9 @@ def gram_bytes(shape: MatrixShape) -> int:
 
     n² terms: G in float64 (8), its float32 partial sum (4); then reflectors (8), kept vectors (8·share) and their
     products in the check (8·share²); then vectors (8·share), their cast (4·share). The batch of vectors being made is
-    five arrays of n × 256 doubles and two masks (half as many for large n); windows are five of n × 64. Block terms: Δ in float64 if the first precision fails (8); in the
-    merge W_base (4, or 8 for wide outputs), Δ·Vᵀ (as W_base, times share) and the result, which stay until the next
-    task's factoring if a worker may keep so much.
+    five arrays of n × 256 doubles and two masks (n × 128 for large n); windows are five of n × 64. Block terms: Δ in
+    float64 if the first precision fails (8); in the merge W_base (4, or 8 for wide outputs), Δ·Vᵀ (as W_base, times
+    share) and the result, which stay until the next task's factoring if a worker may keep so much.
     """
     n, block, share = shape.cols, shape.block * shape.cols, shape.kept_share
     item = 4 if shape.out_item_bytes == 2 else 8
