@@ -246,23 +246,23 @@ def solve_unit_triangle(triangle: Double, vectors: Double, *, transpose: bool) -
     _call("trsm", b"L", _UPPER, way, b"U", n, count, 1.0, triangle, n, vectors, n, like=triangle)
 
 
-def cholesky(matrix: Double) -> bool:
-    """C lower triangle ← the Cholesky factor L of a symmetric matrix stored there; whether there is one (dpotrf)."""
+def cholesky(matrix: Real) -> bool:
+    """C lower triangle ← the Cholesky factor L of a symmetric matrix stored there; whether there is one (?potrf)."""
     n, info = len(matrix), ctypes.c_int()
     _call("potrf", _UPPER, n, matrix, n, info, like=matrix)
     return info.value == 0
 
 
-def times_cholesky(factor: Double, vectors: Double) -> Double:
-    """L·Lᵀ·v for each row v of `vectors` (dtrmm)."""
+def times_cholesky(factor: Real, vectors: Real) -> Real:
+    """L·Lᵀ·v for each row v of `vectors` (?trmm)."""
     n, count, images = len(factor), len(vectors), vectors.copy()
     for transpose in (b"N", b"T"):  # of the Fortran view, whose upper triangle is Lᵀ
         _call("trmm", b"L", _UPPER, transpose, b"N", n, count, 1.0, factor, n, images, n, like=factor)
     return images
 
 
-def add_outer(vectors: Double, matrix: Double) -> None:
-    """C lower triangle += Σ v·vᵀ over the rows v of `vectors` (dsyrk)."""
+def add_outer(vectors: Real, matrix: Real) -> None:
+    """C lower triangle += Σ v·vᵀ over the rows v of `vectors` (?syrk)."""
     n, count = len(matrix), len(vectors)
     _call("syrk", _UPPER, b"N", n, count, 1.0, vectors, n, 1.0, matrix, n, like=matrix)
 

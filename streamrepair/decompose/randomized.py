@@ -284,7 +284,7 @@ class _Search:
             raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
         vectors = self.lanczos.vectors(ritz.coefficients[:, :count][:, ::-1])
         values = ritz.values[:count][::-1]
-        error = self.matrix.none_above(ceiling, values, vectors, probes)
+        error = self.matrix.none_above(ceiling, values, vectors, probes, allowed=low - ceiling)
         if error is None or ceiling + error > low:
             raise UnresolvedError(f"not all values above {low:.3g} were found")
         return values, vectors, following, int(np.count_nonzero(values < high))

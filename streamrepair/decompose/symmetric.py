@@ -13,10 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, lapack
+from streamrepair.decompose.convert import Real, RealType
 
 Doubles = NDArray[np.float64]
 
 _TILE = 256
+_SINGLE = 3e-5
+"""Error of a Cholesky factor in float32, in units of the shift, that is to be expected at least."""
 
 
 class SymmetricPair:
@@ -30,6 +33,7 @@ class SymmetricPair:
         self._array = gram
         self._diagonal = gram.diagonal().copy()
         self._factors: _Factors | None = None
+        self._mirrored = False
 
     @property
     def size(self) -> int:
@@ -37,9 +41,14 @@ class SymmetricPair:
         return len(self._array)
 
     def times(self, vectors: Doubles) -> Doubles:
-        """(k, n) G·v for each row v of `vectors`."""
+        """(k, n) G·v for each row v of `vectors`; with both triangles until one is needed for factors."""
+        if self._factors is None and not self._mirrored:
+            self._mirror()
         self._place(self._diagonal)
-        return lapack.times_symmetric(self._array, vectors)
+        if not self._mirrored:  # LAPACK packs a triangle anew in every call: half as fast for few vectors
+            return lapack.times_symmetric(self._array, vectors)
+        images: Doubles = vectors @ self._array
+        return images
 
     def restore(self) -> None:
         """Leave G's triangle and diagonal as they were given."""
@@ -51,8 +60,10 @@ class SymmetricPair:
         Raises:
             NumericalError: c is an eigenvalue to the last bit.
         """
-        self._mirror(1.0)
+        if not self._mirrored:
+            self._mirror()
         self._place(self._diagonal - c)
+        self._mirrored = False
         pivots, beside = lapack.factor_indefinite(self._array)
         self._factors = _Factors.of(pivots, self._array.diagonal().copy(), beside)
         return self.size - self._factors.negative()
@@ -77,42 +88,59 @@ class SymmetricPair:
         # Each row is E on a unit vector, where certify's probes have norm √n.
         return certify.spectral_bound(defect * self.size**0.5)
 
-    def none_above(self, c: float, values: Doubles, vectors: Doubles, probes: Doubles) -> float | None:
+    def none_above(
+        self, c: float, values: Doubles, vectors: Doubles, probes: Doubles, *, allowed: float
+    ) -> float | None:
         """Proof that G has no more eigenvalues above c than `values`: c·I − (G − Σ θ·v·vᵀ) has a Cholesky factor.
 
         Args:
             values: (k,) non-negative θ. vectors: (k, n) v as rows; they need not be eigenvectors for the proof to hold.
+            allowed: error of the factor that will do: where float32's own is well below it, float32 is tried first.
 
         Returns:
             The measured error of the factor, by which c is to be raised; None if there is no factor.
 
         Source: Weyl's inequality, λ_{k+1}(A + B) ≤ λ₁(A) for B of rank k; Rump 2006 for Cholesky as a proof.
         """
-        self._mirror(-1.0)
-        self._place(c - self._diagonal)
-        scaled = np.ascontiguousarray(vectors * np.sqrt(values)[:, None])
-        lapack.add_outer(scaled, self._array)
-        self._factors = None
-        if not lapack.cholesky(self._array):
+        deflation = np.ascontiguousarray(vectors * np.sqrt(values / c)[:, None])
+        # In units of c: what float32 holds of G does not depend on G's scale.
+        images = probes - self.times(probes) / c + (probes @ deflation.T) @ deflation
+        if allowed > _SINGLE * c:
+            error = self._factor_error(np.empty(self._array.shape, np.float32), c, deflation, probes, images)
+            if error is not None and c * error <= allowed:
+                return c * error
+        self._factors, self._mirrored = None, False
+        error = self._factor_error(self._array, c, deflation, probes, images)
+        return None if error is None else c * error
+
+    def _factor_error(self, out: Real, c: float, deflation: Doubles, probes: Doubles, images: Doubles) -> float | None:
+        """‖LLᵀ − (I − G/c + Σ v·vᵀ)‖₂, L in the C lower triangle of `out`; None if there is no L."""
+        real: RealType = np.float32 if out.dtype == np.float32 else np.float64
+        self._mirror(-1.0 / c, out)
+        out.flat[:: self.size + 1] = 1.0 - self._diagonal / c
+        rows: Real = deflation.astype(real, copy=False)
+        lapack.add_outer(rows, out)
+        if not lapack.cholesky(out):
             return None
-        images = lapack.times_cholesky(self._array, probes)
-        images -= c * probes - self.times(probes) + (probes @ scaled.T) @ scaled
-        return certify.spectral_bound(images)
+        columns: Real = probes.astype(real)
+        return certify.spectral_bound(lapack.times_cholesky(out, columns) - images)
 
     def _place(self, diagonal: Doubles) -> None:
         self._array.flat[:: self.size + 1] = diagonal
 
-    def _mirror(self, sign: float) -> None:
-        """Lower triangle ← sign × the upper one, in tiles that fit the cache."""
+    def _mirror(self, factor: float = 1.0, out: Real | None = None) -> None:
+        """Lower triangle of `out`, this one by default, ← factor × the upper one, in tiles that fit the cache."""
         a, n = self._array, self.size
+        target: Real = a if out is None else out
         for i in range(0, n, _TILE):
             rows = slice(i, i + _TILE)
             corner = np.triu(a[rows, rows], 1)
             lower = np.tril_indices(len(corner), -1)
-            a[rows, rows][lower] = sign * corner.T[lower]
+            target[rows, rows][lower] = factor * corner.T[lower]
             for j in range(i + _TILE, n, _TILE):
                 columns = slice(j, j + _TILE)
-                np.multiply(a[rows, columns].T, sign, out=a[columns, rows])
+                np.multiply(a[rows, columns].T, factor, out=target[columns, rows], casting="same_kind")
+        self._mirrored = target is a and factor == 1.0
 
 
 @dataclass(frozen=True, slots=True)
