@@ -44,7 +44,7 @@ class ResidentVectors(Protocol):
         ...
 
     def orthonormality(self) -> float:
-        """Largest entry of |VVᵀ − I|; NaN if a vector is not finite."""
+        """Norm of the largest row of VVᵀ − I; NaN if a vector is not finite."""
         ...
 
 

@@ -35,9 +35,9 @@ class Certificate:
     """What was proven about one decomposition; all bounds are in units of the eigenvalue λ = s²."""
 
     value_bound: float
-    """No eigenvalue is off by more than this (‖E‖₂, estimated from the probes)."""
+    """No eigenvalue that decides (the median, those next to τ²) is off by more than this."""
     orthonormality: float
-    """Largest entry of |VᵀV − I|."""
+    """Norm of the largest row of VVᵀ − I."""
     residual: float
     """‖(VᵀG − ΛVᵀ)X‖_F / (λ_max·√probes)."""
 
@@ -125,14 +125,17 @@ def check_vectors(
 
 
 def orthonormality(vectors: Vectors) -> float:
-    """Largest entry of |VᵀV − I| of vectors given as rows; NaN if they are not finite."""
+    """Norm of the largest row of VVᵀ − I, for V's vectors given as rows; NaN if they are not finite.
+
+    ‖VVᵀ − I‖₂, which Δ* is off by, is no less and, where rounding errors are alike, no more than twice that.
+    """
     if len(vectors) == 0:
         return 0.0
     if not isinstance(vectors, np.ndarray):
         return vectors.orthonormality()
     product = vectors @ vectors.T
     product.flat[:: len(vectors) + 1] -= product.dtype.type(1.0)
-    return float(max(product.max(), -product.min()))
+    return float(np.sqrt(np.einsum("ij,ij->i", product, product).max()))
 
 
 def check_count(counted: int, expected: int, close: int) -> None:

@@ -47,10 +47,10 @@ class DeviceVectors(ResidentVectors):
         return product
 
     def orthonormality(self) -> float:
-        """Largest entry of |VVᵀ − I|; NaN if a vector is not finite."""
+        """Norm of the largest row of VVᵀ − I; NaN if a vector is not finite."""
         if len(self.rows) == 0:
             return 0.0
-        return float(_defect(self.rows).abs().max())
+        return float(_defect(self.rows).norm(dim=1).max())
 
 
 class GramMatrix(cholesky_count.Symmetric):
