@@ -38,6 +38,10 @@ Singles = NDArray[np.float32]
 
 _BESIDE = 12
 """Vectors on either side of the median, at least; likewise of τ² where vectors there might mix."""
+_FURTHEST = 64
+"""Vectors on either side of the median at most; with more float64 is quicker."""
+_COUPLED = 0.04
+"""‖R‖² of the vectors around the median, in units of e², as it was seen on many spectra: a guess that is checked."""
 _LARGEST = 16
 """Vectors of the largest values, along which float32 errors of the others are largest."""
 _WIDEST = 192
@@ -221,7 +225,7 @@ class _Basis:
         form.check_count(first.s_median**2)
         cut = first.tau * first.tau  # infinite rather than an OverflowError
         form.check_count(cut)
-        middle = _window(t, first.s_median**2, error, _BESIDE)
+        middle = _middle(t, first.s_median**2, error)
         mixed = mixing(t, first.rank_kept, error) > _LITTLE_MIXING
         edge = _window(t, cut, error, _BESIDE if mixed else 0)
         places = np.unique(np.concatenate([middle, edge, np.arange(max(0, n - _LARGEST), n)]))
@@ -259,6 +263,22 @@ def _by_both(matrix: Doubles, inner: Callable[[Doubles], Doubles]) -> Products:
         return lapack.times_symmetric(matrix, rows), inner(rows)
 
     return products
+
+
+def _middle(values: Doubles, at: float, error: float) -> NDArray[np.intp]:
+    """Places around the median, as many as its bound needs to become sharp.
+
+    Raises:
+        UnresolvedError: too many.
+    """
+    window = _window(values, at, error, _BESIDE)
+    gap = 0.5 * float(values[window[-1]] - values[window[0]])
+    if (excess := _COUPLED * error * error / max(gap, error) / (_MEDIAN * at)) > 1.0:
+        beside = int(np.ceil(0.75 * len(window) * excess))  # the bound falls as the window's width rises
+        if beside > _FURTHEST:
+            raise UnresolvedError(f"bound {error:.1e} against a median eigenvalue of {at:.1e}")
+        window = _window(values, at, error, beside)
+    return window
 
 
 def _window(values: Doubles, at: float, error: float, beside: int) -> NDArray[np.intp]:
