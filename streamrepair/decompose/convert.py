@@ -29,6 +29,8 @@ STORED_TYPE: dict[str, type[np.generic]] = {
 
 _PIECE_ELEMENTS = 1 << 16
 _HALF_BITS = np.uint32(16)
+_LEAST_SQUARES = 1e-30
+"""Of a piece in float32: single squares below 1e-38 lose digits, 1e5 of them come to less than this."""
 
 
 def widen(raw: Raw, dtype: str, out: Real) -> None:
@@ -84,9 +86,16 @@ def narrow(values: Real, dtype: str, out: Raw) -> float:
                 out[piece] = part
                 rounded = out[piece].astype(values.dtype)
             np.subtract(part, rounded, out=part)
-            flat = part.reshape(-1)
-            lost += float(np.dot(flat, flat))
+            lost += _square_sum(part.reshape(-1))
     return lost
+
+
+def _square_sum(errors: Real) -> float:
+    """Sum of squares; in float64 where float32 has no room for them (errors above 1e19 or all below 1e-15)."""
+    total = float(np.dot(errors, errors))
+    if errors.dtype == np.float32 and not _LEAST_SQUARES < total < np.inf:
+        total = float(np.square(errors, dtype=np.float64).sum())
+    return total
 
 
 def _rounded_to_bfloat16(values: Real, out: Raw) -> Real:

@@ -105,6 +105,7 @@ def _written(
         )
     merged = _merged(job, view, truncation, arithmetic, host)
     threshold, out = truncation.threshold, truncation.frob_delta_out
+    lost = merged.lost()  # asked of a delta of which nothing is kept, too: BASE's values may overflow FT's dtype
     gap = threshold.nearest_gap
     return TensorRecord(
         action="repaired",
@@ -117,7 +118,7 @@ def _written(
         threshold=threshold.tau,
         frob_delta_in=truncation.frob_delta_in,
         frob_delta_out=out,
-        rounding_loss=merged.lost() ** 0.5 / out if out > 0 else 0.0,
+        rounding_loss=lost**0.5 / out if out > 0 else 0.0,
         nearest_sigma_gap=gap if gap < float("inf") else None,
         undecidable=truncation.undecidable,
         threshold_interval=truncation.interval,
@@ -169,10 +170,11 @@ class _Merged:
         """
         lost = self._merger.lost()
         if not lost < float("inf"):
-            raise NumericalError(
-                f"tensor {shown(self._job.task.name)}: a repaired value overflows {self._job.task.out.dtype}: "
-                "write the result with --out-dtype float32"
-            )
+            name, dtype = shown(self._job.task.name), self._job.task.out.dtype
+            remedy = f"leave it out with --exclude '^{name}$' to pass it through"
+            if dtype in ("BF16", "F16"):
+                remedy = "write the result with --out-dtype float32"
+            raise NumericalError(f"tensor {name}: a repaired value overflows {dtype}: {remedy}")
         return lost
 
     def run(self) -> None:

@@ -94,6 +94,18 @@ def test_loss_is_the_sum_of_squared_rounding_errors() -> None:
     assert lost == pytest.approx(float(np.sum((values - rounded) ** 2)), rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-43, 1e-39, 1e-22, 1e22, 1e37])
+def test_loss_counts_errors_whose_squares_float32_cannot_hold(size: float) -> None:
+    """Neither infinite, which would pass for an overflow of the values, nor zero, which would pass for exact."""
+    values = (size * np.random.default_rng(6).uniform(1, 2, (70, 50))).astype(np.float32)
+    out = np.empty(values.shape, np.uint16)
+    lost = narrow(values.copy(), "BF16", out)
+    rounded = np.empty(values.shape)
+    widened(out, "BF16", rounded)
+    assert lost == pytest.approx(float(np.sum((values - rounded) ** 2)), rel=1e-5, abs=0)
+    assert 0 < lost < np.inf
+
+
 def test_float64_narrows_to_float32_in_one_rounding() -> None:
     values = np.random.default_rng(5).standard_normal(1000)
     out = np.empty(1000, np.float32)

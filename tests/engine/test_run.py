@@ -559,6 +559,40 @@ def test_overflow_on_the_way_down_fails_naming_the_tensor(tmp_path: Path, dtype:
         assert values(read_tensors(tmp_path / "out32")["some.weight"]).max() > largest
 
 
+@pytest.mark.parametrize(
+    ("dtypes", "size", "remedy"), [(("BF16", "F16"), 1e5, "--out-dtype float32"), (("F64", "F32"), 1e200, "--exclude")]
+)
+def test_values_of_base_that_overflow_fts_dtype_fail_where_nothing_of_the_delta_is_kept(
+    tmp_path: Path, dtypes: tuple[str, str], size: float, remedy: str
+) -> None:
+    rng = np.random.default_rng(0)
+    before, after = size * rng.standard_normal((64, 64)), rng.standard_normal((64, 64))
+    assert textbook(before, after).rank == 0
+    base = write_split(tmp_path / "base", {"some.weight": stored(before, dtypes[0])}, 1)
+    ft = write_split(tmp_path / "ft", {"some.weight": stored(after, dtypes[1])}, 1)
+    with pytest.raises(NumericalError, match=rf"some\.weight: a repaired value overflows {dtypes[1]}: .*{remedy}"):
+        api.repair(base, ft, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_weights_whose_squares_float32_cannot_hold_are_repaired(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shape = (64, 64)
+    tensors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for name, size in (("large", 1e21), ("small", 1e-38)):
+        before, after = matrices(rng, shape)
+        tensors[name] = (20 * size * before, 20 * size * after)
+    base = write_split(tmp_path / "base", {n: stored(b, "BF16") for n, (b, _) in tensors.items()}, 1)
+    ft = write_split(tmp_path / "ft", {n: stored(f, "BF16") for n, (_, f) in tensors.items()}, 1)
+    report = api.repair(base, ft, tmp_path / "out")
+    found = read_tensors(tmp_path / "out")
+    for name in tensors:
+        expected = textbook(values(read_tensors(base)[name]), values(read_tensors(ft)[name]))
+        assert report.tensors[name].rank_kept == expected.rank > 0
+        assert rounded_share(values(found[name]), expected.sum, "BF16") > 0.999
+        assert 0 < (report.tensors[name].rounding_loss or 0) < 1
+
+
 @pytest.mark.parametrize("error", [NumericalError("made up"), KeyboardInterrupt(), ZeroDivisionError()])
 def test_a_failure_in_the_middle_keeps_finished_tensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
