@@ -40,9 +40,10 @@ class Bar:
         """Show the bar."""
         if self._quiet:
             return
-        if done_bytes:
-            self.note(f"continuing: {format_bytes(done_bytes)} of {format_bytes(plan.out_bytes)} were finished before")
         self._total_bytes, self._done_bytes = sum(task.out.nbytes for task in plan.tasks), done_bytes
+        if done_bytes:
+            total = format_bytes(self._total_bytes)
+            self.note(f"continuing: {format_bytes(done_bytes)} of {total} were finished before")
         self._found_bytes, self._began = done_bytes, _now()
         if sys.stderr.isatty():
             self._bar = tqdm(

@@ -39,7 +39,9 @@ def format_bytes(size_bytes: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """ "0.42 s", "12.3 s", "4 min 05 s", "2 h 07 min"."""
+    """ "<0.001 s", "0.42 s", "12.3 s", "4 min 05 s", "2 h 07 min"."""
+    if 0 < seconds < 0.001:
+        return "<0.001 s"
     if seconds < 60:
         return f"{seconds:.3g} s" if seconds >= 0.0995 else f"{seconds:.2g} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from streamrepair import api, terminal
+from streamrepair.units import format_seconds
 from tests.pairs import write_pair
 
 
@@ -19,6 +20,7 @@ def test_a_line_of_progress_tells_how_long_it_will_take(
     monkeypatch.setattr(terminal, "_now", lambda: now[0])
     bar = terminal.Bar(quiet=False)
     bar.begin(planned, 2 * 64 * 48)  # half of it was found done: what that took is not known
+    assert capsys.readouterr().err == "continuing: 6.14 kB of 12.3 kB were finished before\n"
     now[0] += 31
     bar.advance(64 * 48 // 2)
     assert capsys.readouterr().err.splitlines()[-1] == "7.68 kB of 12.3 kB done, about 1 min 33 s left"
@@ -36,3 +38,12 @@ def test_nothing_is_foretold_before_anything_is_done(
     bar.begin(api.plan(pair.base, pair.ft), 0)
     bar.advance(0)
     assert capsys.readouterr().err == "0 B of 6.14 kB done\n"
+
+
+def test_times_too_short_to_tell_are_no_powers_of_ten() -> None:
+    assert [format_seconds(seconds) for seconds in (0.0, 2e-8, 0.0097, 0.42)] == [
+        "0 s",
+        "<0.001 s",
+        "0.0097 s",
+        "0.42 s",
+    ]

@@ -205,7 +205,7 @@ def _parse(header: bytes, data_start: int) -> tuple[dict[str, str], list[TensorE
         return end
 
     end = walk_object(text, 0, header_member, what="the header")
-    if text[end:].strip(" "):
+    if text[end:].strip(" \t\n\r"):
         raise malformed(f"the header has more than padding after its end at character {end}")
     return metadata, entries
 

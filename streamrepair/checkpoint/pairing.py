@@ -16,6 +16,9 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 LEAST_ELEMENTS = 1024
 """Smaller matrices are passed through: the law of large random matrices says nothing about them."""
 
+NOT_IN_BASE = "not in the base checkpoint"
+"""Why a tensor of FT alone is kept."""
+
 Intent = Literal["repair", "keep", "drop"]
 
 
@@ -98,9 +101,22 @@ def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection) -> Iterator[P
 def _refusal(ft: TensorEntry, base: TensorEntry | None) -> str | None:
     """Why a tensor is passed through, or None if it is a pair of matrices."""
     if base is None:
-        return "not in the base checkpoint"
+        return NOT_IN_BASE
     if ft.shape != base.shape:
         return f"shapes differ: {list(base.shape)} in base, {list(ft.shape)} fine-tuned"
+    return _of_no_kind(ft, base)
+
+
+def is_of_no_kind(pairing: Pairing) -> bool:
+    """Whether both sides have the tensor alike, and it is nothing that is ever repaired."""
+    ft, base = pairing.ft, pairing.base
+    if ft is None or base is None or ft.entry.shape != base.entry.shape:
+        return False
+    return _of_no_kind(ft.entry, base.entry) is not None
+
+
+def _of_no_kind(ft: TensorEntry, base: TensorEntry) -> str | None:
+    """Why tensors of these dtypes and this shape are not repaired, or None if they are."""
     for side, entry in (("base", base), ("fine-tuned", ft)):
         if entry.dtype not in FLOATS:
             return f"dtype {entry.dtype} ({side}) is not a plain floating-point weight"

@@ -47,13 +47,26 @@ def sidecars(checkpoint: Checkpoint) -> tuple[str, ...]:
     Raises:
         InputError: a folder cannot be listed.
     """
+    return tuple(sorted(name for name, regular in _found(checkpoint) if regular))
+
+
+def left_beside(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What is named as a sidecar and is no file: links that lead nowhere or in circles, FIFOs, devices; sorted.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
+    return tuple(sorted(name for name, regular in _found(checkpoint) if not regular))
+
+
+def _found(checkpoint: Checkpoint) -> Iterator[tuple[str, bool]]:
+    """Relative paths, and whether there is a regular file."""
     folder = checkpoint.folder
-    if not checkpoint.whole_folder and not (folder / "config.json").is_file():
-        return ()
-    return tuple(sorted(_walk(folder, "", 1)))
+    if checkpoint.whole_folder or (folder / "config.json").is_file():
+        yield from _walk(folder, "", 1)
 
 
-def _walk(folder: Path, prefix: str, depth: int) -> Iterator[str]:
+def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, bool]]:
     try:
         entries = os.scandir(folder)
     except OSError as error:
@@ -67,8 +80,8 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[str]:
                 # checkpoint-500 and the like are whole checkpoints of their own.
                 if depth < _DEEPEST and not name.startswith(("checkpoint-", "runs", "original", "onnx")):
                     yield from _walk(folder / name, f"{prefix}{name}/", depth + 1)
-            elif _wanted(name) and entry.is_file():
-                yield prefix + name
+            elif _wanted(name) and not (folder / name).is_dir():
+                yield prefix + name, (folder / name).is_file()  # not the entry's own, which raises for circular links
 
 
 def _wanted(name: str) -> bool:

@@ -2,37 +2,68 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
+from streamrepair.checkpoint.pairing import NOT_IN_BASE, Selection, is_of_no_kind
+from streamrepair.checkpoint.sidecars import left_beside
 from streamrepair.engine.plan import Plan
 from streamrepair.engine.task import Outcome
 from streamrepair.errors import shown
+from streamrepair.units import counted
 
 _FEW = 8
 
 
 def plan_warnings(plan: Plan) -> list[str]:
     """What a person should know before the work starts."""
-    found = []
-    if dropped := len(plan.dropped):
-        found.append(f"{dropped} tensors of BASE are not in FT and are dropped, e.g. {shown(plan.dropped[0].name)}")
-    missing = [t for t in plan.tasks if t.pairing.base is None and t.pairing.reason == "not in the base checkpoint"]
-    if missing:
-        found.append(f"{len(missing)} tensors of FT are not in BASE and are kept, e.g. {shown(missing[0].name)}")
-    short = [t for t in plan.tasks if t.shape is not None and t.shape.cols < _FEW]
-    if short:
+    found = [*_of_selection(plan)]
+    if n := len(plan.dropped):
         found.append(
-            f"{len(short)} matrices have a side shorter than {_FEW}, of which the law of large matrices says little; "
+            f"{counted(n, 'tensor')} of BASE {_are(n)} not in FT and {_are(n)} dropped, "
+            f"e.g. {shown(plan.dropped[0].name)}"
+        )
+    if missing := [t for t in plan.tasks if t.pairing.base is None and t.pairing.reason == NOT_IN_BASE]:
+        n = len(missing)
+        found.append(
+            f"{counted(n, 'tensor')} of FT {_are(n)} not in BASE and {_are(n)} kept, e.g. {shown(missing[0].name)}"
+        )
+    if short := [t for t in plan.tasks if t.shape is not None and t.shape.cols < _FEW]:
+        have = "1 matrix has" if len(short) == 1 else f"{len(short)} matrices have"
+        found.append(
+            f"{have} a side shorter than {_FEW}, of which the law of large matrices says little; "
             f"--exclude passes them through, e.g. {shown(short[0].name)} {list(short[0].out.shape)}"
         )
     if resized := [t for t in plan.tasks if t.pairing.reason.startswith("shapes differ")]:
-        found.append(f"{len(resized)} tensors differ in shape and are kept, e.g. {shown(resized[0].name)}")
+        n = len(resized)
+        differ = f"differs in shape and {_are(n)}" if n == 1 else f"differ in shape and {_are(n)}"
+        found.append(f"{counted(n, 'tensor')} {differ} kept, e.g. {shown(resized[0].name)}")
     for side, checkpoint in (("BASE", plan.base), ("FT", plan.ft)):
-        if checkpoint.unindexed:
-            found.append(f"{side}: {len(checkpoint.unindexed)} tensors are in its shards but not in its index")
+        if n := len(checkpoint.unindexed):
+            found.append(f"{side}: {counted(n, 'tensor')} {_are(n)} in its shards but not in its index")
         if checkpoint.stray_files:
             found.append(f"{side}: ignored weight files {', '.join(map(shown, checkpoint.stray_files[:5]))}")
+    if left := left_beside(plan.ft):
+        found.append(f"FT: left out beside the weights, being no regular files: {', '.join(map(shown, left[:5]))}")
     return found
+
+
+def _of_selection(plan: Plan) -> Iterator[str]:
+    """A pattern that matches nothing, and a checkpoint most of which is of no kind that can be repaired."""
+    chosen = Selection(plan.settings.include, plan.settings.exclude)
+    for option, pattern in (("--include", chosen.include), ("--exclude", chosen.exclude)):
+        if pattern is not None and not any(re.search(pattern, task.name) for task in plan.tasks):
+            yield f"{option} {shown(pattern)} matches no tensor of FT"
+    repaired_bytes = sum(task.out.nbytes for task in plan.tasks if task.shape is not None)
+    other = [task for task in plan.tasks if is_of_no_kind(task.pairing) and chosen.refusal(task.name) is None]
+    if sum(task.out.nbytes for task in other) > repaired_bytes:
+        largest = max(other, key=lambda task: task.out.nbytes)
+        some = "most of FT is" if repaired_bytes else "no tensor is repaired; FT is"
+        yield f"{some} kept as it is: e.g. {shown(largest.name)} {list(largest.out.shape)}, {largest.pairing.reason}"
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def task_warnings(outcome: Outcome) -> Iterator[str]:

@@ -124,6 +124,14 @@ def test_an_entrys_members_come_in_any_order_with_any_white_space(tmp_path: Path
     assert read_header(write_file(tmp_path / "f", text, b"ab")).tensors[0].shape == (1, 2)
 
 
+def test_white_space_of_any_kind_after_the_header_is_padding(tmp_path: Path) -> None:
+    """A header that an editor or `jq` wrote ends with a newline; the library reads it."""
+    path = write_file(tmp_path / "f", json.dumps({"t": entry("U8", [2], 0, 2)}) + " \r\n\t\n", b"ab")
+    assert read_header(path).tensors[0].shape == (2,)
+    with safe_open(path, framework="np") as file:
+        assert list(file.keys()) == ["t"]
+
+
 @pytest.mark.parametrize("dtype", ITEM_BITS)
 def test_every_dtype_is_accepted_at_its_size(tmp_path: Path, dtype: str) -> None:
     """Eight elements of b bits are b bytes, the sub-byte dtypes included."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from streamrepair.checkpoint.layout import open_checkpoint
-from streamrepair.checkpoint.sidecars import copy_sidecars, sidecars
+from streamrepair.checkpoint.sidecars import copy_sidecars, left_beside, sidecars
 from streamrepair.errors import InputError, OutputError
 from tests.builders import write_safetensors, write_sharded
 
@@ -62,10 +62,12 @@ def test_links_are_followed_and_become_files(ft: Path, tmp_path: Path) -> None:
     blob = tmp_path / "blob"
     (ft / "tokenizer.json").rename(blob)
     (ft / "tokenizer.json").symlink_to(blob)
+    (ft / "circle.json").symlink_to("circle.json")
     (ft / "dangling.json").symlink_to(tmp_path / "nowhere")
     (ft / "folder.json").mkdir()
     os.mkfifo(ft / "fifo.json")
     copied = _copied(ft, tmp_path / "out")
+    assert left_beside(open_checkpoint(ft, side="FT")) == ("circle.json", "dangling.json", "fifo.json")
     assert copied["tokenizer.json"] == blob.read_bytes()
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
     assert tuple(sorted(copied)) == CARRIED

@@ -1,0 +1,69 @@
+"""What a person is told of a plan."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from streamrepair import api
+from streamrepair.engine.notices import plan_warnings
+from tests.builders import Raw, bf16
+from tests.pairs import write_pair, write_split
+
+SIDE = (64, 64)
+
+
+def _told(base: Path, ft: Path, **options: object) -> list[str]:
+    return plan_warnings(api.plan(base, ft, **options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_told_of(tmp_path: Path, option: str) -> None:
+    """A slip of the pen would make FT's copy of what was to be repaired, or repair what was to be left."""
+    pair = write_pair(tmp_path, {"w.q": SIDE, "w.k": SIDE})
+    assert _told(pair.base, pair.ft, **{option: r"w\.x"}) == [rf"--{option} w\.x matches no tensor of FT"]
+    assert _told(pair.base, pair.ft, **{option: r"w\.q"}) == []
+
+
+QUANTISED: Raw = ("F8_E4M3", (128, 128), bytes(128 * 128))
+
+
+def test_a_checkpoint_most_of_which_cannot_be_repaired_is_told_of(tmp_path: Path) -> None:
+    matrix = bf16(np.eye(64))
+    base = write_split(tmp_path / "base", {"q": QUANTISED, "w": matrix}, 1)
+    ft = write_split(tmp_path / "ft", {"q": QUANTISED, "w": matrix}, 1)
+    reason = "e.g. q [128, 128], dtype F8_E4M3 (base) is not a plain floating-point weight"
+    assert _told(base, ft) == [f"most of FT is kept as it is: {reason}"]
+    assert _told(base, ft, exclude="w") == [f"no tensor is repaired; FT is kept as it is: {reason}"]
+    assert _told(base, ft, include="w") == [], "what was not asked for is not missed"
+
+
+def test_fused_experts_are_told_of(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"experts": (4, 64, 64), "w": SIDE})
+    assert _told(pair.base, pair.ft) == ["most of FT is kept as it is: e.g. experts [4, 64, 64], 3-D, not a matrix"]
+
+
+def test_one_of_something_is_said_so(tmp_path: Path) -> None:
+    w = bf16(np.eye(64))
+    base = write_split(tmp_path / "base", {"w": w, "gone": w, "resized": w, "thin": bf16(np.ones((600, 2)))}, 1)
+    ft = {"w": w, "new": w, "resized": bf16(np.eye(65)), "thin": bf16(np.ones((600, 2)))}
+    assert _told(base, write_split(tmp_path / "ft", ft, 1)) == [
+        "1 tensor of BASE is not in FT and is dropped, e.g. gone",
+        "1 tensor of FT is not in BASE and is kept, e.g. new",
+        "1 matrix has a side shorter than 8, of which the law of large matrices says little; --exclude passes them "
+        "through, e.g. thin [600, 2]",
+        "1 tensor differs in shape and is kept, e.g. resized",
+    ]
+
+
+def test_what_is_named_as_a_sidecar_and_is_no_file_is_told_of(tmp_path: Path) -> None:
+    """In a half-downloaded snapshot of the Hub's cache the tokenizer is a link that leads nowhere."""
+    pair = write_pair(tmp_path, {"w": SIDE}, shards=(1, 1))
+    (pair.ft / "tokenizer.json").unlink()
+    (pair.ft / "tokenizer.json").symlink_to("../blobs/4d7a")
+    (pair.ft / "vocab.json").symlink_to("vocab.json")
+    said = "FT: left out beside the weights, being no regular files: tokenizer.json, vocab.json"
+    assert _told(pair.base, pair.ft) == [said]
+    assert api.repair(pair.base, pair.ft, tmp_path / "out").warnings == (said,)
