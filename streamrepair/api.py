@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import msgspec
@@ -15,7 +14,7 @@ from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import Watcher, execute
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import UsageError
-from streamrepair.options import Size, Source, check_count, path_text, size_bytes
+from streamrepair.options import Size, Source, check_count, output_path, path_text, size_bytes
 from streamrepair.report import Report, Settings
 from streamrepair.verification import Verified
 from streamrepair.verification import verify as verify_folder
@@ -175,9 +174,9 @@ def repair(
         sigma=sigma, noise_estimate=noise_estimate, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype,
         backend=backend, on_nonfinite=on_nonfinite,
     )  # fmt: skip
-    out_path = Path(path_text("OUT", out))
-    report_path = None if report is None else Path(path_text("--report", report))
-    trace_path = None if trace is None else Path(path_text("--trace", trace))
+    out_path = output_path("OUT", out)
+    report_path = None if report is None else output_path("--report", report)
+    trace_path = None if trace is None else output_path("--trace", trace)
     resources = _resources(settings, ram=ram, vram=vram, device=device, workers=workers)
     planned = _planned(*_sides(base, ft), settings, resources)
     return execute(
@@ -211,11 +210,17 @@ def verify(
 
     Raises:
         DamageError: `out` holds no finished result. Damage to a finished one is returned, not raised.
-        UsageError: `sample` is no positive number.
+        UsageError: an option has no meaning.
         StreamRepairError: with `repair`, the work failed.
     """
     check_count("sample", sample)
-    folder = Path(path_text("OUT", out))
+    if ram is not None:
+        size_bytes("ram", ram)
+    if workers is not None:
+        check_count("workers", workers)
+    if device != "auto":
+        budget.resolve_devices(device, absent=True)  # what is checked here reads no weights on a card
+    folder = output_path("OUT", out)
     found = verify_folder(folder, deep=deep and not repair, sample=sample)
     if not repair:
         return found

@@ -39,8 +39,9 @@ from streamrepair.cli_options import (
     Sigma,
     Vram,
     Workers,
+    whole_number,
 )
-from streamrepair.console import fill_standard_descriptors, printing, stop_on_signals
+from streamrepair.console import fill_standard_descriptors, printing, stop_on_signals, widen_columns
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import (
     DamageError,
@@ -167,7 +168,7 @@ def verify(
     deep: Annotated[
         bool, Parameter(negative=(), help="Also recompute a sample of tensors in float64 from BASE and FT.")
     ] = False,
-    sample: Annotated[int, Parameter(help="How many tensors --deep recomputes.")] = 5,
+    sample: Annotated[int, Parameter(converter=whole_number, help="How many tensors --deep recomputes.")] = 5,
     repair: Annotated[
         bool, Parameter(negative=(), help="Do damaged tensors again, and nothing else; then verify once more.")
     ] = False,
@@ -239,6 +240,17 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         _say("interrupted by SIGINT")
         return InterruptedRunError.exit_status
+    if isinstance(error, MemoryError):
+        _say(
+            f"the system has less memory than --ram allows ({str(error) or 'none was left'}); finished work is kept: give a "
+            "smaller --ram, or raise the limit (ulimit -v), and run the same command again"
+        )
+        return 1
+    if isinstance(error, ImportError):
+        _say(
+            f"a library cannot be loaded ({error}): install streamrepair anew, or raise the limit on memory (ulimit -v)"
+        )
+        return 1
     _say(f"unexpected {type(error).__name__}: {error}: this is a bug; --debug shows where")
     return 1
 
@@ -246,6 +258,8 @@ def _failed(error: BaseException) -> int:
 def _run(tokens: list[str]) -> int:
     _hint_near_miss(tokens)
     asks = not {"--help", "-h", "--version"}.isdisjoint(tokens)  # then all that happens is printing
+    if asks:
+        widen_columns()
     try:
         with printing() if asks else contextlib.nullcontext():
             result = app(_joined(tokens), print_error=False, exit_on_error=False)

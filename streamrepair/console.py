@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ from types import FrameType
 
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import InterruptedRunError, OutputError, StreamRepairError
+
+_LEAST_COLUMNS = 40
 
 
 def fill_standard_descriptors() -> None:
@@ -24,6 +27,12 @@ def fill_standard_descriptors() -> None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
+
+
+def widen_columns() -> None:
+    """Let the help be laid out for so many columns at least: in one or two its layout never ends, in none it fails."""
+    if shutil.get_terminal_size().columns < _LEAST_COLUMNS or os.environ.get("COLUMNS", "").strip() == "0":
+        os.environ["COLUMNS"] = str(_LEAST_COLUMNS)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from numbers import Integral
+from pathlib import Path
 
 from streamrepair.errors import UsageError, shown
 from streamrepair.units import parse_bytes
@@ -28,6 +29,18 @@ def path_text(name: str, path: object) -> str:
     raise UsageError(f"{name} is {shown(repr(path))}, expected a path")
 
 
+def output_path(name: str, path: object) -> Path:
+    """A path that something is written to; the empty one is not the current folder.
+
+    Raises:
+        UsageError: it is none.
+    """
+    text = path_text(name, path)
+    if not text or "\0" in text:
+        raise UsageError(f"{name} is {shown(repr(text))}, expected a path")
+    return Path(text)
+
+
 def size_bytes(name: str, size: object) -> int:
     """A size in bytes.
 
@@ -35,7 +48,10 @@ def size_bytes(name: str, size: object) -> int:
         UsageError: it is no positive number of bytes and no text that says one.
     """
     if isinstance(size, str):
-        return parse_bytes(size)
+        try:
+            return parse_bytes(size)
+        except UsageError as error:
+            raise UsageError(f"--{name}: {error}") from error
     if isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0:
         return int(size)
     raise UsageError(f'--{name} is {shown(repr(size))}, expected a positive number of bytes or text such as "16GB"')

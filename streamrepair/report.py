@@ -18,6 +18,8 @@ from streamrepair.errors import NumericalError, UsageError, shown
 REPORT_FORMAT = "streamrepair.report/1"
 REPORT_NAME = "streamrepair.json"
 
+_LARGEST_SCALE = 1e100  # its square, times that of a noise level, is still a number
+
 Action = Literal["repaired", "copied", "kept_ft", "dropped"]
 
 
@@ -133,8 +135,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
             option = f"--{name.replace('_', '-')}"
             if kind is float:
                 number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-                if not 0.0 < number < math.inf:
-                    raise UsageError(f"{option} is {shown(repr(value))}, expected a positive number")
+                if not 0.0 < number <= _LARGEST_SCALE:
+                    more = f" of at most {_LARGEST_SCALE:g}" if number > 0.0 else ""
+                    raise UsageError(f"{option} is {shown(repr(value))}, expected a positive number{more}")
             elif str in choices:
                 if not isinstance(value, str | None):
                     raise UsageError(f"{option} is {shown(repr(value))}, expected a regular expression as text")

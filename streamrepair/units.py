@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 
-from streamrepair.errors import UsageError
+from streamrepair.errors import UsageError, shown
 
 _FACTORS = {
     "": 1,
@@ -12,20 +13,23 @@ _FACTORS = {
     **{f"{p}{b}": 1000**i for i, p in enumerate("KMGTP", 1) for b in ("", "B")},
     **{f"{p}I{b}": 1024**i for i, p in enumerate("KMGTP", 1) for b in ("", "B")},
 }
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?|\.[0-9]+)\s*([A-Za-z]*)\s*\Z")
+_SIZE = re.compile(r"\s*((?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*\Z")
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes from "24GB" (10⁹), "16GiB" (2³⁰), "500M" or "1048576".
+    """Bytes from "24GB" (10⁹), "16GiB" (2³⁰), "500M", "1048576" or "1e9".
 
     Raises:
-        UsageError: the text is no size, or it is zero.
+        UsageError: the text is no size, it is zero, or no number can hold it.
     """
     match = _SIZE.match(text)
     factor = _FACTORS.get(match[2].upper()) if match else None
-    if match is None or factor is None or (size := int(float(match[1]) * factor)) <= 0:
-        raise UsageError(f"size {text!r} is not understood: write it like 24GB (10^9 bytes) or 16GiB (2^30 bytes)")
-    return size
+    size = float(match[1]) * factor if match and factor else 0.0
+    if not 1 <= size < math.inf:
+        raise UsageError(
+            f"size {shown(repr(text))} is not understood: write it like 24GB (10^9 bytes) or 16GiB (2^30 bytes)"
+        )
+    return int(size)
 
 
 def format_bytes(size_bytes: float) -> str:

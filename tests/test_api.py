@@ -31,7 +31,10 @@ WRONG = [
     ({"exclude": "("}, r"--exclude '\(' is not a regular expression"),
     ({"ram": -5}, "--ram is -5, expected a positive number of bytes"),
     ({"ram": 1e9}, "--ram is 1000000000.0, expected a positive number of bytes"),
-    ({"vram": "foo", "device": "cpu"}, "size 'foo' is not understood"),
+    ({"vram": "foo", "device": "cpu"}, "--vram: size 'foo' is not understood"),
+    ({"ram": "9" * 400}, "--ram: size '9+… .* is not understood"),
+    ({"ram": "1e400"}, "--ram: size '1e400' is not understood"),
+    ({"scale": 1e101}, "--scale is 1e\\+101, expected a positive number of at most 1e\\+100"),
     ({"vram": 0}, "--vram is 0"),
     ({"workers": 1.5}, "--workers is 1.5, expected a whole number"),
     ({"workers": 0}, "--workers is 0"),
@@ -59,6 +62,32 @@ def test_what_is_no_path_is_a_usage_error(pair: Pair, tmp_path: Path, path: obje
     with pytest.raises(UsageError, match="--report is"):
         api.repair(pair.base, pair.ft, tmp_path / "out", report=path or 0)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", ["", "a\0b"])
+def test_an_out_without_a_name_is_not_the_current_folder(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for call in (lambda: api.repair(pair.base, pair.ft, path), lambda: api.verify(path)):
+        with pytest.raises(UsageError, match=r"OUT is '.*', expected a path"):
+            call()
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+@pytest.mark.parametrize("options", [{"ram": "nan"}, {"workers": 0}, {"device": "tpu"}])
+def test_verify_refuses_what_means_nothing_where_it_would_not_use_it(
+    pair: Pair, tmp_path: Path, options: dict[str, object]
+) -> None:
+    api.repair(pair.base, pair.ft, tmp_path / "out")
+    with pytest.raises(UsageError, match=f"--{next(iter(options))}"):
+        api.verify(tmp_path / "out", **options)  # type: ignore[arg-type]
+
+
+def test_sizes_may_have_an_exponent(pair: Pair) -> None:
+    assert api.plan(pair.base, pair.ft, ram="1e9").ram_allowed_bytes == 10**9
+    assert api.plan(pair.base, pair.ft, ram="2.5E2 MB").ram_allowed_bytes == 250_000_000
 
 
 def test_plan_takes_what_repair_takes(pair: Pair) -> None:

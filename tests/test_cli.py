@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from streamrepair import api
+from streamrepair.cli import main
 from streamrepair.version import __version__
 from tests.builders import write_safetensors
 from tests.command import Result, run
@@ -70,6 +72,34 @@ def test_version_and_help_answer_on_stdout(tmp_path: Path) -> None:
         assert "Usage" in result.out
 
 
+@pytest.mark.parametrize("columns", ["0", "1", "2", "x"])
+def test_help_ends_however_narrow_the_terminal(columns: str) -> None:
+    words = [sys.executable, "-m", "streamrepair", "--help"]
+    done = subprocess.run(
+        words, env=os.environ | {"COLUMNS": columns}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError(), "the system has less memory than --ram allows (none was left); finished work is kept: give a"),
+        (ImportError("libx.so: failed to map"), "a library cannot be loaded (libx.so: failed to map): install"),
+    ],
+)
+def test_limits_of_the_system_are_no_bugs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(api, "plan", fail)
+    assert main(["plan", "BASE", "FT"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {said}")
+
+
 IMPORTS = """
 import sys
 from streamrepair.cli import main
@@ -112,6 +142,9 @@ def test_a_run_on_the_cpu_does_not_load_torch(pair: Pair, tmp_path: Path) -> Non
         (["BASE", "FT", "OUT", "--scale", "-1"], "--scale is -1.0, expected a positive number"),
         (["BASE", "FT", "OUT", "--scale", "x"], "--scale"),
         (["BASE", "FT", "OUT", "--workers", "0"], "--workers is 0"),
+        (["BASE", "FT", "OUT", "--workers", "1.5"], "--workers: expected a whole number, not '1.5'"),
+        (["verify", "OUT", "--sample", "2.5"], "--sample: expected a whole number, not '2.5'"),
+        (["BASE", "FT", ""], "OUT is '', expected a path"),
         (["BASE", "FT", "OUT", "--include", "("], "--include '(' is not a regular expression"),
         (["BASE", "FT", "OUT", "--device", "cuda:99"], "--device cuda:99"),
         (["BASE", "FT", "OUT", "--sigma", "mode"], "--sigma"),
@@ -201,6 +234,30 @@ def test_an_out_that_overlaps_an_input_is_3(pair: Pair, tmp_path: Path, where: s
     assert result.status == 3
     assert "name another" in result.error
     assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("where", ["circle", "circle/out", "file/out", "n" * 300])
+def test_an_out_that_leads_nowhere_is_3(pair: Pair, tmp_path: Path, where: str) -> None:
+    (tmp_path / "circle").symlink_to("circle")
+    (tmp_path / "file").write_text("")
+    result = run(pair.base, pair.ft, tmp_path / where)
+    assert result.status == 3
+    assert "leads nowhere" in result.error or "cannot be looked up" in result.error
+
+
+@pytest.mark.parametrize("words", [["out"], ["OUT", "--report", "report.json"]])
+def test_a_current_folder_that_is_gone_is_one_line(pair: Pair, tmp_path: Path, words: list[str]) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
+    shell = 'cd "$1" && rmdir "$1" && shift && exec "$@"'
+    command = [sys.executable, "-P", "-m", "streamrepair", str(pair.base), str(pair.ft), *words]
+    done = subprocess.run(
+        ["sh", "-c", shell, "sh", str(gone), *command], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3
+    assert "leads nowhere (No such file or directory): name another place" in Result(3, "", done.stderr).error
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_with_other_things_is_3(pair: Pair, tmp_path: Path) -> None:
@@ -439,6 +496,6 @@ def test_the_summary_says_who_was_busy_and_a_trace_what_they_did(pair: Pair, tmp
 def test_a_trace_among_the_inputs_is_refused(pair: Pair, tmp_path: Path) -> None:
     result = run(pair.base, pair.ft, tmp_path / "out", "--trace", pair.base / "trace.json")
     assert result.status == 3
-    assert result.error
+    assert result.error.startswith("error: --trace ")
     assert not (tmp_path / "out").exists()
     assert not (pair.base / "trace.json").exists()

@@ -403,13 +403,16 @@ def is_other_than_folder(path: Path) -> bool:
     """Whether a name is taken by something else than a folder, a link to one included.
 
     Raises:
-        OutputError: the name cannot be looked up.
+        InputError: the name cannot be looked up; nothing was begun.
     """
-    with _output(path, "looked up"):
-        try:
-            return not stat.S_ISDIR(os.lstat(path).st_mode)
-        except FileNotFoundError:
-            return False
+    try:
+        return not stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise InputError(
+            f"{shown_path(path)}: cannot be looked up ({error.strerror or error}): name another OUT"
+        ) from error
 
 
 def make_folder(path: Path) -> bool:

@@ -25,6 +25,7 @@ from streamrepair.engine.fit import fits_climb, full_budget
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.notices import plan_warnings, task_warnings
 from streamrepair.engine.numeric_threads import NumericThreads
+from streamrepair.engine.overlap import refuse_beside_overlap, refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.side_files import check_path_beside
@@ -34,7 +35,7 @@ from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surrou
 from streamrepair.engine.timeline import Timeline
 from streamrepair.engine.trace import chrome_trace
 from streamrepair.engine.worker import lane_names
-from streamrepair.engine.workspace import Workspace, refuse_overlap
+from streamrepair.engine.workspace import Workspace
 from streamrepair.errors import InputError, OutputError, shown
 from streamrepair.report import (
     REPORT_NAME,
@@ -126,9 +127,11 @@ def execute(
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
     stop.heeded = True
+    inputs = {"BASE": plan.base, "FT": plan.ft}
+    refuse_overlap(out, inputs)
     for option, beside in (("--report", report), ("--trace", trace)):
-        refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
         if beside is not None:
+            refuse_beside_overlap(option, beside, inputs)
             check_path_beside(option, beside, out)
     check_sidecars(plan.ft)
     budget.reset_peak()
