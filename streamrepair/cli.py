@@ -186,6 +186,7 @@ def verify(
     with stop_on_signals(stop, quiet=quiet) if repair else contextlib.nullcontext():
         from streamrepair import api
         from streamrepair.terminal import Bar, print_json, print_verified
+        from streamrepair.verification import STRAY
 
         result = api.verify(
             out, deep=deep, sample=sample, repair=repair, ram=ram, device=device, workers=workers,
@@ -199,7 +200,8 @@ def verify(
     if result.damage:
         listed = "; ".join(f"{shown(d.where)}: {d.what}" for d in result.damage[:_LISTED])
         more = f"; and {len(result.damage) - _LISTED} more" if len(result.damage) > _LISTED else ""
-        remedy = "remove what is not the result's" if repair else "do it again with verify --repair"
+        stray = repair or all(d.what == STRAY for d in result.damage)
+        remedy = "remove what is not the result's" if stray else "do it again with verify --repair"
         raise DamageError(f"{shown(out)}: {counted(len(result.damage), 'fault')}: {listed}{more}: {remedy}")
     return 0
 
@@ -241,9 +243,10 @@ def _failed(error: BaseException) -> int:
         _say("interrupted by SIGINT")
         return InterruptedRunError.exit_status
     if isinstance(error, MemoryError):
+        what = str(error) or "none was left"
         _say(
-            f"the system has less memory than --ram allows ({str(error) or 'none was left'}); finished work is kept: give a "
-            "smaller --ram, or raise the limit (ulimit -v), and run the same command again"
+            f"the system has less memory than --ram allows ({what}); finished work is kept: give a smaller --ram, or "
+            "raise the limit (ulimit -v), and run the same command again"
         )
         return 1
     if isinstance(error, ImportError):

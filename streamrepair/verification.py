@@ -26,6 +26,10 @@ _LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "
 """Files of OUT's own folder that some loader takes for weights, or for a reason to look for some."""
 
 
+STRAY = "a weights file that is not part of the result; loaders may pick it up"
+"""What nothing of ours can put right."""
+
+
 class Damage(msgspec.Struct, frozen=True):
     """One thing that is not as it should be."""
 
@@ -180,7 +184,7 @@ def _beside(out: Path, report: Report) -> Iterator[Damage]:
         if name.endswith(".safetensors.index.json"):
             indices.append(name)
         elif name not in report.headers and any(fnmatchcase(name, pattern) for pattern in _LOADED):
-            yield Damage(name, "a weights file that is not part of the result; loaders may pick it up")
+            yield Damage(name, STRAY)
     if len(report.headers) > 1 and not indices:
         yield Damage("*.safetensors.index.json", f"there is no index of the {len(report.headers)} shards")
     for name in indices[1:]:

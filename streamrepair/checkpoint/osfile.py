@@ -86,14 +86,15 @@ def read_whole(path: Path, most_bytes: int | None = None) -> bytes:
         return read_exactly(fd, status.st_size, 0)
 
 
-def check_readable(path: Path, most_bytes: int) -> None:
-    """Open a file and look at its length, as `read_whole` would.
+def check_readable(path: Path, most_bytes: int) -> int:
+    """Open a file and look at its length, as `read_whole` would; its bytes.
 
     Raises:
         InputError: it cannot be opened, or is longer than `most_bytes`.
     """
     with opened_input(path) as (_, status):
         _refuse_longer(status, most_bytes)
+        return status.st_size
 
 
 def _refuse_longer(status: os.stat_result, most_bytes: int | None) -> None:
@@ -137,10 +138,18 @@ def open_output(path: Path) -> int:
     """A descriptor for reading and writing, created with 0666 & ~umask, never through a symbolic link.
 
     Raises:
-        OutputError: it cannot be opened.
+        OutputError: it cannot be opened, or is no regular file.
     """
     with _output(path, "opened for writing"):
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    try:
+        if not stat.S_ISREG(status(fd, path).st_mode):
+            what = "is a FIFO, device or socket: remove it and run the same command again"
+            raise OutputError(f"{shown_path(path)}: {what}")
+    except BaseException:
+        close(fd)
+        raise
+    return fd
 
 
 def close(fd: int) -> None:

@@ -90,14 +90,13 @@ def _wanted(name: str) -> bool:
     return name.endswith(_SUFFIXES) or name.upper().startswith(_NAMES)
 
 
-def check_sidecars(checkpoint: Checkpoint) -> None:
-    """Open every sidecar and look at its size, so that none stops the run once the weights are done.
+def check_sidecars(checkpoint: Checkpoint) -> int:
+    """Open every sidecar and look at its size, so that none stops the run once the weights are done; their bytes.
 
     Raises:
         InputError: one cannot be read or is too large.
     """
-    for name in sidecars(checkpoint):
-        osfile.check_readable(checkpoint.folder / name, _LARGEST_BYTES)
+    return sum(osfile.check_readable(checkpoint.folder / name, _LARGEST_BYTES) for name in sidecars(checkpoint))
 
 
 def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, dtype: str | None) -> None:

@@ -29,7 +29,7 @@ from streamrepair.engine.overlap import refuse_beside_overlap, refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.side_files import check_path_beside
-from streamrepair.engine.statement import fingerprint, make_report, shard_index
+from streamrepair.engine.statement import fingerprint, make_report, shard_index, statement_bytes
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, nonfinite_error, run_task
 from streamrepair.engine.timeline import Timeline
@@ -133,11 +133,12 @@ def execute(
         if beside is not None:
             refuse_beside_overlap(option, beside, inputs)
             check_path_beside(option, beside, out)
-    check_sidecars(plan.ft)
+    beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
     budget.reset_peak()
     gpu.cap_memory(plan.gpus, plan.vram_allowed_bytes)
     # Past the page cache is slower where there is room in it, and kinder where there is not.
-    workspace = Workspace(out, plan.layouts, direct=lets_go(plan, limits.free_bytes()))
+    direct = lets_go(plan, limits.free_bytes())
+    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=direct)
     timeline = Timeline(keep=trace is not None)
     run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [], timeline, arithmetic)
     try:
@@ -254,8 +255,8 @@ def _reads_as(shard: ShardFile, name: str, digest: str | None) -> bool:
 def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
     """The report of an earlier run that this one has nothing to add to."""
     plan, out = run.plan, run.workspace.out
-    names = [*sidecars(plan.ft), *([plan.ft.index_name] if plan.ft.index_name else [])]
-    whole = all(shard.sealed for shard in run.workspace.shards) and all((out / name).exists() for name in names)
+    whole = all(shard.sealed for shard in run.workspace.shards)
+    whole = whole and all((out / name).exists() for name in sidecars(plan.ft)) and _index_is_whole(plan, out)
     if not whole or len(done) < len(plan.tasks):
         return None
     try:
@@ -266,6 +267,15 @@ def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
         return None
     run.watcher.note("nothing to do: the result is whole")
     return report
+
+
+def _index_is_whole(plan: Plan, out: Path) -> bool:
+    if plan.ft.index_name is None:
+        return True
+    try:
+        return osfile.read_whole(out / plan.ft.index_name) == shard_index(plan)
+    except InputError:
+        return False
 
 
 def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) -> None:

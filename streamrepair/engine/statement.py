@@ -21,6 +21,9 @@ from streamrepair.report import (
 )
 from streamrepair.version import __version__
 
+_RECORD_BYTES = 4000
+"""Of one tensor in journal and report; about 1000 in each where nothing was climbed."""
+
 
 def fingerprint(plan: Plan) -> Fingerprint:
     """What must be unchanged for another run to continue this one."""
@@ -52,6 +55,12 @@ def shard_index(plan: Plan) -> bytes:
     }
     # Not msgspec: metadata are FT's, and may hold integers of any length.
     return (json.dumps(index, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def statement_bytes(plan: Plan) -> int:
+    """At most so many bytes are the index, the journal and the report, the latter's temporary copy included."""
+    names = sum(len(shard.header_bytes) for shard in (*plan.base.shards, *plan.ft.shards))
+    return 4 * names + _RECORD_BYTES * (len(plan.tasks) + len(plan.dropped))
 
 
 def make_report(

@@ -27,7 +27,7 @@ from streamrepair.units import format_bytes
 
 STATE = ".streamrepair"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_DISK_RESERVE_BYTES = 64_000_000  # sidecars, index, journal, report
+_SLACK_BYTES = 4_000_000  # folders, the last block of every file
 
 
 class _Index(msgspec.Struct):
@@ -40,10 +40,13 @@ class Workspace:
     """OUT, held by this run from `open` to `close`.
 
     Args:
+        beside_bytes: what will lie beside the shards: sidecars, index, journal, report.
         direct: whether copies may go past the page cache.
     """
 
-    def __init__(self, out: Path, layouts: tuple[ShardLayout, ...], *, direct: bool = True) -> None:
+    def __init__(
+        self, out: Path, layouts: tuple[ShardLayout, ...], *, beside_bytes: int = 0, direct: bool = True
+    ) -> None:
         self.out = out
         self.state = out / STATE
         self.work = self.state / "partial"
@@ -54,6 +57,7 @@ class Workspace:
         """Sealed shards whose length or header `open` found wrong."""
         self.began_on = ""
         """Where the run that is continued began to compute; "" for a new one, or if it is not known."""
+        self._beside_bytes = beside_bytes
         self._lock_fd = -1
 
     def open(
@@ -210,7 +214,8 @@ class Workspace:
                     kept += path.stat().st_blocks * 512
         if overwrite:  # shards of other names go too
             kept = sum(p.stat().st_blocks * 512 for p in self.out.glob("*.safetensors")) if self.out.is_dir() else 0
-        needed = sum(shard.layout.file_bytes for shard in self.shards) - kept + _DISK_RESERVE_BYTES
+        needed = sum(shard.layout.file_bytes for shard in self.shards) - kept
+        needed += self._beside_bytes + _SLACK_BYTES
         free = osfile.free_bytes(there)
         if needed > free:
             raise DiskSpaceError(

@@ -11,7 +11,7 @@ import pytest
 
 from streamrepair import api
 from streamrepair.engine import task
-from streamrepair.errors import BudgetError, DamageError, InputError
+from streamrepair.errors import BudgetError, DamageError, InputError, OutputError
 from tests.command import run
 from tests.pairs import Pair, shard_bytes, snapshot, write_pair
 
@@ -98,6 +98,41 @@ def test_what_lies_beside_the_weights_is_written_again(out: Path, started: list[
     (out / name).unlink()
     assert api.verify(out, repair=True).damage == ()
     assert ((out / name).read_bytes(), started) == (content, [])
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"weight_map": {}}', b""])
+@pytest.mark.parametrize("by", ["verify --repair", "repair"])
+def test_a_damaged_index_is_written_again(out: Path, pair: Pair, started: list[str], content: bytes, by: str) -> None:
+    """It was taken for whole because it was there: the repair had nothing to do, and verify never ceased to object."""
+    index = out / "model.safetensors.index.json"
+    expected = index.read_bytes()
+    index.write_bytes(content)
+    if by == "repair":
+        api.repair(pair.base, pair.ft, out, scale=1.1)
+        assert api.verify(out).damage == ()
+    else:
+        assert api.verify(out, repair=True).damage == ()
+    assert (index.read_bytes(), started) == (expected, [])
+
+
+def test_what_repair_cannot_put_right_is_not_sent_there(out: Path) -> None:
+    (out / "extra.safetensors").write_bytes(b"")
+    for more in ([], ["--repair"]):
+        result = run("verify", out, *more)
+        assert result.status == 4
+        assert result.error.endswith("loaders may pick it up: remove what is not the result's")
+
+
+def test_a_fifo_in_a_shards_place_is_named_and_does_no_harm(out: Path) -> None:
+    expected = shard_bytes(out)
+    (out / FIRST).unlink()
+    os.mkfifo(out / FIRST)
+    for _ in range(2):
+        with pytest.raises(OutputError, match=f"{FIRST}: is a FIFO, device or socket: remove it and run"):
+            api.verify(out, repair=True)
+    (out / FIRST).unlink()
+    assert api.verify(out, repair=True).damage == ()
+    assert shard_bytes(out) == expected
 
 
 @pytest.mark.parametrize("state", ["damaged", "gone", "half"])

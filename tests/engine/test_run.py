@@ -823,3 +823,16 @@ def test_a_disk_that_is_too_small_is_met_before_any_work(tmp_path: Path, monkeyp
     with pytest.raises(DiskSpaceError, match=r"needs .* 1 kB are free"):
         api.repair(pair.base, pair.ft, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_need_hold_only_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small result fits a small disk; sidecars count at their size."""
+    pair = write_pair(tmp_path, {"w": (64, 64)})
+    (pair.ft / "vocab.json").write_bytes(bytes(3_000_000))
+    monkeypatch.setattr(osfile, "free_bytes", lambda _: 6_000_000)
+    with pytest.raises(DiskSpaceError, match=r"needs 7\.0. MB, 6 MB are free"):
+        api.repair(pair.base, pair.ft, tmp_path / "out")
+    monkeypatch.setattr(osfile, "free_bytes", lambda _: 7_200_000)
+    api.repair(pair.base, pair.ft, tmp_path / "out")
+    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert 3_000_000 < written < 7_200_000
