@@ -242,6 +242,9 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         _say("interrupted by SIGINT")
         return InterruptedRunError.exit_status
+    if isinstance(error, OSError) and error.filename is not None:
+        _say(f"{shown(os.fsdecode(error.filename))}: {error.strerror}: check the path and its mode")
+        return 1
     if isinstance(error, MemoryError):
         what = str(error) or "none was left"
         _say(

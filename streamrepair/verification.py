@@ -108,6 +108,10 @@ def read_report(out: Path) -> Report:
                 f"{shown(str(path))}: missing: OUT is not a result, or its run has not finished: run the repair again"
             )
         report = msgspec.json.decode(osfile.read_whole(path), type=Report)
+    except OSError as error:
+        raise DamageError(
+            f"{shown(str(path))}: cannot be looked up ({error.strerror}): check OUT's name and mode"
+        ) from error
     except (InputError, msgspec.MsgspecError) as error:
         raise DamageError(f"{shown(str(path))}: unreadable ({error}): run the repair again") from error
     if report.format != REPORT_FORMAT:
@@ -180,7 +184,12 @@ def _record_fault(record: TensorRecord) -> str | None:
 
 def _beside(out: Path, report: Report) -> Iterator[Damage]:
     indices = []
-    for name in sorted(path.name for path in out.iterdir() if not path.name.startswith(".")):
+    try:
+        names = sorted(path.name for path in out.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        yield Damage(str(out), f"cannot be listed ({error.strerror}): check its mode")
+        return
+    for name in names:
         if name.endswith(".safetensors.index.json"):
             indices.append(name)
         elif name not in report.headers and any(fnmatchcase(name, pattern) for pattern in _LOADED):

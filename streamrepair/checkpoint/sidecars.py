@@ -6,6 +6,7 @@ imported or executed.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.errors import InputError, OutputError
+from streamrepair.report import REPORT_NAME
 
 _SUFFIXES = (
     ".json",
@@ -77,11 +79,18 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, bool]]:
             if name.startswith("."):
                 continue
             if entry.is_dir(follow_symlinks=False):
-                # checkpoint-500 and the like are whole checkpoints of their own.
-                if depth < _DEEPEST and not name.startswith(("checkpoint-", "runs", "original", "onnx")):
+                # checkpoint-500 and the like are whole checkpoints of their own, and so is what we made, or are making.
+                own = name.startswith(("checkpoint-", "runs", "original", "onnx")) or _is_result(folder / name)
+                if depth < _DEEPEST and not own:
                     yield from _walk(folder / name, f"{prefix}{name}/", depth + 1)
             elif _wanted(name) and not (folder / name).is_dir():
                 yield prefix + name, (folder / name).is_file()  # not the entry's own, which raises for circular links
+
+
+def _is_result(folder: Path) -> bool:
+    with contextlib.suppress(OSError):  # what cannot be looked into is told of when it is listed
+        return (folder / ".streamrepair").is_dir() or (folder / REPORT_NAME).is_file()
+    return False
 
 
 def _wanted(name: str) -> bool:

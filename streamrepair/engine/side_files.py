@@ -16,9 +16,16 @@ def check_path_beside(option: str, path: Path, out: Path) -> None:
         option: that names it; the second copy of the report may be the first one.
 
     Raises:
-        UsageError: its folder is missing or not writable, it is no regular file, or it lies in OUT.
+        UsageError: its folder is missing or not writable, it cannot be looked up, is no regular file, or lies in OUT.
     """
     name = f"{option} {shown(str(path))}"
+    try:
+        _check(option, name, path, out)
+    except OSError as error:
+        raise UsageError(f"{name} cannot be looked up ({error.strerror}): name another place") from error
+
+
+def _check(option: str, name: str, path: Path, out: Path) -> None:
     if path.is_dir():
         raise UsageError(f"{name} is a folder, expected a file's name: name a file in it")
     if path.is_symlink() or (path.exists() and not path.is_file()):

@@ -79,6 +79,16 @@ def test_linked_folders_are_not_walked(ft: Path, tmp_path: Path) -> None:
     assert sidecars(open_checkpoint(ft, side="FT")) == CARRIED
 
 
+@pytest.mark.parametrize("mark", ["streamrepair.json", ".streamrepair/lock"])
+def test_a_result_among_them_is_not_carried_along(ft: Path, mark: str) -> None:
+    """FT named as one file may have OUT beside it: every repetition would copy the result into itself."""
+    for name in (mark, "config.json"):
+        path = ft / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    assert sidecars(open_checkpoint(ft, side="FT")) == CARRIED
+
+
 def test_a_folder_of_out_that_leads_elsewhere_is_refused(ft: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "out").mkdir()

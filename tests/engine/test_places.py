@@ -60,6 +60,22 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(pair: Pair, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("where", ["n" * 300, "n" * 300 + "/report.json"])
+def test_a_report_that_cannot_be_looked_up_is_refused(pair: Pair, tmp_path: Path, where: str) -> None:
+    for option in ("report", "trace"):
+        with pytest.raises(UsageError, match=rf"--{option} .* cannot be looked up \(File name too long\)"):
+            api.repair(pair.base, pair.ft, tmp_path / "out", **{option: tmp_path / where})  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_in_the_folder_of_a_file_stays_as_it_is_when_the_command_is_repeated(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 48)}, shards=(1, 1))
+    out = pair.ft / "out"
+    for _ in range(2):
+        api.repair(pair.base, pair.ft / "model.safetensors", out)
+        assert not (out / "out").exists()
+
+
 def test_a_report_that_fails_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for call in ("pwrite", "fsync", "replace"):
         monkeypatch.setattr(osfile, "os", Kernel((call,), fails(1, 28)))

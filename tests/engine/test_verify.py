@@ -175,6 +175,20 @@ def test_a_result_without_a_report_is_none(out: Path, content: bytes | None) -> 
         api.verify(out)
 
 
+def test_what_cannot_be_looked_up_is_no_result(tmp_path: Path) -> None:
+    with pytest.raises(DamageError, match=r"cannot be looked up \(File name too long\)"):
+        api.verify(tmp_path / ("n" * 300))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+def test_a_result_that_cannot_be_listed_is_damaged(out: Path) -> None:
+    out.chmod(0o311)
+    try:
+        assert "cannot be listed" in api.verify(out).damage[0].what
+    finally:
+        out.chmod(0o755)
+
+
 def test_a_report_of_another_format_is_refused(out: Path) -> None:
     path = out / "streamrepair.json"
     path.write_text(path.read_text().replace("streamrepair.report/1", "streamrepair.report/9"))
