@@ -39,7 +39,9 @@ def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic
     s, vh = _checked_svd(r, arithmetic)
     ascending = np.ascontiguousarray(s[::-1])
     threshold = rule.estimate(ascending, source.rows, source.cols)
-    noise_free = threshold.s_median <= zero_bound(source.rows, float(s[0]))
+    # The tail's values may be rounding alone where the median's is not: σ̂ would then be that of the arithmetic.
+    level = threshold.sigma_hat if rule.sigma == "tail" else threshold.s_median
+    noise_free = level <= zero_bound(source.rows, float(s[0]))
     error = _BACKWARD_ERROR * _EPSILON * source.cols**0.5 * float(s[0])
     close = 0
     if not noise_free:  # in s, not s²: nothing is left to climb to, so a median hard to resolve is no refusal here

@@ -95,7 +95,10 @@ def _written(
         return passed_through(job.task, "copied", "delta is zero", digest)
     if truncation.noise_free:
         digest, _ = copy(job)
-        reason = "delta has exactly low rank (its median singular value is zero): there is no noise to estimate"
+        zero = "median singular value is zero"
+        if job.around.settings.sigma == "tail":
+            zero = "smallest singular values are zero"
+        reason = f"delta has exactly low rank (its {zero}): there is no noise to estimate"
         return msgspec.structs.replace(
             passed_through(job.task, "kept_ft", reason, digest),
             rank_total=view.cols,

@@ -539,6 +539,18 @@ def test_an_interrupted_run_that_ends_in_a_refusal_takes_out_away_too(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_tail_of_zeros_is_no_noise(tmp_path: Path) -> None:
+    """The lowest quarter of a delta of rank 40 of 64 is what rounding left of zero: no threshold follows from it."""
+    rng = np.random.default_rng(0)
+    after = (rng.integers(-2, 3, (96, 40)) @ rng.integers(-2, 3, (40, 64))).astype(float)
+    base = write_split(tmp_path / "base", {"w": stored(np.zeros((96, 64)), "F32")}, 1)
+    ft = write_split(tmp_path / "ft", {"w": stored(after, "F32")}, 1)
+    record = api.repair(base, ft, tmp_path / "out", sigma="tail").tensors["w"]
+    assert (record.action, record.rank_kept) == ("kept_ft", None)
+    assert "its smallest singular values are zero" in record.reason
+    assert api.repair(base, ft, tmp_path / "median").tensors["w"].action == "repaired"
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_overflow_on_the_way_down_fails_naming_the_tensor(tmp_path: Path, dtype: str) -> None:
     """The noise that kept one element finite is removed."""
