@@ -152,8 +152,8 @@ class DeviceMerger(Merger):
         if rounded.dtype == exact.dtype:
             overflowed = torch.full((), np.inf, dtype=torch.float64, device=self._device)
             return torch.where(torch.isfinite(exact).all(), torch.zeros_like(overflowed), overflowed)
-        norm: Tensor = torch.linalg.vector_norm(exact.sub_(rounded))
-        return norm.double().square()
+        norm: Tensor = torch.linalg.vector_norm(exact.sub_(rounded), dtype=torch.float64)
+        return norm.square()
 
 
 def _arrived(crossing: Crossing) -> Raw:
