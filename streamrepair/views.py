@@ -36,8 +36,8 @@ def groups(plan: Plan) -> list[Group]:
     gathered: dict[tuple[str, tuple[int, ...]], list[Task]] = defaultdict(list)
     for task in plan.tasks:
         on = ", on GPU" if task.place == "cuda" else ""
-        first = "randomized or " if task.krylov and task.place == "cpu" else ""
-        treatment = f"repair, {first}{task.backend}{on}" if task.shape else _kind(task.pairing.reason)
+        backend = "randomized or gram" if task.backend == "randomized" else task.backend
+        treatment = f"repair, {backend}{on}" if task.shape else _kind(task.pairing.reason)
         shape = task.out.shape if task.shape else ()
         gathered[treatment, shape].append(task)
     found = [
@@ -112,7 +112,7 @@ def _tries(task: Task) -> list[str]:
     """Backends in the order in which they are tried, as far as numbers alone decide."""
     if task.backend == "full":
         return ["full"]
-    return ["randomized", "gram", "full"] if task.krylov else ["gram", "full"]
+    return ["randomized", "gram", "full"] if task.backend == "randomized" else ["gram", "full"]
 
 
 def predicted_s(task: Task, rates: Rates) -> dict[str, float]:

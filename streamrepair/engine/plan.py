@@ -41,9 +41,7 @@ class Task:
     """None for a tensor that is passed through."""
     panel_rows: int
     backend: str
-    """Whose memory it is projected for."""
-    krylov: bool
-    """Whether `randomized` is tried before that."""
+    """What is tried first, and whose memory it is projected for; `randomized` hands over to `gram`, which it includes."""
     place: Place
     """Whether the CPU or a GPU computes it."""
     ram_bytes: int
@@ -212,7 +210,7 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     """One tensor's task, as it would be on the CPU."""
     out = layouts[ft.shard].entries[pairing.name]
     if pairing.intent != "repair" or pairing.base is None:
-        return Task(pairing, ft, ft.shard, out, None, 0, "", False, "cpu", memory.copy_bytes(), 0, 0.0)
+        return Task(pairing, ft, ft.shard, out, None, 0, "", "cpu", memory.copy_bytes(), 0, 0.0)
     shape = matrix_shape(pairing.base.entry, ft.entry, out, settings)
     rows = shape.block
     if pairing.base.entry.nbytes + ft.entry.nbytes <= _WHOLE_BYTES:
@@ -220,20 +218,22 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     elif ft.entry.shape[0] < ft.entry.shape[1]:
         rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
     backend = "full" if settings.backend == "full" else "gram"
-    krylov = settings.sigma == "median" and tries_krylov(settings.backend, settings.noise_estimate, shape.cols)
+    if settings.sigma == "median" and tries_krylov(settings.backend, settings.noise_estimate, shape.cols):
+        backend = "randomized"
     ram = memory.repair_bytes(shape, backend, rows)
-    return Task(pairing, ft, ft.shard, out, shape, rows, backend, krylov, "cpu", ram, 0, flops(shape, backend))
+    return Task(pairing, ft, ft.shard, out, shape, rows, backend, "cpu", ram, 0, flops(shape, backend))
 
 
 def _placed(task: Task, devices: Sequence[str], room: Room) -> Task:
     """The task where it will run, with what it needs there; on the CPU, if that was named, when no GPU holds it."""
     if task.shape is None or schedule.place_of(task, devices) == "cpu":
         return task
-    vram_bytes = memory.device_bytes(task.shape, task.backend)
+    backend = "full" if task.backend == "full" else "gram"  # block Krylov is the CPU's alone
+    vram_bytes = memory.device_bytes(task.shape, backend)
     if "cpu" in devices and not room.fits_device(vram_bytes):
         return task
-    ram_bytes = memory.repair_bytes(task.shape, task.backend, task.panel_rows, cuda=True)
-    return replace(task, place="cuda", ram_bytes=ram_bytes, vram_bytes=vram_bytes)
+    ram_bytes = memory.repair_bytes(task.shape, backend, task.panel_rows, cuda=True)
+    return replace(task, backend=backend, place="cuda", ram_bytes=ram_bytes, vram_bytes=vram_bytes)
 
 
 def matrix_shape(base: TensorEntry, ft: TensorEntry, out: TensorEntry, settings: Settings) -> MatrixShape:
