@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from streamrepair.checkpoint.headers import ITEM_BITS, TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
@@ -41,7 +42,7 @@ class Task:
     """None for a tensor that is passed through."""
     panel_rows: int
     backend: str
-    """What is tried first, and whose memory it is projected for; `randomized` hands over to `gram`, which it includes."""
+    """What is tried first, and whose memory is projected: `randomized` includes `gram`, to which it hands over."""
     place: Place
     """Whether the CPU or a GPU computes it."""
     ram_bytes: int
@@ -117,8 +118,24 @@ class Plan:
     @property
     def ram_projected_bytes(self) -> int:
         """Projected peak of the process."""
+        return min(self.ram_unhindered_bytes, self.ram_allowed_bytes)
+
+    @property
+    def ram_unhindered_bytes(self) -> int:
+        """The least budget in which no worker ever waits for memory."""
         fixed = memory.run_bytes(self.workers, tensors=self.tensors, gpus=len(self.gpus))
-        return min(fixed + sum(task.ram_bytes for task in self.at_once), self.ram_allowed_bytes)
+        return fixed + sum(task.ram_bytes for task in self.at_once)
+
+    @property
+    def room_bytes(self) -> int:
+        """What is left for tasks, all together."""
+        return self.ram_allowed_bytes - memory.run_bytes(self.workers, tensors=self.tensors, gpus=len(self.gpus))
+
+    @property
+    def side_by_side(self) -> int:
+        """How many of the neediest tasks can run together; all workers have one if there is room."""
+        needs = accumulate(sorted((task.ram_bytes for task in self.at_once), reverse=True))
+        return sum(need <= self.room_bytes for need in needs)
 
     @property
     def at_once(self) -> list[Task]:
@@ -139,7 +156,7 @@ class Plan:
     @property
     def estimated_s(self) -> float:
         """About how long it takes, by `cost`."""
-        return cost.estimate_s(self.tasks, self.lanes, self.rates)
+        return cost.estimate_s(self.tasks, self.lanes, self.room_bytes, self.rates)
 
     @property
     def out_bytes(self) -> int:
@@ -189,7 +206,7 @@ def make_plan(
     room = Room(ram_bytes, vram_bytes, tensors=len(pairings), gpus=len(gpus_of(devices)))
     tasks = [_placed(_task(pairing, side, layouts, settings), devices, room) for pairing, side in kept]
     refuse_too_large(tasks, room)
-    tasks = [fitted(task, room) for task in tasks]
+    tasks = [fitted(task, room, workers) for task in tasks]
     lanes = affordable_lanes(tasks, devices, workers, room)
     return Plan(
         base=base,

@@ -18,7 +18,7 @@ from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, side
 from streamrepair.checkpoint.write import ShardFile
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
-from streamrepair.engine import budget, gpu, limits, memory
+from streamrepair.engine import budget, gpu, limits
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.finite import search
 from streamrepair.engine.fit import fits_climb, full_budget
@@ -283,9 +283,8 @@ def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) 
         done_with=cache.done_with,
         hold_threads=run.threads.hold,
     )
-    room = plan.ram_allowed_bytes - memory.run_bytes(plan.workers, tensors=plan.tensors, gpus=len(plan.gpus))
     executor = LocalExecutor(
-        lanes=plan.lanes, room_bytes=room, stop=run.stop, timeline=run.timeline, upcoming=cache.upcoming
+        lanes=plan.lanes, room_bytes=plan.room_bytes, stop=run.stop, timeline=run.timeline, upcoming=cache.upcoming
     )
     try:
         for outcome in executor.run(tasks, lambda task, worker: run_task(task, around, worker)):
