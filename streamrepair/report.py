@@ -189,6 +189,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     vram_measured_bytes: int | None = None
     warnings: tuple[str, ...] = ()
     """Of no tensor that it did: damage that it found."""
+    utilisation: tuple[ResourceUse, ...] = ()
+    """Each worker, then the files."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -206,7 +208,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     sessions: int = 1
     """How often the command was started for this result; more than once after an interruption or damage."""
     utilisation: tuple[ResourceUse, ...] = ()
-    """Each worker, then the files."""
+    """Each worker, then the files, over all sessions; one that had fewer workers counts for those that it had."""
     sidecars: tuple[str, ...]
     """Files copied from FT beside the weights."""
     headers: dict[str, str]

@@ -193,8 +193,9 @@ def _print_spectrum(repaired: dict[str, TensorRecord]) -> None:
 def _print_cost(report: Report) -> None:
     timings, budget = report.timings, report.budget
     rate = timings.bytes_read / timings.wall_s if timings.wall_s else 0.0
+    sessions = f" in {report.sessions} sessions" if report.sessions > 1 else ""
     print(
-        f"{format_seconds(timings.wall_s)} on {report.device} with {counted(report.workers, 'worker')}: read "
+        f"{format_seconds(timings.wall_s)}{sessions} on {report.device} with {counted(report.workers, 'worker')}: read "
         f"{format_bytes(timings.bytes_read)} ({format_bytes(rate)}/s), wrote {format_bytes(timings.bytes_written)} "
         f"({format_bytes(timings.bytes_written / timings.wall_s if timings.wall_s else 0.0)}/s)"
     )

@@ -90,15 +90,15 @@ class _Run:
 
     def record_session(self) -> None:
         """Write down what this start of the command has taken so far."""
-        timings = self.spent.timings(
-            wall_s=time.perf_counter() - self.began, cpu_s=time.process_time() - self.began_cpu
-        )
+        wall_s = time.perf_counter() - self.began
+        timings = self.spent.timings(wall_s=wall_s, cpu_s=time.process_time() - self.began_cpu)
         self.workspace.accounts.record(
             Session(
                 timings=timings,
                 ram_measured_bytes=budget.peak_bytes(),
                 vram_measured_bytes=budget.device_peak_bytes(self.plan.gpus),
                 warnings=tuple(self.warnings),
+                utilisation=self.timeline.uses(lane_names(self.plan.lanes), wall_s),
             )
         )
 
@@ -182,7 +182,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         stop=run.stop,
         lets_go=lets_go(plan, free_bytes),
     )
-    cache = PageCache(plan, run.files, free_bytes=free_bytes)
+    cache = PageCache(plan, run.files, free_bytes=free_bytes, timeline=run.timeline)
     try:
         _work(run, committer, cache, [task for task in plan.tasks if task.name not in done])
     finally:
@@ -191,13 +191,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     unchanged()
     names = _write_beside(run)
     run.record_session()
-    report = make_report(
-        plan,
-        committer.records,
-        run.workspace.accounts.sessions,
-        sidecars=names,
-        utilisation=run.timeline.uses(lane_names(plan.lanes), time.perf_counter() - run.began),
-    )
+    report = make_report(plan, committer.records, run.workspace.accounts.sessions, sidecars=names)
     osfile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
     _write_copy(report, report_path)
