@@ -176,7 +176,7 @@ class ResourceUse(msgspec.Struct, frozen=True, kw_only=True):
     busy_s: float
     """Computing; for files, at work."""
     waiting_s: dict[str, float]
-    """Waiting for what: read, write, memory."""
+    """Waiting for what: read, write (its own writes, and a disk that is behind), memory."""
     idle_s: float
     """Without a task: before the first, after the last."""
 

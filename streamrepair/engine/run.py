@@ -19,6 +19,7 @@ from streamrepair.checkpoint.write import ShardFile
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine import budget, gpu, limits
+from streamrepair.engine.backlog import Backlog
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.finite import search
 from streamrepair.engine.fit import fits_climb, full_budget
@@ -33,7 +34,7 @@ from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, nonfinite_error, run_task
 from streamrepair.engine.timeline import Timeline
 from streamrepair.engine.trace import chrome_trace
-from streamrepair.engine.worker import lane_names
+from streamrepair.engine.worker import Worker, lane_names
 from streamrepair.engine.workspace import Workspace, refuse_overlap
 from streamrepair.errors import InputError, OutputError, shown
 from streamrepair.report import (
@@ -174,17 +175,19 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     unchanged = _unchanged_check(run)
     _check_dropped(run)
     free_bytes = limits.free_bytes()
+    backlog = Backlog(run.stop, free_bytes=free_bytes)
     committer = Committer(
         run.workspace,
         done,
         before_commit=unchanged,
         after_commit=run.record_session,
+        synced=backlog.synced,
         stop=run.stop,
         lets_go=lets_go(plan, free_bytes),
     )
     cache = PageCache(plan, run.files, free_bytes=free_bytes, timeline=run.timeline)
     try:
-        _work(run, committer, cache, [task for task in plan.tasks if task.name not in done])
+        _work(run, committer, cache, backlog, [task for task in plan.tasks if task.name not in done])
     finally:
         cache.close()
     run.stop.check_at_once()  # from here on it is a matter of moments
@@ -259,7 +262,7 @@ def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
     return report
 
 
-def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) -> None:
+def _work(run: _Run, committer: Committer, cache: PageCache, backlog: Backlog, tasks: list[Task]) -> None:
     """Run the tasks, committing as they finish; what is finished is committed however this ends."""
     plan = run.plan
     fits = {backend: fits_climb(plan, backend) for backend in ("full",)}
@@ -278,10 +281,21 @@ def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) 
         hold_threads=run.threads.hold,
     )
     executor = LocalExecutor(
-        lanes=plan.lanes, room_bytes=plan.room_bytes, stop=run.stop, timeline=run.timeline, upcoming=cache.upcoming
+        lanes=plan.lanes,
+        room_bytes=plan.room_bytes,
+        stop=run.stop,
+        timeline=run.timeline,
+        upcoming=cache.upcoming,
+        hold=backlog.wait,
     )
+
+    def do(task: Task, worker: Worker) -> Outcome:
+        outcome = run_task(task, around, worker)
+        backlog.wrote(task.out.nbytes)
+        return outcome
+
     try:
-        for outcome in executor.run(tasks, lambda task, worker: run_task(task, around, worker)):
+        for outcome in executor.run(tasks, do):
             if outcome is not None:
                 _take(run, committer, outcome)
             # Once a stop is requested, all that is ready: at the end there may be no time for a large sync.

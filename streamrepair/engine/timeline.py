@@ -90,6 +90,7 @@ class Timeline:
         found = []
         for lane, totals in sums.items():
             waits = {kind: round(totals[kind], 4) for kind in ("read", "write", "memory")}
+            waits["write"] = round(totals["write"] + totals["unsynced"], 4)
             busy_s = max(0.0, totals["task"] - totals["read"] - totals["write"] - totals["more memory"])
             waits["memory"] = round(totals["memory"] + totals["more memory"], 4)
             found.append(_use(lane, busy_s, waits, wall_s))
@@ -115,6 +116,10 @@ class Lane:
     def waiting(self, kind: Wait) -> contextlib.AbstractContextManager[None]:
         """The worker waits for a panel that is being read, or for memory to start."""
         return self.timeline.span(self.name, kind, f"wait: {kind}")
+
+    def waiting_for_disk(self) -> contextlib.AbstractContextManager[None]:
+        """The worker may not start another task while so much is unsynced."""
+        return self.timeline.span(self.name, "unsynced", "wait: disk")
 
     def waiting_for_more(self) -> contextlib.AbstractContextManager[None]:
         """The worker waits for more memory in the middle of a task."""
