@@ -39,6 +39,7 @@ from streamrepair.cli_options import (
     Sigma,
     Vram,
     Workers,
+    whole_number,
 )
 from streamrepair.console import fill_standard_descriptors, printing, stop_on_signals
 from streamrepair.engine.stop import StopRequest
@@ -167,7 +168,7 @@ def verify(
     deep: Annotated[
         bool, Parameter(negative=(), help="Also recompute a sample of tensors in float64 from BASE and FT.")
     ] = False,
-    sample: Annotated[int, Parameter(help="How many tensors --deep recomputes.")] = 5,
+    sample: Annotated[int, Parameter(converter=whole_number, help="How many tensors --deep recomputes.")] = 5,
     repair: Annotated[
         bool, Parameter(negative=(), help="Do damaged tensors again, and nothing else; then verify once more.")
     ] = False,

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Group, Parameter, Token
 
 NUMBERS = Group("What is computed", sort_key=1)
 MEANS = Group("With what", sort_key=2)
 OUTPUT = Group("Output", sort_key=3)
+
+
+def whole_number(_kind: object, tokens: Sequence[Token]) -> int:
+    """An integer as it is written: cyclopts would cut 2.5 to 2.
+
+    Raises:
+        ValueError: it is none.
+    """
+    text = tokens[0].value
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f'unable to convert "{text}" into int') from error
+
 
 Base = Annotated[str, Parameter(help="Base checkpoint: a folder, a .safetensors file, an index.json, or a Hub id.")]
 Ft = Annotated[str, Parameter(help="Fine-tuned checkpoint, likewise.")]
@@ -28,7 +43,9 @@ Device = Annotated[
 Workers = Annotated[
     int | None,
     Parameter(
-        group=MEANS, help="Threads on the CPU, a matrix each; every GPU has one more. Default: one per processor."
+        group=MEANS,
+        converter=whole_number,
+        help="Threads on the CPU, a matrix each; every GPU has one more. Default: one per processor.",
     ),
 ]
 Backend = Annotated[

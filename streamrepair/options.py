@@ -35,7 +35,10 @@ def size_bytes(name: str, size: object) -> int:
         UsageError: it is no positive number of bytes and no text that says one.
     """
     if isinstance(size, str):
-        return parse_bytes(size)
+        try:
+            return parse_bytes(size)
+        except UsageError as error:
+            raise UsageError(f"--{name}: {error}") from error
     if isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0:
         return int(size)
     raise UsageError(f'--{name} is {shown(repr(size))}, expected a positive number of bytes or text such as "16GB"')

@@ -209,8 +209,8 @@ CASES: list[tuple[Callable[[Case], object], int, str]] = [
     (lambda c: c.run_with("replace", 2, errno.EIO), 1, f"T/out/{FIRST}: could not be given its name (Input/output "
      "error); " + SAME.format("mend the disk")),
     (_small_disk, 5, "OUT T/out: the result needs 64 MB, 1 kB are free: free space or choose another OUT"),
-    (lambda c: c.run(ram="1XB"), 2, "size '1XB' is not understood: write it like 24GB (10^9 bytes) or 16GiB (2^30 "
-     "bytes)"),
+    (lambda c: c.run(ram="1XB"), 2, "--ram: size '1XB' is not understood: write it like 24GB (10^9 bytes) or 16GiB "
+     "(2^30 bytes)"),
     (lambda c: c.run(include="("), 2, "--include '(' is not a regular expression: missing ), unterminated subpattern "
      "at position 0"),
     (_stopped, 75, "interrupted by SIGTERM"),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from streamrepair.engine.plan import Plan
 from streamrepair.engine.task import Outcome
 from streamrepair.errors import shown
+from streamrepair.units import format_bytes
 
 _FEW = 8
 
@@ -33,6 +34,15 @@ def plan_warnings(plan: Plan) -> list[str]:
         if checkpoint.stray_files:
             found.append(f"{side}: ignored weight files {', '.join(map(shown, checkpoint.stray_files[:5]))}")
     return found
+
+
+def machine_warnings(plan: Plan, free_bytes: int) -> Iterator[str]:
+    """Of a plan on the machine that is to carry it out."""
+    if plan.ram_projected_bytes > free_bytes:
+        projected, free = format_bytes(plan.ram_projected_bytes), format_bytes(free_bytes)
+        yield (
+            f"{projected} of memory are projected, {free} are free: the kernel may end the run; allow less with --ram"
+        )
 
 
 def task_warnings(outcome: Outcome) -> Iterator[str]:

@@ -24,7 +24,7 @@ from streamrepair.engine.commit import Committer
 from streamrepair.engine.finite import search
 from streamrepair.engine.fit import fits_climb, full_budget
 from streamrepair.engine.local import LocalExecutor
-from streamrepair.engine.notices import plan_warnings, task_warnings
+from streamrepair.engine.notices import machine_warnings, plan_warnings, task_warnings
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Task
@@ -37,12 +37,7 @@ from streamrepair.engine.trace import chrome_trace
 from streamrepair.engine.worker import Worker, lane_names
 from streamrepair.engine.workspace import Workspace, refuse_overlap
 from streamrepair.errors import InputError, OutputError, shown
-from streamrepair.report import (
-    REPORT_NAME,
-    Report,
-    Session,
-    TensorRecord,
-)
+from streamrepair.report import REPORT_NAME, Report, Session, TensorRecord
 
 
 class Watcher(Protocol):
@@ -175,6 +170,8 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     unchanged = _unchanged_check(run)
     _check_dropped(run)
     free_bytes = limits.free_bytes()
+    for message in machine_warnings(plan, free_bytes):
+        run.warn(message)
     backlog = Backlog(run.stop, free_bytes=free_bytes)
     committer = Committer(
         run.workspace,
