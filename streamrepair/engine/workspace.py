@@ -19,7 +19,6 @@ import msgspec
 
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.journal import Journal
-from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.write import ShardFile, ShardLayout
 from streamrepair.engine.accounts import Accounts
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
@@ -285,36 +284,3 @@ def _shards_in(index: Path) -> set[str]:
         return set(msgspec.json.decode(osfile.read_whole(index), type=_Index).weight_map.values())
     except (InputError, msgspec.MsgspecError):
         return {""}
-
-
-def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], report: Path | None = None) -> None:
-    """Refuse an OUT that is, lies in, contains, or shares files with an input, and a second report in an input.
-
-    The folder of an input that is named as one file is not the input's: OUT may lie in it, but not be it.
-
-    Raises:
-        InputError: it does.
-    """
-    osfile.is_other_than_folder(out)  # a name that cannot be looked up is told of before it is looked at
-    target = out.resolve()
-    for side, checkpoint in inputs.items():
-        folder = checkpoint.folder.resolve()
-        real = {shard.path.resolve().parent for shard in checkpoint.shards} | {folder}
-        inside = checkpoint.whole_folder and any(parent in real for parent in target.parents)
-        if target in real or inside or folder.is_relative_to(target):
-            raise InputError(
-                f"OUT {shown(str(out))} is, lies in, or contains {side} {shown(checkpoint.given)}: name another folder"
-            )
-        files = {shard.path.resolve() for shard in checkpoint.shards}
-        if report is not None and (
-            report.resolve() in files or (checkpoint.whole_folder and report.resolve().is_relative_to(folder))
-        ):
-            raise InputError(
-                f"--report {shown(str(report))} lies in {side} {shown(checkpoint.given)}: name another place"
-            )
-        inodes = {(shard.device, shard.inode) for shard in checkpoint.shards}
-        for path in out.glob("*.safetensors") if out.is_dir() else ():
-            with contextlib.suppress(OSError):  # a link that leads nowhere
-                found = path.stat()
-                if (found.st_dev, found.st_ino) in inodes:
-                    raise InputError(f"{shown(str(path))} is the same file as a shard of {side}: name another OUT")

@@ -1,0 +1,47 @@
+"""OUT and what is written beside it held against the inputs, which are never written."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.errors import InputError, shown
+
+
+def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], beside: Mapping[str, Path]) -> None:
+    """Refuse an OUT that is, lies in, contains, or shares files with an input, and other files in an input.
+
+    The folder of an input that is named as one file is not the input's: OUT may lie in it, but not be it.
+
+    Args:
+        beside: option → the file that it has written.
+
+    Raises:
+        InputError: it does.
+    """
+    osfile.is_other_than_folder(out)  # a name that cannot be looked up is told of before it is looked at
+    target = out.resolve()
+    for side, checkpoint in inputs.items():
+        folder = checkpoint.folder.resolve()
+        real = {shard.path.resolve().parent for shard in checkpoint.shards} | {folder}
+        inside = checkpoint.whole_folder and any(parent in real for parent in target.parents)
+        if target in real or inside or folder.is_relative_to(target):
+            raise InputError(
+                f"OUT {shown(str(out))} is, lies in, or contains {side} {shown(checkpoint.given)}: name another folder"
+            )
+        files = {shard.path.resolve() for shard in checkpoint.shards}
+        for option, path in beside.items():
+            place = path.resolve()
+            if place in files or (checkpoint.whole_folder and place.is_relative_to(folder)):
+                raise InputError(
+                    f"{option} {shown(str(path))} lies in {side} {shown(checkpoint.given)}: name another place"
+                )
+        inodes = {(shard.device, shard.inode) for shard in checkpoint.shards}
+        for path in out.glob("*.safetensors") if out.is_dir() else ():
+            with contextlib.suppress(OSError):  # a link that leads nowhere
+                found = path.stat()
+                if (found.st_dev, found.st_ino) in inodes:
+                    raise InputError(f"{shown(str(path))} is the same file as a shard of {side}: name another OUT")
