@@ -136,11 +136,15 @@ def randomized_bytes(shape: MatrixShape) -> int:
 
 
 def full_bytes(shape: MatrixShape) -> int:
-    """Peak of the reference route: QR of a block under R, then R, its vectors and gesdd's workspace, all float64."""
+    """Peak of the reference route: QR of a block under R, then R, its vectors and gesdd's workspace, all float64.
+
+    The block is there five times: Δ, below R, in LAPACK's order, factored, and its triangle; beside it lies what a
+    worker keeps of the last merge, Δ's place excepted.
+    """
     n, block = shape.cols, shape.block * shape.cols
-    qr = 3 * 8 * (n * n + block) + 16 * block
-    svd = 10 * 8 * n * n
-    return max(qr, svd)
+    qr = 5 * 8 * (n * n + block) + _merge_blocks_bytes(shape) - 8 * block
+    svd = 7 * 8 * n * n + _kept_on_bytes(shape)
+    return max(qr, svd, 10 * 8 * n * n)
 
 
 _WORK: dict[str, Callable[[MatrixShape], int]] = {

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from streamrepair import api
-from streamrepair.decompose import gram, order_statistic, randomized
+from streamrepair.decompose import full, gram, order_statistic, randomized
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.decompose.truncation import UnresolvedError
@@ -178,6 +178,27 @@ def test_every_array_of_block_krylov_is_in_the_model(n: int, rows: int, dtype: s
     item = 4 if dtype == "F32" else 2
     live = _live_bytes(_delta((rows, n), round(0.03 * n)), dtype, krylov=True, scale=1.0)
     assert live <= memory.randomized_bytes(MatrixShape(rows, n, item, item, item)) <= 2.0 * live
+
+
+@pytest.mark.parametrize(("n", "rows"), [(307, 5003), (601, 1811), (601, 601)])
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_every_array_of_the_reference_route_is_in_the_model(n: int, rows: int, dtype: str) -> None:
+    item = 4 if dtype == "F32" else 2
+    source, scratch = fine_tuned(_delta((rows, n), n // 2 - 2), dtype), Scratch()
+    host = HostArithmetic(scratch)
+    tracemalloc.start()
+    try:
+        for _ in range(2):
+            scratch.begin("alike")
+            found = full.truncate(source, HardThreshold(), arithmetic=host)
+            for _ in host.merger(found.vh, dtype).merged(source.panels()):
+                pass
+            del found
+            scratch.settle()
+        live = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert live <= memory.full_bytes(MatrixShape(rows, n, item, item, item)) <= 1.6 * live
 
 
 def test_block_krylovs_limits_are_those_of_the_backend() -> None:
