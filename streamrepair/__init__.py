@@ -13,8 +13,8 @@ from streamrepair.version import __version__
 if TYPE_CHECKING:
     from streamrepair.api import plan, repair, verify
     from streamrepair.engine.plan import Plan
-    from streamrepair.engine.run import Watcher
     from streamrepair.engine.stop import StopRequest
+    from streamrepair.engine.watcher import Watcher
     from streamrepair.errors import (
         BudgetError,
         DamageError,
@@ -60,7 +60,7 @@ _ELSEWHERE = {
     "Plan": "engine.plan",
     "StopRequest": "engine.stop",
     "Verified": "verification",
-    "Watcher": "engine.run",
+    "Watcher": "engine.watcher",
 }
 """Name → module; the other names are errors."""
 

@@ -11,8 +11,9 @@ from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
 from streamrepair.engine import budget, limits, rates
 from streamrepair.engine.fit import gpus_of
 from streamrepair.engine.plan import Plan, make_plan
-from streamrepair.engine.run import Watcher, execute
+from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
+from streamrepair.engine.watcher import Watcher
 from streamrepair.errors import UsageError
 from streamrepair.options import Size, Source, check_count, output_path, path_text, size_bytes
 from streamrepair.report import Report, Settings

@@ -13,8 +13,9 @@ import msgspec
 
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.engine.plan import Plan
-from streamrepair.engine.run import Watcher, execute
+from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
+from streamrepair.engine.watcher import Watcher
 from streamrepair.engine.workspace import STATE
 from streamrepair.errors import DamageError, shown
 from streamrepair.origins import open_origins

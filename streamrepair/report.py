@@ -179,7 +179,7 @@ class ResourceUse(msgspec.Struct, frozen=True, kw_only=True):
     busy_s: float
     """Computing; for files, at work."""
     waiting_s: dict[str, float]
-    """Waiting for what: read, write, memory."""
+    """Waiting for what: read, write (its own writes, and a disk that is behind), memory."""
     idle_s: float
     """Without a task: before the first, after the last."""
 
@@ -192,6 +192,8 @@ class Session(msgspec.Struct, frozen=True, kw_only=True):
     vram_measured_bytes: int | None = None
     warnings: tuple[str, ...] = ()
     """Of no tensor that it did: damage that it found."""
+    utilisation: tuple[ResourceUse, ...] = ()
+    """Each worker, then the files."""
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,7 +211,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     sessions: int = 1
     """How often the command was started for this result; more than once after an interruption or damage."""
     utilisation: tuple[ResourceUse, ...] = ()
-    """Each worker, then the files."""
+    """Each worker, then the files, over all sessions; one that had fewer workers counts for those that it had."""
     sidecars: tuple[str, ...]
     """Files copied from FT beside the weights."""
     headers: dict[str, str]

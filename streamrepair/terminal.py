@@ -13,6 +13,7 @@ from typing import NoReturn
 import msgspec
 from tqdm import tqdm
 
+from streamrepair.engine.fit import fits_climb, full_budget
 from streamrepair.engine.plan import Plan
 from streamrepair.engine.rates import CPU
 from streamrepair.errors import shown
@@ -95,8 +96,9 @@ def print_json(value: object) -> None:
 def print_plan(plan: Plan) -> None:
     """The plan's table and totals."""
     cuda = bool(plan.gpus)
-    rows = [("tensors", "shape", "what", "result", "memory each", *(["on GPU"] if cuda else []), "time")]
-    for group in groups(plan):
+    rows = [("tensors", "shape", "what", "result", "memory each", *(["on GPU"] if cuda else []), "one worker")]
+    listed = groups(plan)
+    for group in listed:
         vram = [format_bytes(group.vram_bytes)] if cuda else []
         memory_each = (format_bytes(group.ram_bytes), *vram)
         shape = " × ".join(map(str, group.shape))
@@ -111,18 +113,48 @@ def print_plan(plan: Plan) -> None:
             *(cell.ljust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
         )
         print("  ".join(aligned).rstrip())
+    print()
+    for treatment, reason in {group.treatment: group.why for group in listed if group.why}.items():
+        print(f"{treatment.partition(', ')[2]}: {reason}")
     work = f"{format_bytes(plan.read_bytes)} to read, {format_bytes(plan.out_bytes)} to write in "
-    work += f"{counted(len(plan.layouts), 'shard')}, {sum(t.flops for t in plan.tasks) / 1e9:,.0f} GFLOP "
-    work += f"on {plan.device} with {counted(plan.workers, 'worker')}"
-    measured = " by speeds measured here" if plan.rates != CPU else ""
-    print(f"\n{work}: about {format_seconds(plan.estimated_s)}{measured}")
+    work += f"{counted(len(plan.layouts), 'shard')}, {sum(t.flops for t in plan.tasks) / 1e9:,.0f} GFLOP"
+    print(work)
+    by = "speeds measured here"
+    if plan.rates == CPU:
+        by = "shipped speeds (streamrepair bench --calibrate measures this machine's)"
+    lanes = f"{plan.device} with {counted(plan.workers, 'worker')} of one thread each"
+    print(f"time: about {format_seconds(plan.estimated_s)} on {lanes}, by {by}")
+    _print_memory(plan)
+
+
+def _print_memory(plan: Plan) -> None:
+    """Budgets, and what more memory would allow."""
     line = f"memory: {format_bytes(plan.ram_projected_bytes)} projected, {format_bytes(plan.ram_allowed_bytes)} allowed"
     if plan.vram_projected_bytes is not None and plan.vram_allowed_bytes is not None:
         line += (
             f"; per GPU {format_bytes(plan.vram_projected_bytes)} projected, "
             f"{format_bytes(plan.vram_allowed_bytes)} allowed"
         )
-    print(line, flush=True)
+    if plan.side_by_side < plan.workers:
+        line += (
+            f": room for {plan.side_by_side} of the largest at once, for one per worker with --ram "
+            f"{_whole_mb(plan.ram_unhindered_bytes)}"
+        )
+    print(line)
+    fits = fits_climb(plan, "full")
+    if without := [task for task in plan.tasks if not fits.get(task.name, True)]:
+        enough = max(full_budget(plan, task) for task in without)
+        more = f"--ram {_whole_mb(enough)} " if enough > plan.ram_allowed_bytes else ""
+        print(
+            f"no room for the float64 SVD that {counted(len(without), 'tensor')} may turn out to need, though few do: "
+            f"with {more}--workers 1 there is"
+        )
+    sys.stdout.flush()
+
+
+def _whole_mb(nbytes: int) -> str:
+    """As --ram takes it, rounded up."""
+    return f"{-(-nbytes // 1_000_000)}MB"
 
 
 def print_summary(report: Report, out: Path) -> None:
@@ -162,8 +194,9 @@ def _print_spectrum(repaired: dict[str, TensorRecord]) -> None:
 def _print_cost(report: Report) -> None:
     timings, budget = report.timings, report.budget
     rate = timings.bytes_read / timings.wall_s if timings.wall_s else 0.0
+    sessions = f" in {report.sessions} sessions" if report.sessions > 1 else ""
     print(
-        f"{format_seconds(timings.wall_s)} on {report.device} with {counted(report.workers, 'worker')}: read "
+        f"{format_seconds(timings.wall_s)}{sessions} on {report.device} with {counted(report.workers, 'worker')}: read "
         f"{format_bytes(timings.bytes_read)} ({format_bytes(rate)}/s), wrote {format_bytes(timings.bytes_written)} "
         f"({format_bytes(timings.bytes_written / timings.wall_s if timings.wall_s else 0.0)}/s)"
     )

@@ -6,9 +6,11 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from streamrepair.engine import cost
+from streamrepair.engine.fit import fits_climb
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.rates import Rates
+from streamrepair.report import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +19,8 @@ class Group:
 
     treatment: str
     """The backend, or why tensors are passed through."""
+    why: str
+    """Why that backend; "" for tensors that are passed through."""
     shape: tuple[int, ...]
     count: int
     out_bytes: int
@@ -36,13 +40,14 @@ def groups(plan: Plan) -> list[Group]:
     gathered: dict[tuple[str, tuple[int, ...]], list[Task]] = defaultdict(list)
     for task in plan.tasks:
         on = ", on GPU" if task.place == "cuda" else ""
-        first = "randomized or " if task.krylov and task.place == "cpu" else ""
-        treatment = f"repair, {first}{task.backend}{on}" if task.shape else _kind(task.pairing.reason)
+        backend = "randomized or gram" if task.backend == "randomized" else task.backend
+        treatment = f"repair, {backend}{on}" if task.shape else _kind(task.pairing.reason)
         shape = task.out.shape if task.shape else ()
         gathered[treatment, shape].append(task)
     found = [
         Group(
             treatment=treatment,
+            why=why(tasks[0], plan.settings) if shape else "",
             shape=shape,
             count=len(tasks),
             out_bytes=sum(t.out.nbytes for t in tasks),
@@ -58,6 +63,7 @@ def groups(plan: Plan) -> list[Group]:
 
 def plan_view(plan: Plan) -> dict[str, object]:
     """The plan as JSON-ready data."""
+    full_fits = fits_climb(plan, "full")
     return {
         "format": "streamrepair.plan/1",
         "device": plan.device,
@@ -68,6 +74,8 @@ def plan_view(plan: Plan) -> dict[str, object]:
             "ram_projected_bytes": plan.ram_projected_bytes,
             "vram_allowed_bytes": plan.vram_allowed_bytes,
             "vram_projected_bytes": plan.vram_projected_bytes,
+            "ram_unhindered_bytes": plan.ram_unhindered_bytes,
+            "side_by_side": plan.side_by_side,
         },
         "totals": {
             "tensors": len(plan.tasks) + len(plan.dropped),
@@ -81,12 +89,12 @@ def plan_view(plan: Plan) -> dict[str, object]:
         },
         "warnings": plan_warnings(plan),
         "groups": groups(plan),
-        "tensors": {t.name: _task_view(t, plan.rates) for t in plan.tasks}
+        "tensors": {t.name: _task_view(t, plan, full_fits.get(t.name, False)) for t in plan.tasks}
         | {p.name: {"intent": "drop", "reason": p.reason} for p in plan.dropped},
     }
 
 
-def _task_view(task: Task, rates: Rates) -> dict[str, object]:
+def _task_view(task: Task, plan: Plan, full_fits: bool) -> dict[str, object]:
     view: dict[str, object] = {
         "intent": "repair" if task.shape else "keep",
         "reason": task.pairing.reason,
@@ -98,21 +106,38 @@ def _task_view(task: Task, rates: Rates) -> dict[str, object]:
     if task.shape:
         view |= {
             "backend": task.backend,
+            "why": why(task, plan.settings),
+            "tries": _tries(task, full_fits=full_fits),
+            "threads": 1,
             "panel_rows": task.panel_rows,
             "vram_bytes": task.vram_bytes,
             "flops": task.flops,
-            "seconds": round(cost.seconds(task, task.place, rates), 6),
+            "seconds": round(cost.seconds(task, task.place, plan.rates), 6),
         }
         if task.place == "cpu":
-            view |= {"tries": _tries(task), "predicted_s": predicted_s(task, rates)}
+            view["predicted_s"] = predicted_s(task, plan.rates)
     return view
 
 
-def _tries(task: Task) -> list[str]:
-    """Backends in the order in which they are tried, as far as numbers alone decide."""
+def _tries(task: Task, *, full_fits: bool) -> list[str]:
+    """Backends in the order in which they are tried, as far as numbers alone decide; the last one if it has room."""
     if task.backend == "full":
         return ["full"]
-    return ["randomized", "gram", "full"] if task.krylov else ["gram", "full"]
+    first = ["randomized", "gram"] if task.backend == "randomized" else ["gram"]
+    return [*first, "full"] if full_fits else first
+
+
+def why(task: Task, settings: Settings) -> str:
+    """Why a repair's backend is what it is."""
+    if task.backend == settings.backend:
+        return f"--backend {settings.backend}"
+    if task.place == "cuda":
+        return "all values at once suit a GPU best"
+    if task.backend == "randomized":
+        return "a long short side: block Krylov is quicker where few values are kept, and hands over where many are"
+    if settings.sigma == "tail":
+        return "--sigma tail needs more values than block Krylov finds"
+    return "a short side for which the reduction is as quick as block Krylov"
 
 
 def predicted_s(task: Task, rates: Rates) -> dict[str, float]:

@@ -20,7 +20,7 @@ from streamrepair.version import __version__
 from tests.builders import write_safetensors
 from tests.command import Result, run
 from tests.faults import WRITING
-from tests.pairs import DEMO, Pair, shard_bytes, snapshot, write_pair, write_split
+from tests.pairs import DEMO, Pair, shard_bytes, smallest_budget, snapshot, write_pair, write_split
 
 SHAPES = {"some.weight": (64, 48), "other.weight": (48, 64), "norm": (48,)}
 
@@ -137,7 +137,9 @@ def test_a_run_on_the_cpu_does_not_load_torch(pair: Pair, tmp_path: Path) -> Non
         (["BASE", "FT"], "OUT"),
         (["BASE", "FT", "OUT", "more"], "more"),
         (["BASE", "FT", "OUT", "--rma", "1GB"], "--rma"),
-        (["BASE", "FT", "OUT", "--ram", "1XB"], "size '1XB' is not understood: write it like 24GB"),
+        (["BASE", "FT", "OUT", "--ram", "1XB"], "--ram: size '1XB' is not understood: write it like 24GB"),
+        (["BASE", "FT", "OUT", "--workers", "2.5"], 'Invalid value for --workers: expected a whole number, not '2.5''),
+        (["verify", "OUT", "--sample", "1.5"], 'Invalid value for --sample: expected a whole number, not '1.5''),
         (["BASE", "FT", "OUT", "--ram", "0"], "size '0'"),
         (["BASE", "FT", "OUT", "--scale", "-1"], "--scale is -1.0, expected a positive number"),
         (["BASE", "FT", "OUT", "--scale", "x"], "--scale"),
@@ -424,7 +426,9 @@ def test_what_a_plan_warns_of_is_said(pair: Pair) -> None:
 
 def test_one_of_something_is_said_so(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, {"w": (64, 48)}, shards=(1, 1))
-    assert "1 shard, 0 GFLOP on cpu with 1 worker: about" in run("plan", pair.base, pair.ft, "--workers", 1).out
+    text = run("plan", pair.base, pair.ft, "--workers", 1).out
+    assert "in 1 shard, 0 GFLOP\n" in text
+    assert "s on cpu with 1 worker of one thread each, by shipped speeds (streamrepair bench --calibrate" in text
     assert "1 tensor: 1 repaired" in run(pair.base, pair.ft, tmp_path / "out").out
     (tmp_path / "out" / "config.json").unlink()
     assert "1 fault; 1 tensor," in run("verify", tmp_path / "out").out
@@ -474,13 +478,47 @@ def test_a_plan_has_times_and_their_sum(pair: Pair) -> None:
     """A row for each kind of tensor with its time; the totals say about how long all of it takes."""
     text = run("plan", pair.base, pair.ft, "--device", "cpu").out
     head, *rows = text.splitlines()
-    assert head.split() == ["tensors", "shape", "what", "result", "memory", "each", "time"]
+    assert head.split() == ["tensors", "shape", "what", "result", "memory", "each", "one", "worker"]
     assert all(row.split()[-1] in ("s", "min", "h") for row in rows[: rows.index("")])
-    assert re.search(r"with \d+ workers: about [\d.e-]+ s$", text, re.MULTILINE)
+    assert re.search(r"^time: about [\d.e-]+ s on cpu with \d+ workers of one thread each, by ", text, re.MULTILINE)
     data = json.loads(run("plan", pair.base, pair.ft, "--device", "cpu", "--json").out)
     assert sum(group["count"] for group in data["groups"]) == len(data["tensors"])
     total_s = sum(tensor.get("seconds", 0.0) for tensor in data["tensors"].values())
     assert 0 < data["totals"]["estimated_s"] <= total_s * 1.01
+
+
+def test_a_plan_says_why_each_backend_and_what_more_memory_would_do(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"a": (1200, 1200), "b": (1200, 1200)}, shards=(1, 1))
+    options = ("plan", pair.base, pair.ft, "--device", "cpu", "--workers", 2)
+    little = smallest_budget(pair) + 24_000_000  # for the second worker, but not for its matrix
+    scarce = run(*options, "--ram", little).out
+    found = re.search(
+        r": room for 1 of the largest at once, for one per worker with --ram (\d+MB)$", scarce, re.MULTILINE
+    )
+    assert found is not None
+    assert "at once" in run(*options, "--ram", f"{int(found[1][:-2]) - 1}MB").out
+    plenty = run(*options, "--ram", found[1]).out
+    assert "at once" not in plenty
+    assert "\ngram: a short side for which the reduction is as quick as block Krylov\n" in plenty
+    forced = run(*options, "--ram", "4GB", "--backend", "randomized").out
+    assert "repair, randomized or gram " in forced
+    assert "\nrandomized or gram: --backend randomized\n" in forced
+    data = json.loads(run(*options, "--ram", little, "--json").out)
+    assert (data["workers"], data["budget"]["side_by_side"]) == (2, 1)
+    for tensor in data["tensors"].values():
+        assert {"backend": "gram", "tries": ["gram"], "threads": 1}.items() <= tensor.items()
+        assert tensor["why"] == "a short side for which the reduction is as quick as block Krylov"
+
+
+def test_a_plan_names_the_budget_in_which_a_float64_svd_has_room(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"a": (1000, 1000), "b": (600, 600)}, shards=(1, 1))
+    options = ("plan", pair.base, pair.ft, "--device", "cpu", "--workers", 1)
+    found = re.search(
+        r"may turn out to need, though few do: with (--ram \S+ --workers 1) there",
+        run(*options, "--ram", smallest_budget(pair)).out,
+    )
+    assert found is not None
+    assert "no room" not in run(*options, *found[1].split()[:2]).out
 
 
 def test_the_summary_says_who_was_busy_and_a_trace_what_they_did(pair: Pair, tmp_path: Path) -> None:
@@ -496,6 +534,6 @@ def test_the_summary_says_who_was_busy_and_a_trace_what_they_did(pair: Pair, tmp
 def test_a_trace_among_the_inputs_is_refused(pair: Pair, tmp_path: Path) -> None:
     result = run(pair.base, pair.ft, tmp_path / "out", "--trace", pair.base / "trace.json")
     assert result.status == 3
-    assert result.error.startswith("error: --trace ")
+    assert result.error.startswith(f"error: --trace {pair.base}/trace.json lies in BASE")
     assert not (tmp_path / "out").exists()
     assert not (pair.base / "trace.json").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from streamrepair import api, terminal
@@ -47,3 +48,14 @@ def test_times_too_short_to_tell_are_no_powers_of_ten() -> None:
         "0.0097 s",
         "0.42 s",
     ]
+
+
+def test_a_summary_says_over_how_many_sessions_its_times_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = write_pair(tmp_path, {"w": (64, 48)})
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", device="cpu", workers=1)
+    terminal.print_summary(report, tmp_path / "out")
+    assert " s on cpu with 1 worker: read" in capsys.readouterr().out
+    terminal.print_summary(msgspec.structs.replace(report, sessions=3), tmp_path / "out")
+    assert " s in 3 sessions on cpu with 1 worker: read" in capsys.readouterr().out

@@ -12,8 +12,9 @@ import msgspec
 
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.journal import Journal
+from streamrepair.engine.timeline import FILES
 from streamrepair.errors import InputError
-from streamrepair.report import Session, Timings
+from streamrepair.report import ResourceUse, Session, Timings
 
 
 class _Line(msgspec.Struct, frozen=True):
@@ -74,3 +75,18 @@ def summed(sessions: list[Session]) -> Timings:
     """The times and bytes of all sessions together."""
     totals = {name: sum(getattr(s.timings, name) for s in sessions) for name in Timings.__struct_fields__}
     return msgspec.convert({name: round(total, 4) for name, total in totals.items()}, Timings)
+
+
+def summed_uses(sessions: list[Session]) -> tuple[ResourceUse, ...]:
+    """Who was busy or waited in all sessions together: each worker by its name, then the files."""
+    found: dict[str, ResourceUse] = {}
+    for use in sorted((use for session in sessions for use in session.utilisation), key=lambda use: use.name == FILES):
+        before = found.get(use.name, ResourceUse(name=use.name, busy_s=0.0, waiting_s={}, idle_s=0.0))
+        kinds = before.waiting_s | use.waiting_s
+        found[use.name] = ResourceUse(
+            name=use.name,
+            busy_s=round(before.busy_s + use.busy_s, 4),
+            waiting_s={k: round(before.waiting_s.get(k, 0.0) + use.waiting_s.get(k, 0.0), 4) for k in kinds},
+            idle_s=round(before.idle_s + use.idle_s, 4),
+        )
+    return tuple(found.values())

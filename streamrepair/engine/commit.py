@@ -24,7 +24,7 @@ class Committer:
 
     Args:
         workspace: OUT. records: what is committed already. before_commit: raises if nothing may count now.
-        after_commit: called once pending tensors count.
+        after_commit: called once pending tensors count. synced: told how many bytes of tensors a sync has put on disk.
         stop: once it is requested no shard is sealed any more: reading one back may take longer than there is time.
         lets_go: the page cache need not keep sealed shards.
     """
@@ -36,11 +36,12 @@ class Committer:
         *,
         before_commit: Callable[[], None],
         after_commit: Callable[[], None],
+        synced: Callable[[int], None] = lambda _nbytes: None,
         stop: StopRequest,
         lets_go: bool = False,
     ) -> None:
         self._workspace, self._before_commit, self._after_commit = workspace, before_commit, after_commit
-        self._stop, self._lets_go = stop, lets_go
+        self._synced, self._stop, self._lets_go = synced, stop, lets_go
         self.records = dict(records)
         self._pending: dict[str, tuple[int, TensorRecord]] = {}
         self._pending_bytes = 0
@@ -69,11 +70,12 @@ class Committer:
             InterruptedRunError: a stop was requested while a shard was read back.
         """
         pending, self._pending = self._pending, {}
-        self._pending_bytes = 0
+        pending_bytes, self._pending_bytes = self._pending_bytes, 0
         if pending:
             self._before_commit()
         for shard in sorted({shard for shard, _ in pending.values()}):
             self._workspace.shards[shard].sync()
+        self._synced(pending_bytes)
         if pending:
             self._workspace.journal.append(
                 msgspec.json.encode(JournalEntry(name, self._workspace.shards[shard].layout.name, record))

@@ -7,8 +7,10 @@ docs/performance.md holds it against measurement.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from streamrepair.engine.memory import MatrixShape
@@ -104,15 +106,25 @@ def seconds(task: Task, place: str, cpu: Rates = CPU) -> float:
     return stages(task, place, cpu).total_s
 
 
-def estimate_s(tasks: Sequence[Task], lanes: Sequence[str], cpu: Rates = CPU) -> float:
-    """About how long tasks take together: the slowest of the CPU's workers, the GPUs, and the files.
+def estimate_s(tasks: Sequence[Task], lanes: Sequence[str], room_bytes: int, cpu: Rates = CPU) -> float:
+    """About how long tasks take together: the slowest of the CPU's workers, the GPUs, the files, and the memory.
 
     Args:
-        lanes: the device of each worker. cpu: speeds of one of the CPU's workers.
+        lanes: the device of each worker. room_bytes: what tasks may hold together. cpu: speeds of one of the CPU's
+            workers.
     """
+    each_s = {task.name: seconds(task, task.place, cpu) for task in tasks}
     found = sum(task.read_once_bytes + task.out.nbytes for task in tasks) / DISK_BYTES_PER_S
     for place in ("cpu", "cuda"):
-        here = [seconds(task, place, cpu) for task in tasks if task.place == place]
+        here = [each_s[task.name] for task in tasks if task.place == place]
         workers = max(1, sum((lane == "cpu") == (place == "cpu") for lane in lanes))
         found = max(found, sum(here) / workers, max(here, default=0.0))
-    return found
+    return max(found, _in_turns_s(tasks, each_s, len(lanes), room_bytes))
+
+
+def _in_turns_s(tasks: Sequence[Task], each_s: Mapping[str, float], workers: int, room_bytes: int) -> float:
+    """What memory alone makes it: of tasks that need more than a (k + 1)-th of the room only k run at once."""
+    neediest = sorted(tasks, key=lambda task: -task.ram_bytes)
+    needs = [-task.ram_bytes for task in neediest]
+    until_s = [0.0, *accumulate(each_s[task.name] for task in neediest)]
+    return max((until_s[bisect_left(needs, -(room_bytes // (k + 1)))] / k for k in range(1, workers)), default=0.0)

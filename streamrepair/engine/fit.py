@@ -73,10 +73,16 @@ def _least_bytes(task: Task) -> int:
     return min(task.ram_bytes, memory.repair_bytes(task.shape, task.backend, task.shape.block, cuda=cuda))
 
 
-def fitted(task: Task, room: Room) -> Task:
-    """The task, with the smallest panels where its preferred ones do not fit."""
-    workers = 1 if room.gpus == 0 else 2
-    if task.shape is None or task.ram_bytes <= room.ram_bytes - room.fixed_bytes - workers * memory.WORKER_BYTES:
+def fitted(task: Task, room: Room, workers: int) -> Task:
+    """The task, with the smallest panels where with its preferred ones it takes more than one worker's share.
+
+    Narrow panels cost system calls; a worker that waits for memory costs as much as it would have done.
+
+    Args:
+        workers: of the CPU.
+    """
+    lanes = workers + room.gpus
+    if task.shape is None or lanes * (task.ram_bytes + memory.WORKER_BYTES) <= room.ram_bytes - room.fixed_bytes:
         return task
     return replace(task, panel_rows=task.shape.block, ram_bytes=_least_bytes(task))
 

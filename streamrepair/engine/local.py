@@ -32,6 +32,7 @@ class LocalExecutor:
         lanes: the device of each thread. room_bytes: memory that running tasks may hold together.
         stop: ends the run early. timeline: told what every thread does.
         upcoming: told, more than once, of the tasks that are next in line, so that they can be read ahead.
+        hold: called before a worker asks for a task; waits while results pile up in front of the disk.
     """
 
     def __init__(
@@ -42,9 +43,10 @@ class LocalExecutor:
         stop: StopRequest,
         timeline: Timeline,
         upcoming: Callable[[Task], None] = lambda _task: None,
+        hold: Callable[[], None] = lambda: None,
     ) -> None:
         self._lanes, self._room_bytes, self._stop = tuple(lanes), room_bytes, stop
-        self._timeline, self._upcoming = timeline, upcoming
+        self._timeline, self._upcoming, self._hold = timeline, upcoming, hold
 
     def run(self, tasks: Iterable[Task], do: Callable[[Task, Worker], Outcome]) -> Iterator[Outcome | None]:
         """Outcomes as tasks finish; None now and then while none has, so that the caller can see to other things.
@@ -56,7 +58,9 @@ class LocalExecutor:
         ledger = Ledger(tasks, room_bytes=self._room_bytes)
         done: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
         threads = [
-            threading.Thread(target=_work, args=(worker, ledger, do, done, self._upcoming), name=name, daemon=True)
+            threading.Thread(
+                target=_work, args=(worker, ledger, do, done, (self._upcoming, self._hold)), name=name, daemon=True
+            )
             for worker, name in self._workers(ledger)
         ]
         for thread in threads:
@@ -112,13 +116,16 @@ def _work(
     ledger: Ledger,
     do: Callable[[Task, Worker], Outcome],
     done: queue.SimpleQueue[Outcome | BaseException | None],
-    upcoming: Callable[[Task], None],
+    around: tuple[Callable[[Task], None], Callable[[], None]],
 ) -> None:
     """One worker's life; it puts its outcomes, at most one failure, and None at its end."""
+    upcoming, hold = around
     place, lane = worker.place, worker.lane
     try:
         with own_stream(worker.device):
             while True:
+                with lane.waiting_for_disk():
+                    hold()
                 with lane.waiting("memory"):
                     task = ledger.take(worker.number, place, before_waiting=worker.scratch.clear)
                 if task is None:

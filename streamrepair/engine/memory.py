@@ -29,6 +29,14 @@ RING_SLOTS = 3
 """Panels in flight per task: one filling, one waiting, one in use."""
 COPY_BYTES = 1 << 22
 """Buffer of a task that only copies, or compares before it repairs."""
+KRYLOV_SHARE = 6
+"""Block Krylov's basis has at most n / this many vectors; a test holds it to the backend's own limit."""
+KRYLOV_LEAST = 128
+"""Vectors that it has room for in any case; likewise."""
+KRYLOV_KEPT = 12
+"""Where more than n / this many values are kept it hands over; likewise."""
+KRYLOV_MEDIAN = 400
+"""Vectors of the basis that finds the median; likewise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,34 +69,89 @@ def panel_bytes(shape: MatrixShape, panel_rows: int) -> int:
 def gram_bytes(shape: MatrixShape) -> int:
     """Peak of the Gram route in working memory: accumulating, factoring, or merging, whichever is largest.
 
-    n² terms: G in float64 (8), its float32 partial sum (4); then reflectors (8), kept vectors (8·share) and their
-    products in the check (8·share²); then vectors (8·share), their cast (4·share). The batch of vectors being made is
-    five arrays of n × 256 doubles and two masks (n × 128 for large n); windows are five of n × 64. Block terms: Δ in
-    float64 if the first precision fails (8); in the merge W_base (4, or 8 for wide outputs), Δ·Vᵀ (as W_base, times
-    share) and the result, which stay until the next task's factoring if a worker may keep so much.
+    n² terms: G in float64 (8), its float32 partial sum (4); then reflectors in G's place, kept vectors (8·share) and
+    their products in the check (8·share²), or, for 16-bit outputs, reflectors and vectors in float32 beside G; then
+    vectors (8·share), their cast (4·share). A batch of vectors is made in six arrays of doubles, in float32's case
+    beside a seventh; windows are five of n × 64. Block terms: Δ in float64 if the first precision
+    fails (8); in the merge W_base (4, or 8 for wide outputs), Δ·Vᵀ (as W_base, times share) and the result, which stay
+    until the next task's factoring if a worker may keep so much.
     """
-    n, block, share = shape.cols, shape.block * shape.cols, shape.kept_share
-    item = 4 if shape.out_item_bytes == 2 else 8
+    n, share = shape.cols, shape.kept_share
+    batch = n * min(at_once(n), max(1, int(share * n)))
+    vectors = max(int(8 * share * n * n) + 48 * batch, int((8 * share + 8 * share * share) * n * n))
+    if shape.out_item_bytes == 2:
+        vectors = max(vectors, int((4 + 4 * share) * n * n) + 56 * batch)
+    factor = _sums_bytes(n) + vectors + 5 * 8 * 64 * n + _kept_on_bytes(shape)
+    merge = _sums_kept_bytes(n) + int((8 + _item_bytes(shape)) * share * n * n) + _merge_blocks_bytes(shape)
+    return max(12 * n * n + _kept_on_bytes(shape), factor, merge)
+
+
+def _sums_bytes(n: int) -> int:
+    """While a matrix is factored: G in float64, and its partial sum if that is small enough to be kept."""
+    partial = 4 * n * n
+    return 8 * n * n + (partial if partial <= LARGE_ARRAY_BYTES else 0)
+
+
+def _sums_kept_bytes(n: int) -> int:
+    """What a worker keeps of G (float64) and of its float32 partial sum once it is done with them."""
+    return sum(item * n * n for item in (8, 4) if item * n * n <= LARGE_ARRAY_BYTES)
+
+
+def _item_bytes(shape: MatrixShape) -> int:
+    """Of the merge's numbers."""
+    return 4 if shape.out_item_bytes == 2 else 8
+
+
+def _merge_blocks_bytes(shape: MatrixShape) -> int:
+    """Δ, W_base, Δ·Vᵀ and the result of a block."""
+    item = _item_bytes(shape)
     rounded = 0 if shape.out_item_bytes == 8 else shape.out_item_bytes  # float64 is not rounded: no second array
-    small = 12 * n * n if 8 * n * n <= LARGE_ARRAY_BYTES else 0  # G stays too
-    merge_blocks = int((8 + item + item * share + rounded) * block) + small
-    kept_on = max(8 * block + small, min(merge_blocks, RETAINED_BYTES))
-    batch = 42 * n * min(at_once(n), max(1, int(share * n))) + 2560 * n
-    accumulate = 12 * n * n + kept_on
-    factor = int((8 + 8 * share + 8 * share * share) * n * n) + batch + kept_on
-    merge = int((8 + item) * share * n * n) + merge_blocks
-    return max(accumulate, factor, merge)
+    return int((8 + item + item * shape.kept_share + rounded) * shape.block * shape.cols)
+
+
+def _kept_on_bytes(shape: MatrixShape) -> int:
+    """Blocks that are held while a matrix is factored: Δ of this task, or what is kept of the last one's merge."""
+    most = max(0, RETAINED_BYTES - _sums_kept_bytes(shape.cols))
+    return max(8 * shape.block * shape.cols, min(_merge_blocks_bytes(shape), most))
+
+
+def randomized_bytes(shape: MatrixShape) -> int:
+    """Peak of block Krylov or, as it hands over where much is kept, of the Gram route, whichever is larger.
+
+    Beside G, in whose other triangle the factors lie: a basis of c vectors, of which it may keep all, with the Ritz
+    pairs in it (five c × c arrays in the solver); and the largest of three: vectors that are held apart and the
+    density's basis (208 vectors); the median's basis of at most 400 vectors with its Ritz pairs, and its surroundings
+    (56 vectors seven times); kept vectors, as they are and scaled in float64 and float32 for the proof,
+    with its factor in float32. A step has 16 vectors eight
+    times.
+    """
+    n = shape.cols
+    c, beside = max(n // KRYLOV_SHARE, KRYLOV_LEAST), min(n, KRYLOV_MEDIAN)
+    basis = 8 * c * n + 40 * c * c
+    density = 8 * c * n + 8 * 208 * n
+    median = 8 * beside * n + 40 * beside * beside + 8 * 7 * 56 * n
+    proof = 4 * n * n + 20 * n * max(1, n // KRYLOV_KEPT)
+    search = basis + 8 * 8 * 16 * n + max(density, median, proof)
+    return max(gram_bytes(shape), _sums_bytes(n) + search + _kept_on_bytes(shape))
 
 
 def full_bytes(shape: MatrixShape) -> int:
-    """Peak of the reference route: QR of a block under R, then R, its vectors and gesdd's workspace, all float64."""
+    """Peak of the reference route: QR of a block under R, then R, its vectors and gesdd's workspace, all float64.
+
+    The block is there five times: Δ, below R, in LAPACK's order, factored, and its triangle; beside it lies what a
+    worker keeps of the last merge, Δ's place excepted.
+    """
     n, block = shape.cols, shape.block * shape.cols
-    qr = 3 * 8 * (n * n + block) + 16 * block
-    svd = 10 * 8 * n * n
-    return max(qr, svd)
+    qr = 5 * 8 * (n * n + block) + _merge_blocks_bytes(shape) - 8 * block
+    svd = 7 * 8 * n * n + _kept_on_bytes(shape)
+    return max(qr, svd, 10 * 8 * n * n)
 
 
-_WORK: dict[str, Callable[[MatrixShape], int]] = {"gram": gram_bytes, "full": full_bytes}
+_WORK: dict[str, Callable[[MatrixShape], int]] = {
+    "gram": gram_bytes,
+    "randomized": randomized_bytes,
+    "full": full_bytes,
+}
 """Host bytes of each backend beside the panels: another backend adds its function."""
 
 

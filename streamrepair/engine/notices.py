@@ -10,7 +10,7 @@ from streamrepair.checkpoint.sidecars import left_beside
 from streamrepair.engine.plan import Plan
 from streamrepair.engine.task import Outcome
 from streamrepair.errors import shown
-from streamrepair.units import counted
+from streamrepair.units import counted, format_bytes
 
 _FEW = 8
 
@@ -64,6 +64,15 @@ def _of_selection(plan: Plan) -> Iterator[str]:
 
 def _are(number: int) -> str:
     return "is" if number == 1 else "are"
+
+
+def machine_warnings(plan: Plan, free_bytes: int) -> Iterator[str]:
+    """Of a plan on the machine that is to carry it out."""
+    if plan.ram_projected_bytes > free_bytes:
+        projected, free = format_bytes(plan.ram_projected_bytes), format_bytes(free_bytes)
+        yield (
+            f"{projected} of memory are projected, {free} are free: the kernel may end the run; allow less with --ram"
+        )
 
 
 def task_warnings(outcome: Outcome) -> Iterator[str]:

@@ -11,10 +11,13 @@ from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.errors import InputError, shown
 
 
-def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint]) -> None:
-    """Refuse an OUT that is, lies in, contains, or shares files with an input.
+def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], beside: Mapping[str, Path]) -> None:
+    """Refuse an OUT that is, lies in, contains, or shares files with an input, and other files in an input.
 
     The folder of an input that is named as one file is not the input's: OUT may lie in it, but not be it.
+
+    Args:
+        beside: option → the file that it has written.
 
     Raises:
         InputError: it does.
@@ -29,30 +32,19 @@ def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint]) -> None:
             raise InputError(
                 f"OUT {shown(str(out))} is, lies in, or contains {side} {shown(checkpoint.given)}: name another folder"
             )
+        files = {shard.path.resolve() for shard in checkpoint.shards}
+        for option, path in beside.items():
+            place = _resolved(option, path)
+            if place in files or (checkpoint.whole_folder and place.is_relative_to(folder)):
+                raise InputError(
+                    f"{option} {shown(str(path))} lies in {side} {shown(checkpoint.given)}: name another place"
+                )
         inodes = {(shard.device, shard.inode) for shard in checkpoint.shards}
         for path in out.glob("*.safetensors") if out.is_dir() else ():
             with contextlib.suppress(OSError):  # a link that leads nowhere
                 found = path.stat()
                 if (found.st_dev, found.st_ino) in inodes:
                     raise InputError(f"{shown(str(path))} is the same file as a shard of {side}: name another OUT")
-
-
-def refuse_beside_overlap(option: str, path: Path, inputs: Mapping[str, Checkpoint]) -> None:
-    """Refuse a second report or a trace that lies in an input.
-
-    Args:
-        option: that names it.
-
-    Raises:
-        InputError: it does.
-    """
-    target = _resolved(option, path)
-    for side, checkpoint in inputs.items():
-        files = {shard.path.resolve() for shard in checkpoint.shards}
-        if target in files or (checkpoint.whole_folder and target.is_relative_to(checkpoint.folder.resolve())):
-            raise InputError(
-                f"{option} {shown(str(path))} lies in {side} {shown(checkpoint.given)}: name another place"
-            )
 
 
 def _resolved(name: str, path: Path) -> Path:

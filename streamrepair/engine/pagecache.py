@@ -16,6 +16,7 @@ from streamrepair.checkpoint.headers import ShardHeader
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.engine.plan import Plan, Task
+from streamrepair.engine.timeline import Timeline
 from streamrepair.errors import InputError
 
 _PIECE_BYTES = 1 << 23
@@ -38,12 +39,12 @@ class PageCache:
     """Advice to the kernel about a run's inputs; wrong advice costs time, never correctness.
 
     Args:
-        free_bytes: memory that the machine has free when the run begins.
+        free_bytes: memory that the machine has free when the run begins. timeline: told when files are read ahead.
     """
 
-    def __init__(self, plan: Plan, files: InputFiles, *, free_bytes: int) -> None:
+    def __init__(self, plan: Plan, files: InputFiles, *, free_bytes: int, timeline: Timeline | None = None) -> None:
         self._base, self._ft, self._files = plan.base, plan.ft, files
-        self._lets_go = lets_go(plan, free_bytes)
+        self._lets_go, self._timeline = lets_go(plan, free_bytes), timeline or Timeline()
         self._room_bytes = int(_AHEAD_SHARE * free_bytes)
         self._ahead: dict[str, int] = {}
         """Bytes read ahead of tasks that are not done."""
@@ -81,12 +82,16 @@ class PageCache:
 
     def _read(self) -> None:
         while (task := self._orders.get()) is not None:
-            for shard, start, nbytes in _ranges(task, self._base, self._ft):
-                for offset, length in osfile.chunks(nbytes, _PIECE_BYTES):
-                    if self._closed or task.name not in self._ahead:
-                        break  # done already
-                    with contextlib.suppress(InputError):  # the task itself will meet it, and name it
-                        osfile.read_ahead(self._files.descriptor(shard), start + offset, length)
+            with self._timeline.span("read ahead", "read", task.name, file=True):
+                self._read_ahead(task)
+
+    def _read_ahead(self, task: Task) -> None:
+        for shard, start, nbytes in _ranges(task, self._base, self._ft):
+            for offset, length in osfile.chunks(nbytes, _PIECE_BYTES):
+                if self._closed or task.name not in self._ahead:
+                    break  # done already
+                with contextlib.suppress(InputError):  # the task itself will meet it, and name it
+                    osfile.read_ahead(self._files.descriptor(shard), start + offset, length)
 
 
 def _ranges(task: Task, base: Checkpoint, ft: Checkpoint) -> Iterator[Range]:

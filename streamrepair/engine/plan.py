@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from streamrepair.checkpoint.headers import ITEM_BITS, TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
@@ -41,9 +42,7 @@ class Task:
     """None for a tensor that is passed through."""
     panel_rows: int
     backend: str
-    """Whose memory it is projected for."""
-    krylov: bool
-    """Whether `randomized` is tried before that."""
+    """What is tried first, and whose memory is projected: `randomized` includes `gram`, to which it hands over."""
     place: Place
     """Whether the CPU or a GPU computes it."""
     ram_bytes: int
@@ -119,8 +118,24 @@ class Plan:
     @property
     def ram_projected_bytes(self) -> int:
         """Projected peak of the process."""
+        return min(self.ram_unhindered_bytes, self.ram_allowed_bytes)
+
+    @property
+    def ram_unhindered_bytes(self) -> int:
+        """The least budget in which no worker ever waits for memory."""
         fixed = memory.run_bytes(self.workers, tensors=self.tensors, gpus=len(self.gpus))
-        return min(fixed + sum(task.ram_bytes for task in self.at_once), self.ram_allowed_bytes)
+        return fixed + sum(task.ram_bytes for task in self.at_once)
+
+    @property
+    def room_bytes(self) -> int:
+        """What is left for tasks, all together."""
+        return self.ram_allowed_bytes - memory.run_bytes(self.workers, tensors=self.tensors, gpus=len(self.gpus))
+
+    @property
+    def side_by_side(self) -> int:
+        """How many of the neediest tasks can run together; all workers have one if there is room."""
+        needs = accumulate(sorted((task.ram_bytes for task in self.at_once), reverse=True))
+        return sum(need <= self.room_bytes for need in needs)
 
     @property
     def at_once(self) -> list[Task]:
@@ -141,7 +156,7 @@ class Plan:
     @property
     def estimated_s(self) -> float:
         """About how long it takes, by `cost`."""
-        return cost.estimate_s(self.tasks, self.lanes, self.rates)
+        return cost.estimate_s(self.tasks, self.lanes, self.room_bytes, self.rates)
 
     @property
     def out_bytes(self) -> int:
@@ -191,7 +206,7 @@ def make_plan(
     room = Room(ram_bytes, vram_bytes, tensors=len(pairings), gpus=len(gpus_of(devices)))
     tasks = [_placed(_task(pairing, side, layouts, settings), devices, room) for pairing, side in kept]
     refuse_too_large(tasks, room)
-    tasks = [fitted(task, room) for task in tasks]
+    tasks = [fitted(task, room, workers) for task in tasks]
     lanes = affordable_lanes(tasks, devices, workers, room)
     return Plan(
         base=base,
@@ -212,7 +227,7 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     """One tensor's task, as it would be on the CPU."""
     out = layouts[ft.shard].entries[pairing.name]
     if pairing.intent != "repair" or pairing.base is None:
-        return Task(pairing, ft, ft.shard, out, None, 0, "", False, "cpu", memory.copy_bytes(), 0, 0.0)
+        return Task(pairing, ft, ft.shard, out, None, 0, "", "cpu", memory.copy_bytes(), 0, 0.0)
     shape = matrix_shape(pairing.base.entry, ft.entry, out, settings)
     rows = shape.block
     if pairing.base.entry.nbytes + ft.entry.nbytes <= _WHOLE_BYTES:
@@ -220,20 +235,22 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     elif ft.entry.shape[0] < ft.entry.shape[1]:
         rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
     backend = "full" if settings.backend == "full" else "gram"
-    krylov = settings.sigma == "median" and tries_krylov(settings.backend, settings.noise_estimate, shape.cols)
+    if settings.sigma == "median" and tries_krylov(settings.backend, settings.noise_estimate, shape.cols):
+        backend = "randomized"
     ram = memory.repair_bytes(shape, backend, rows)
-    return Task(pairing, ft, ft.shard, out, shape, rows, backend, krylov, "cpu", ram, 0, flops(shape, backend))
+    return Task(pairing, ft, ft.shard, out, shape, rows, backend, "cpu", ram, 0, flops(shape, backend))
 
 
 def _placed(task: Task, devices: Sequence[str], room: Room) -> Task:
     """The task where it will run, with what it needs there; on the CPU, if that was named, when no GPU holds it."""
     if task.shape is None or schedule.place_of(task, devices) == "cpu":
         return task
-    vram_bytes = memory.device_bytes(task.shape, task.backend)
+    backend = "full" if task.backend == "full" else "gram"  # block Krylov is the CPU's alone
+    vram_bytes = memory.device_bytes(task.shape, backend)
     if "cpu" in devices and not room.fits_device(vram_bytes):
         return task
-    ram_bytes = memory.repair_bytes(task.shape, task.backend, task.panel_rows, cuda=True)
-    return replace(task, place="cuda", ram_bytes=ram_bytes, vram_bytes=vram_bytes)
+    ram_bytes = memory.repair_bytes(task.shape, backend, task.panel_rows, cuda=True)
+    return replace(task, backend=backend, place="cuda", ram_bytes=ram_bytes, vram_bytes=vram_bytes)
 
 
 def matrix_shape(base: TensorEntry, ft: TensorEntry, out: TensorEntry, settings: Settings) -> MatrixShape:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import msgspec
 
@@ -15,17 +14,18 @@ from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.headers import ShardHeader
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
-from streamrepair.checkpoint.write import ShardFile
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
-from streamrepair.engine import budget, gpu, limits, memory
+from streamrepair.engine import budget, gpu, limits
+from streamrepair.engine.backlog import Backlog
 from streamrepair.engine.commit import Committer
+from streamrepair.engine.earlier import finished_report, sound
 from streamrepair.engine.finite import search
 from streamrepair.engine.fit import fits_climb, full_budget
 from streamrepair.engine.local import LocalExecutor
-from streamrepair.engine.notices import plan_warnings, task_warnings
+from streamrepair.engine.notices import machine_warnings, plan_warnings, task_warnings
 from streamrepair.engine.numeric_threads import NumericThreads
-from streamrepair.engine.overlap import refuse_beside_overlap, refuse_overlap
+from streamrepair.engine.overlap import refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.side_files import check_path_beside
@@ -34,39 +34,11 @@ from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, nonfinite_error, run_task
 from streamrepair.engine.timeline import Timeline
 from streamrepair.engine.trace import chrome_trace
-from streamrepair.engine.worker import lane_names
+from streamrepair.engine.watcher import Watcher
+from streamrepair.engine.worker import Worker, lane_names
 from streamrepair.engine.workspace import Workspace
-from streamrepair.errors import InputError, OutputError, shown
-from streamrepair.report import (
-    REPORT_NAME,
-    Report,
-    Session,
-    TensorRecord,
-)
-
-
-class Watcher(Protocol):
-    """Who is told how a run goes on."""
-
-    def begin(self, plan: Plan, done_bytes: int) -> None:
-        """The work starts; so many output bytes were finished by an earlier run."""
-        ...
-
-    def advance(self, done_bytes: int) -> None:
-        """So many more output bytes are done."""
-        ...
-
-    def warn(self, message: str) -> None:
-        """Something the user should know."""
-        ...
-
-    def note(self, message: str) -> None:
-        """Something the user may like to know."""
-        ...
-
-    def end(self) -> None:
-        """The work is over, one way or another."""
-        ...
+from streamrepair.errors import OutputError
+from streamrepair.report import REPORT_NAME, Report, Session, TensorRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +63,15 @@ class _Run:
 
     def record_session(self) -> None:
         """Write down what this start of the command has taken so far."""
-        timings = self.spent.timings(
-            wall_s=time.perf_counter() - self.began, cpu_s=time.process_time() - self.began_cpu
-        )
+        wall_s = time.perf_counter() - self.began
+        timings = self.spent.timings(wall_s=wall_s, cpu_s=time.process_time() - self.began_cpu)
         self.workspace.accounts.record(
             Session(
                 timings=timings,
                 ram_measured_bytes=budget.peak_bytes(),
                 vram_measured_bytes=budget.device_peak_bytes(self.plan.gpus),
                 warnings=tuple(self.warnings),
+                utilisation=self.timeline.uses(lane_names(self.plan.lanes), wall_s),
             )
         )
 
@@ -127,12 +99,10 @@ def execute(
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
     stop.heeded = True
-    inputs = {"BASE": plan.base, "FT": plan.ft}
-    refuse_overlap(out, inputs)
-    for option, beside in (("--report", report), ("--trace", trace)):
-        if beside is not None:
-            refuse_beside_overlap(option, beside, inputs)
-            check_path_beside(option, beside, out)
+    beside = {option: path for option, path in (("--report", report), ("--trace", trace)) if path is not None}
+    refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
+    for option, path in beside.items():
+        check_path_beside(option, path, out)
     beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
     budget.reset_peak()
     gpu.cap_memory(plan.gpus, plan.vram_allowed_bytes)
@@ -163,10 +133,11 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     plan = run.plan
     for message in plan_warnings(plan):
         run.watcher.warn(message)
-    done = _sound(run, journalled)
+    done = sound(run.workspace.shards, journalled, stop=run.stop, warn=run.warn)
     run.watcher.begin(plan, sum(t.out.nbytes for t in plan.tasks if t.name in done))
-    finished = _finished_report(run, done)
+    finished = finished_report(plan, run.workspace, done)
     if finished is not None:
+        run.watcher.note("nothing to do: the result is whole")
         run.workspace.finish()
         _write_copy(finished, report_path)
         return finished
@@ -178,30 +149,28 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     unchanged = _unchanged_check(run)
     _check_dropped(run)
     free_bytes = limits.free_bytes()
+    for message in machine_warnings(plan, free_bytes):
+        run.warn(message)
+    backlog = Backlog(run.stop, free_bytes=free_bytes)
     committer = Committer(
         run.workspace,
         done,
         before_commit=unchanged,
         after_commit=run.record_session,
+        synced=backlog.synced,
         stop=run.stop,
         lets_go=lets_go(plan, free_bytes),
     )
-    cache = PageCache(plan, run.files, free_bytes=free_bytes)
+    cache = PageCache(plan, run.files, free_bytes=free_bytes, timeline=run.timeline)
     try:
-        _work(run, committer, cache, [task for task in plan.tasks if task.name not in done])
+        _work(run, committer, cache, backlog, [task for task in plan.tasks if task.name not in done])
     finally:
         cache.close()
     run.stop.check_at_once()  # from here on it is a matter of moments
     unchanged()
     names = _write_beside(run)
     run.record_session()
-    report = make_report(
-        plan,
-        committer.records,
-        run.workspace.accounts.sessions,
-        sidecars=names,
-        utilisation=run.timeline.uses(lane_names(plan.lanes), time.perf_counter() - run.began),
-    )
+    report = make_report(plan, committer.records, run.workspace.accounts.sessions, sidecars=names)
     osfile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
     _write_copy(report, report_path)
@@ -225,60 +194,7 @@ def _as_text(report: Report) -> bytes:
     return msgspec.json.format(msgspec.json.encode(report)) + b"\n"
 
 
-def _sound(run: _Run, journalled: dict[str, TensorRecord]) -> dict[str, TensorRecord]:
-    """The journalled tensors whose bytes are still what their records say; the others are done again."""
-    sound: dict[str, TensorRecord] = {}
-    for shard in run.workspace.shards:
-        damaged = []
-        for name in shard.layout.entries:
-            run.stop.check_at_once()
-            if name in journalled and _reads_as(shard, name, journalled[name].digest):
-                sound[name] = journalled[name]
-            elif name in journalled or shard.sealed:
-                damaged.append(name)
-        if damaged and shard.sealed:
-            shard.unseal()
-        for name in damaged:
-            if name in journalled:
-                run.warn(f"{shown(str(shard.path))}: tensor {shown(name)} is damaged and is done again")
-    return sound
-
-
-def _reads_as(shard: ShardFile, name: str, digest: str | None) -> bool:
-    """Whether a tensor of OUT has its digest; one that cannot be read has not: writing it anew may cure the disk."""
-    try:
-        return shard.digest(name) == digest
-    except OutputError:
-        return False
-
-
-def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
-    """The report of an earlier run that this one has nothing to add to."""
-    plan, out = run.plan, run.workspace.out
-    whole = all(shard.sealed for shard in run.workspace.shards)
-    whole = whole and all((out / name).exists() for name in sidecars(plan.ft)) and _index_is_whole(plan, out)
-    if not whole or len(done) < len(plan.tasks):
-        return None
-    try:
-        report = msgspec.json.decode(osfile.read_whole(out / REPORT_NAME), type=Report)
-    except (InputError, msgspec.MsgspecError):
-        return None
-    if any(report.tensors.get(name) != record for name, record in done.items()):
-        return None
-    run.watcher.note("nothing to do: the result is whole")
-    return report
-
-
-def _index_is_whole(plan: Plan, out: Path) -> bool:
-    if plan.ft.index_name is None:
-        return True
-    try:
-        return osfile.read_whole(out / plan.ft.index_name) == shard_index(plan)
-    except InputError:
-        return False
-
-
-def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) -> None:
+def _work(run: _Run, committer: Committer, cache: PageCache, backlog: Backlog, tasks: list[Task]) -> None:
     """Run the tasks, committing as they finish; what is finished is committed however this ends."""
     plan = run.plan
     fits = {backend: fits_climb(plan, backend) for backend in ("full",)}
@@ -296,12 +212,22 @@ def _work(run: _Run, committer: Committer, cache: PageCache, tasks: list[Task]) 
         done_with=cache.done_with,
         hold_threads=run.threads.hold,
     )
-    room = plan.ram_allowed_bytes - memory.run_bytes(plan.workers, tensors=plan.tensors, gpus=len(plan.gpus))
     executor = LocalExecutor(
-        lanes=plan.lanes, room_bytes=room, stop=run.stop, timeline=run.timeline, upcoming=cache.upcoming
+        lanes=plan.lanes,
+        room_bytes=plan.room_bytes,
+        stop=run.stop,
+        timeline=run.timeline,
+        upcoming=cache.upcoming,
+        hold=backlog.wait,
     )
+
+    def do(task: Task, worker: Worker) -> Outcome:
+        outcome = run_task(task, around, worker)
+        backlog.wrote(task.out.nbytes)
+        return outcome
+
     try:
-        for outcome in executor.run(tasks, lambda task, worker: run_task(task, around, worker)):
+        for outcome in executor.run(tasks, do):
             if outcome is not None:
                 _take(run, committer, outcome)
             # Once a stop is requested, all that is ready: at the end there may be no time for a large sync.

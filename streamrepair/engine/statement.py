@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from streamrepair.checkpoint.layout import Checkpoint
-from streamrepair.engine.accounts import summed
+from streamrepair.engine.accounts import summed, summed_uses
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan
 from streamrepair.report import (
@@ -14,7 +14,6 @@ from streamrepair.report import (
     CheckpointSummary,
     Fingerprint,
     Report,
-    ResourceUse,
     Session,
     TensorRecord,
     storable,
@@ -69,12 +68,11 @@ def make_report(
     sessions: list[Session],
     *,
     sidecars: Sequence[str],
-    utilisation: tuple[ResourceUse, ...],
 ) -> Report:
     """The report of a run whose every tensor has its record.
 
     Args:
-        sessions: all that led to this result, the present one last. utilisation: of the present one.
+        sessions: all that led to this result, the present one last.
     """
     tensors = {name: records[name] for layout in plan.layouts for name in layout.entries}
     for pairing in plan.dropped:
@@ -100,7 +98,7 @@ def make_report(
         ),
         timings=summed(sessions),
         sessions=len(sessions),
-        utilisation=utilisation,
+        utilisation=summed_uses(sessions),
         sidecars=tuple(map(storable, sidecars)),
         headers={layout.name: layout.header_digest for layout in plan.layouts},
         warnings=(

@@ -46,6 +46,8 @@ class Timeline:
     began_s: float = field(default_factory=time.perf_counter)
     spans: list[Span] = field(default_factory=list)
     _totals: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
+    _open: dict[object, tuple[str, str, float]] = field(default_factory=dict)
+    """Track, kind and start of what is going on now."""
     _active: int = 0
     _active_since_s: float = 0.0
     _busy_s: float = 0.0
@@ -54,14 +56,14 @@ class Timeline:
     @contextlib.contextmanager
     def span(self, track: str, kind: str, name: str = "", *, file: bool = False) -> Iterator[None]:
         """Time what is done inside; with `file`, the files are busy meanwhile."""
-        start_s = time.perf_counter()
-        if file:
-            self._enter(start_s)
+        start_s, here = time.perf_counter(), object()
+        self._enter(here, (track, kind, start_s), file=file)
         try:
             yield
         finally:
             end_s = time.perf_counter()
             with self._lock:
+                del self._open[here]
                 if file:
                     self._active -= 1
                     self._busy_s += end_s - self._active_since_s if self._active == 0 else 0.0
@@ -69,22 +71,30 @@ class Timeline:
                 if self.keep:
                     self.spans.append(Span(track, kind, name, start_s - self.began_s, end_s - self.began_s))
 
-    def _enter(self, now_s: float) -> None:
+    def _enter(self, here: object, span: tuple[str, str, float], *, file: bool) -> None:
         with self._lock:
-            if self._active == 0:
-                self._active_since_s = now_s
-            self._active += 1
+            self._open[here] = span
+            if file and self._active == 0:
+                self._active_since_s = span[2]
+            self._active += file
 
     def uses(self, lanes: list[str], wall_s: float) -> tuple[ResourceUse, ...]:
-        """Each lane and the files: seconds busy, waiting, idle, of the wall time."""
+        """Each lane and the files: seconds busy, waiting, idle, of the wall time; what goes on now counts up to now."""
+        with self._lock:
+            now_s = time.perf_counter()
+            sums = {lane: defaultdict(float, self._totals[lane]) for lane in lanes}
+            for track, kind, start_s in self._open.values():
+                if track in sums:
+                    sums[track][kind] += now_s - start_s
+            files_s = self._busy_s + (now_s - self._active_since_s if self._active else 0.0)
         found = []
-        for lane in lanes:
-            totals = self._totals[lane]
+        for lane, totals in sums.items():
             waits = {kind: round(totals[kind], 4) for kind in ("read", "write", "memory")}
+            waits["write"] = round(totals["write"] + totals["unsynced"], 4)
             busy_s = max(0.0, totals["task"] - totals["read"] - totals["write"] - totals["more memory"])
             waits["memory"] = round(totals["memory"] + totals["more memory"], 4)
             found.append(_use(lane, busy_s, waits, wall_s))
-        return (*found, _use(FILES, self._busy_s, {}, wall_s))
+        return (*found, _use(FILES, files_s, {}, wall_s))
 
 
 def _use(name: str, busy_s: float, waits: dict[str, float], wall_s: float) -> ResourceUse:
@@ -106,6 +116,10 @@ class Lane:
     def waiting(self, kind: Wait) -> contextlib.AbstractContextManager[None]:
         """The worker waits for a panel that is being read, or for memory to start."""
         return self.timeline.span(self.name, kind, f"wait: {kind}")
+
+    def waiting_for_disk(self) -> contextlib.AbstractContextManager[None]:
+        """The worker may not start another task while so much is unsynced."""
+        return self.timeline.span(self.name, "unsynced", "wait: disk")
 
     def waiting_for_more(self) -> contextlib.AbstractContextManager[None]:
         """The worker waits for more memory in the middle of a task."""

@@ -153,12 +153,12 @@ def test_memory_that_a_library_could_not_get_counts_as_such(monkeypatch: pytest.
     truncation = _decomposed(source, _device())
     original, calls = torch.linalg.vector_norm, 0
 
-    def once(*arguments: object) -> torch.Tensor:
+    def once(values: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise RuntimeError(words)
-        return original(*arguments)  # type: ignore[arg-type]
+        return original(values, dtype=dtype)
 
     monkeypatch.setattr(torch.linalg, "vector_norm", once)
     merger = _device().merger(truncation.vh, "BF16")

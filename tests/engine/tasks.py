@@ -22,12 +22,12 @@ def bf16_task(name: str, shape: Shape, *, shard: int = 0, place: Place = "cpu", 
     pairing = Pairing(name, "repair" if len(shape) == 2 else "keep", "", side_of, side_of)
     if len(shape) != 2:
         copied = memory.copy_bytes() if ram_bytes is None else ram_bytes
-        return Task(pairing, side_of, shard, entry, None, 0, "", False, "cpu", copied, 0, 0.0)
+        return Task(pairing, side_of, shard, entry, None, 0, "", "cpu", copied, 0, 0.0)
     matrix = MatrixShape(max(shape), min(shape), 2, 2, 2)
     if ram_bytes is None:
         ram_bytes = memory.repair_bytes(matrix, "gram", matrix.block, cuda=place == "cuda")
     vram_bytes = memory.device_bytes(matrix, "gram") if place == "cuda" else 0
     return Task(
-        pairing, side_of, shard, entry, matrix, matrix.block, "gram", False, place, ram_bytes, vram_bytes,
+        pairing, side_of, shard, entry, matrix, matrix.block, "gram", place, ram_bytes, vram_bytes,
         flops(matrix, "gram"),
     )  # fmt: skip

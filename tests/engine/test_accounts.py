@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from streamrepair import api
 from streamrepair.checkpoint import osfile
 from streamrepair.engine import commit
-from streamrepair.engine.accounts import Accounts, summed
+from streamrepair.engine.accounts import Accounts, summed, summed_uses
 from streamrepair.errors import OutputError
-from streamrepair.report import Session, Timings
+from streamrepair.report import ResourceUse, Session, Timings
 from tests.faults import Kernel, fails, none
 from tests.pairs import Pair, matrices, read_tensors, shard_bytes, stored, write_split
 
@@ -58,6 +59,9 @@ def test_times_bytes_and_warnings_are_those_of_all_sessions(tmp_path: Path, monk
     assert report.timings.bytes_written >= least
     assert report.timings.bytes_read >= whole.timings.bytes_read - 2 * (1 << 14)
     assert report.timings.decompose_s > 0
+    assert [use.name for use in report.utilisation] == ["cpu 0", "files"]
+    for use in report.utilisation:  # of both sessions, as the times beside them
+        assert use.busy_s + use.idle_s + sum(use.waiting_s.values()) == pytest.approx(report.timings.wall_s, abs=2e-3)
     again = api.repair(pair.base, pair.ft, out)
     assert again == report
 
@@ -83,6 +87,23 @@ def test_of_each_session_the_last_line_counts(tmp_path: Path) -> None:
         wall_s=7.0, read_s=14.0, decompose_s=0.0, write_s=2.0, bytes_read=42, bytes_written=14
     )
     accounts.close()
+
+
+def _use(name: str, busy_s: float, waiting_s: dict[str, float], idle_s: float) -> ResourceUse:
+    return ResourceUse(name=name, busy_s=busy_s, waiting_s=waiting_s, idle_s=idle_s)
+
+
+def test_workers_of_all_sessions_are_summed_by_name() -> None:
+    def session(*uses: tuple[str, float, dict[str, float], float]) -> Session:
+        return msgspec.structs.replace(_session(1.0, 1), utilisation=tuple(_use(*use) for use in uses))
+
+    first = session(("cpu 0", 1.0, {"read": 2.0}, 3.0), ("files", 1.5, {}, 4.5))
+    second = session(("cpu 0", 1.0, {"read": 0.5}, 0.5), ("cpu 1", 1.0, {"read": 0.0}, 1.0), ("files", 1.0, {}, 1.0))
+    assert summed_uses([first, second]) == (
+        _use("cpu 0", 2.0, {"read": 2.5}, 3.5),
+        _use("cpu 1", 1.0, {"read": 0.0}, 1.0),
+        _use("files", 2.5, {}, 5.5),
+    )
 
 
 @pytest.mark.parametrize("content", [b"x\ny\n", b"0123456789abcdef {}\n0123456789abcdef {}\n"])

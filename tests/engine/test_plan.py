@@ -140,6 +140,27 @@ def test_large_wide_matrices_are_read_in_columns_where_memory_is_short(tmp_path:
     assert scarce.ram_bytes < plenty.ram_bytes
 
 
+def test_panels_shrink_where_that_lets_workers_run_side_by_side(tmp_path: Path) -> None:
+    """Two wide matrices in their preferred panels do not fit together, in the smallest ones they do."""
+    pair = write_pair(tmp_path, {"v": (512, 9000), "w": (512, 9000)})
+    plenty = api.plan(pair.base, pair.ft, ram="4GB", workers=2)
+    assert (plenty.side_by_side, {task.panel_rows for task in plenty.tasks}) == (2, {9000})
+    scarce = api.plan(pair.base, pair.ft, ram=plenty.ram_unhindered_bytes - 1, workers=2)
+    assert (scarce.side_by_side, {task.panel_rows for task in scarce.tasks}) == (2, {2048})
+    alone = api.plan(pair.base, pair.ft, ram=plenty.ram_unhindered_bytes - 1, workers=1)
+    assert {task.panel_rows for task in alone.tasks} == {9000}
+
+
+def test_the_time_foretold_heeds_that_memory_lets_tasks_in_one_by_one(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"a": (600, 600), "b": (600, 600), "c": (64, 64)})
+    plenty = api.plan(pair.base, pair.ft, ram="4GB", workers=2)
+    scarce = api.plan(pair.base, pair.ft, ram=plenty.ram_unhindered_bytes - 1, workers=2)
+    assert (plenty.side_by_side, scarce.side_by_side, scarce.workers) == (2, 1, 2)
+    one = api.plan(pair.base, pair.ft, ram="4GB", workers=1, include="a|b")
+    assert scarce.estimated_s == pytest.approx(one.estimated_s, rel=1e-3)
+    assert plenty.estimated_s < 0.6 * scarce.estimated_s
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scale_that_is_no_positive_number_is_refused(scale: float) -> None:
     with pytest.raises(UsageError, match="--scale"):

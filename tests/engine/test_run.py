@@ -16,7 +16,7 @@ import torch
 
 from streamrepair import api
 from streamrepair.checkpoint import osfile
-from streamrepair.engine import commit, task
+from streamrepair.engine import commit, limits, task
 from streamrepair.engine.fit import fits_climb
 from streamrepair.engine.plan import Plan
 from streamrepair.engine.stop import StopRequest
@@ -414,6 +414,16 @@ def test_what_is_meant_to_be_left_is_not_warned_of(tmp_path: Path) -> None:
     assert any(reason.startswith("rows: ") for reason in record.climbed)
     assert len(report.warnings) == 1
     assert report.warnings[0].startswith("tensor w: gram-float64: ")
+
+
+def test_more_memory_than_is_free_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A budget is the user's word, and may be for another machine."""
+    pair = write_pair(tmp_path, {"w": (64, 48)})
+    monkeypatch.setattr(limits, "free_bytes", lambda: 90_000_000)
+    report = api.repair(pair.base, pair.ft, tmp_path / "out", ram="4GB", workers=1)
+    assert [w for w in report.warnings if "90 MB are free: the kernel may end the run; allow less with --ram" in w]
+    monkeypatch.setattr(limits, "free_bytes", lambda: 900_000_000)
+    assert not any("free" in w for w in api.repair(pair.base, pair.ft, tmp_path / "two", ram="4GB").warnings)
 
 
 def test_the_report_is_whole_and_finite(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""What an earlier run left that still stands: tensors whose bytes are as recorded, and a result with nothing to add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.sidecars import sidecars
+from streamrepair.checkpoint.write import ShardFile
+from streamrepair.engine.plan import Plan
+from streamrepair.engine.statement import shard_index
+from streamrepair.engine.stop import StopRequest
+from streamrepair.engine.workspace import Workspace
+from streamrepair.errors import InputError, OutputError, shown
+from streamrepair.report import REPORT_NAME, Report, TensorRecord
+
+
+def sound(
+    shards: Sequence[ShardFile],
+    journalled: Mapping[str, TensorRecord],
+    *,
+    stop: StopRequest,
+    warn: Callable[[str], None],
+) -> dict[str, TensorRecord]:
+    """The journalled tensors whose bytes are still what their records say; the others are done again.
+
+    Raises:
+        InterruptedRunError: a stop was requested meanwhile.
+    """
+    found: dict[str, TensorRecord] = {}
+    for shard in shards:
+        damaged = []
+        for name in shard.layout.entries:
+            stop.check_at_once()
+            if name in journalled and _reads_as(shard, name, journalled[name].digest):
+                found[name] = journalled[name]
+            elif name in journalled or shard.sealed:
+                damaged.append(name)
+        if damaged and shard.sealed:
+            shard.unseal()
+        for name in damaged:
+            if name in journalled:
+                warn(f"{shown(str(shard.path))}: tensor {shown(name)} is damaged and is done again")
+    return found
+
+
+def _reads_as(shard: ShardFile, name: str, digest: str | None) -> bool:
+    """Whether a tensor of OUT has its digest; one that cannot be read has not: writing it anew may cure the disk."""
+    try:
+        return shard.digest(name) == digest
+    except OutputError:
+        return False
+
+
+def finished_report(plan: Plan, workspace: Workspace, done: Mapping[str, TensorRecord]) -> Report | None:
+    """The report of an earlier run that this one has nothing to add to."""
+    out = workspace.out
+    whole = all(shard.sealed for shard in workspace.shards)
+    whole = whole and all((out / name).exists() for name in sidecars(plan.ft)) and _index_is_whole(plan, out)
+    if not whole or len(done) < len(plan.tasks):
+        return None
+    try:
+        report = msgspec.json.decode(osfile.read_whole(out / REPORT_NAME), type=Report)
+    except (InputError, msgspec.MsgspecError):
+        return None
+    if any(report.tensors.get(name) != record for name, record in done.items()):
+        return None
+    return report
+
+
+def _index_is_whole(plan: Plan, out: Path) -> bool:
+    if plan.ft.index_name is None:
+        return True
+    try:
+        return osfile.read_whole(out / plan.ft.index_name) == shard_index(plan)
+    except InputError:
+        return False

@@ -1,0 +1,28 @@
+"""What lanes did, counted up to now: a run that is killed in a long task was not idle in it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from streamrepair.engine import timeline
+from streamrepair.engine.timeline import Lane, Timeline
+
+
+def test_busy_waiting_and_idle_add_up_to_the_wall_time_in_the_middle_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(timeline, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    kept = Timeline()
+    lane = Lane(kept, "cpu 0")
+    clock[0] += 2
+    with lane.task("w"):
+        clock[0] += 3
+        with lane.waiting("read"):
+            clock[0] += 4
+        with lane.file("write"):
+            clock[0] += 5
+            worker, files = kept.uses(["cpu 0"], clock[0] - 100)
+    assert (worker.busy_s, worker.waiting_s, worker.idle_s) == (3, {"read": 4, "write": 5, "memory": 0}, 2)
+    assert (files.busy_s, files.idle_s) == (5, 9)
+    assert kept.uses(["cpu 0"], clock[0] - 100) == (worker, files)
