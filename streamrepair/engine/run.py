@@ -22,7 +22,9 @@ from streamrepair.engine import budget, gpu, limits, memory
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.finite import search
 from streamrepair.engine.fit import fits_climb, full_budget
+from streamrepair.engine.job import Outcome, Spent, Surroundings
 from streamrepair.engine.local import LocalExecutor
+from streamrepair.engine.nonfinite import NonFiniteInputError, nonfinite_error
 from streamrepair.engine.notices import plan_warnings, task_warnings
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.overlap import refuse_beside_overlap, refuse_overlap
@@ -31,7 +33,7 @@ from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.side_files import check_path_beside
 from streamrepair.engine.statement import fingerprint, make_report, shard_index, statement_bytes
 from streamrepair.engine.stop import StopRequest
-from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, nonfinite_error, run_task
+from streamrepair.engine.task import run_task
 from streamrepair.engine.timeline import Timeline
 from streamrepair.engine.trace import chrome_trace
 from streamrepair.engine.worker import lane_names

@@ -11,6 +11,7 @@ import pytest
 from streamrepair import api
 from streamrepair.checkpoint import osfile
 from streamrepair.engine import task
+from streamrepair.engine.job import Job
 from streamrepair.errors import InputError, LockedError, OutputError, UsageError
 from tests.faults import Kernel, fails
 from tests.pairs import Pair, shard_bytes, snapshot, write_pair
@@ -85,7 +86,7 @@ def test_a_report_that_fails_leaves_no_partial_file(tmp_path: Path, monkeypatch:
         assert list(tmp_path.iterdir()) == []
 
 
-def _no_work(job: task.Job) -> object:
+def _no_work(job: Job) -> object:
     raise AssertionError("work began")
 
 
