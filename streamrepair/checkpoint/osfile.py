@@ -26,6 +26,9 @@ from pathlib import Path
 from streamrepair.errors import DiskSpaceError, InputError, OutputError, shown
 
 _COPY_BYTES = 1 << 24
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = ctypes.CDLL(None).sync_file_range  # Python has no name for it
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
@@ -213,9 +216,18 @@ def pwrite_all(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
             done += count
 
 
+def start_writing(fd: int, offset: int, nbytes: int) -> None:
+    """Tell the kernel to begin writing a range to the device; a wish: only `sync` tells that it is there.
+
+    It neither waits nor reports: an error in writing is left for `sync` to meet.
+    """
+    _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+
+
 def page_aligned(nbytes: int) -> memoryview:
     """A zeroed buffer that begins at a page, as the device wants it for what goes past the page cache."""
-    return memoryview(mmap.mmap(-1, max(1, nbytes)))[:nbytes]
+    # Private: shared memory is a file to the kernel, and dearer to fill.
+    return memoryview(mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))[:nbytes]
 
 
 def open_direct(path: Path) -> int:

@@ -23,6 +23,8 @@ from streamrepair.errors import DamageError, shown
 
 PARTIAL_SUFFIX = ".partial"
 _READ_BACK_BYTES = 1 << 23
+_PIECE_BYTES = 1 << 20
+"""What is digested at once where the page cache has it: small enough that the allocator keeps the memory."""
 _READERS = 2
 """Threads that read a shard back: one waits for the device while the other digests."""
 
@@ -120,6 +122,11 @@ class ShardFile:
         """Its present name."""
         return self.final if self.sealed else self.partial
 
+    @property
+    def direct(self) -> bool:
+        """Whether copies go past the page cache."""
+        return self._direct_fd >= 0
+
     def write(self, offset: int, data: memoryview, *, past_cache: bool = False) -> None:
         """Write bytes at a file offset; past the page cache where nobody will read them soon.
 
@@ -127,11 +134,15 @@ class ShardFile:
             OutputError: the device refused.
         """
         assert not self.sealed, "a sealed shard is not written"
-        if past_cache and self._direct_fd >= 0:
+        if past_cache and self.direct:
             osfile.pwrite_direct(self._fd, self._direct_fd, data, offset, self.partial)
             self._past_cache.add(offset)
         else:
             osfile.pwrite_all(self._fd, data, offset, self.partial)
+
+    def start_writing(self, offset: int, nbytes: int) -> None:
+        """Have the device begin with what is written by now, so that `sync` finds little left."""
+        osfile.start_writing(self._fd, offset, nbytes)
 
     def digest(self, name: str) -> str:
         """Digest of a tensor's bytes as they are in the file now.
@@ -229,8 +240,8 @@ def digest_range(fd: int, start: int, nbytes: int, path: Path) -> str:
         InputError: the file ends early or cannot be read.
     """
     digest = new_digest()
-    buffer = memoryview(bytearray(min(nbytes, 1 << 22)))
-    for offset, length in osfile.chunks(nbytes, 1 << 22):
+    buffer = memoryview(bytearray(min(nbytes, _PIECE_BYTES)))
+    for offset, length in osfile.chunks(nbytes, _PIECE_BYTES):
         osfile.pread_into(fd, buffer[:length], start + offset, path)
         digest.update(buffer[:length])
     return digest_text(digest)

@@ -1,18 +1,26 @@
-"""Tensors that are only copied: FT's bytes, read once, checked and digested on their way."""
+"""Tensors that are only copied: FT's bytes, read once, in pieces that are checked, digested and written from the cache.
+
+A piece is small enough to stay in a core's second-level cache while BASE is compared, NaN looked for, the digest taken
+and the bytes handed to the kernel: memory is passed once and not five times. Past the page cache a device wants pieces
+that are larger.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
 
 from streamrepair.checkpoint import osfile
-from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.write import digest_text, new_digest
 from streamrepair.engine.job import Job
-from streamrepair.engine.memory import COPY_BYTES
+from streamrepair.engine.memory import COPY_BYTES, PIECE_BYTES
 from streamrepair.engine.nonfinite import met_nonfinite
 
 _DIRECT_FROM_BYTES = 1 << 20
 """Smaller tensors go through the page cache, which gathers them."""
+_WRITTEN_OUT_BYTES = 1 << 23
+"""After so many bytes the device begins to write them: it works while the next are copied."""
+_HEAD_BYTES = 1 << 14
+"""Most pairs of tensors differ at once: so many bytes of each tell."""
 
 
 def copy(job: Job) -> tuple[str, str | None]:
@@ -21,34 +29,17 @@ def copy(job: Job) -> tuple[str, str | None]:
     Raises:
         NonFiniteInputError: it holds NaN or infinity and the user did not allow it.
     """
-    entry, out = job.task.ft.entry, job.task.out
-    if out.dtype != entry.dtype:
+    if job.task.out.dtype != job.task.ft.entry.dtype:
         from streamrepair.engine.repair_task import copy_widened
 
         return copy_widened(job)
-    digest = new_digest()
+    copied = _Copy(job)
     nonfinite: str | None = None
-    buffer, past_cache = _copy_buffer(out)
-    for offset, length in osfile.chunks(entry.nbytes, COPY_BYTES):
-        job.around.check_stop()
-        piece = buffer[:length]
+    for offset, piece, _ in copied.pieces():
         job.read(job.task.ft, offset, piece, of_base=False)
         nonfinite = nonfinite or met_nonfinite(job, piece, offset, of_base=False)
-        digest.update(piece)
-        job.write(offset, piece, past_cache=past_cache)
-        job.tell((offset + length) / entry.nbytes)
-    return digest_text(digest), nonfinite
-
-
-def _copy_buffer(out: TensorEntry) -> tuple[memoryview, bool]:
-    """A buffer for pieces of a tensor that is only copied, and whether they go past the page cache.
-
-    They do where that is worth it: the buffer then lies at pages as the tensor does in the file.
-    """
-    if out.nbytes < _DIRECT_FROM_BYTES:
-        return memoryview(bytearray(min(COPY_BYTES, out.nbytes))), False
-    lead = out.start % osfile.PAGE_BYTES
-    return osfile.page_aligned(lead + COPY_BYTES)[lead:], True
+        copied.put(offset, piece)
+    return copied.digest, nonfinite
 
 
 def copy_while_equal(job: Job) -> str | None:
@@ -61,31 +52,51 @@ def copy_while_equal(job: Job) -> str | None:
     assert base is not None
     if base.entry.dtype != ft.entry.dtype or out.dtype != ft.entry.dtype:
         return None
-    digest = new_digest()
-    base_buffer = memoryview(bytearray(min(COPY_BYTES, out.nbytes)))
-    ft_buffer, past_cache = _copy_buffer(out)
-    for offset, length in osfile.chunks(out.nbytes, COPY_BYTES):
-        job.around.check_stop()
-        base_piece, ft_piece = base_buffer[:length], ft_buffer[:length]
-        if offset == 0:  # most pairs differ at once: a page tells
-            head = min(length, 1 << 14)
-            job.read(base, 0, base_piece[:head], of_base=True)
-            job.read(ft, 0, ft_piece[:head], of_base=False)
-            if base_piece[:head].tobytes() != ft_piece[:head].tobytes():
+    copied = _Copy(job)
+    for offset, piece, of_base in copied.pieces():
+        for length in (min(_HEAD_BYTES, len(piece)), len(piece)) if offset == 0 else (len(piece),):
+            job.read(base, offset, memoryview(of_base)[:length], of_base=True)
+            job.read(ft, offset, piece[:length], of_base=False)
+            # A bytearray is compared as fast as memory is read, a memoryview byte by byte.
+            if (of_base if length == len(of_base) else of_base[:length]) != piece[:length]:
                 return None
-        job.read(base, offset, base_piece, of_base=True)
-        job.read(ft, offset, ft_piece, of_base=False)
-        if not _equal(base_piece, ft_piece):
+        if met_nonfinite(job, piece, offset, of_base=False):
             return None
-        if met_nonfinite(job, ft_piece, offset, of_base=False):
-            return None
-        digest.update(ft_piece)
-        job.write(offset, ft_piece, past_cache=past_cache)
-        job.tell((offset + length) / out.nbytes)
-    return digest_text(digest)
+        copied.put(offset, piece)
+    return copied.digest
 
 
-def _equal(a: memoryview, b: memoryview) -> bool:
-    whole = len(a) // 8 * 8
-    words = np.array_equal(np.frombuffer(a[:whole], np.uint64), np.frombuffer(b[:whole], np.uint64))
-    return bool(words) and a[whole:].tobytes() == b[whole:].tobytes()
+class _Copy:
+    """A tensor on its way to OUT."""
+
+    def __init__(self, job: Job) -> None:
+        self._job, self._digest = job, new_digest()
+        out = job.task.out
+        self._past_cache = out.nbytes >= _DIRECT_FROM_BYTES and job.around.shards[job.task.shard].direct
+        self._lead = out.start % osfile.PAGE_BYTES if self._past_cache else 0
+        self._handed_on = 0
+
+    @property
+    def digest(self) -> str:
+        """Of all that was put."""
+        return digest_text(self._digest)
+
+    def pieces(self) -> Iterator[tuple[int, memoryview, bytearray]]:
+        """Offset of each piece, a buffer of its length for FT's bytes, and one at least as long for BASE's."""
+        step = COPY_BYTES if self._past_cache else PIECE_BYTES
+        of_base, of_ft = self._job.worker.pieces.of(step)
+        for offset, length in osfile.chunks(self._job.task.out.nbytes, step):
+            self._job.around.check_stop()
+            # Past the page cache a piece has to lie at pages in memory as it does in the file.
+            yield offset, of_ft[self._lead : self._lead + length], of_base
+
+    def put(self, offset: int, piece: memoryview) -> None:
+        """Digest and write a piece of FT."""
+        out, end = self._job.task.out, offset + len(piece)
+        self._digest.update(piece)
+        self._job.write(offset, piece, past_cache=self._past_cache)
+        self._job.tell(end / out.nbytes)
+        waiting = end - self._handed_on
+        if not self._past_cache and (waiting >= _WRITTEN_OUT_BYTES or (end == out.nbytes and waiting >= PIECE_BYTES)):
+            self._job.around.shards[self._job.task.shard].start_writing(out.start + self._handed_on, waiting)
+            self._handed_on = end
