@@ -16,7 +16,7 @@ from pathlib import Path
 
 import xxhash
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import direct, osfile, refusals
 from streamrepair.checkpoint.headers import ITEM_BITS, ShardHeader, TensorEntry
 from streamrepair.checkpoint.pairing import FLOATS
 from streamrepair.errors import DamageError, shown
@@ -110,7 +110,7 @@ class ShardFile:
 
     def _begins_right(self) -> bool:
         """Whether the file has the right length and header."""
-        with osfile.reading_output():
+        with refusals.reading_output():
             if osfile.status(self._fd, self.path).st_size != self.layout.file_bytes:
                 return False
             header = bytearray(len(self.layout.prefix))
@@ -135,7 +135,7 @@ class ShardFile:
         """
         assert not self.sealed, "a sealed shard is not written"
         if past_cache and self.direct:
-            osfile.pwrite_direct(self._fd, self._direct_fd, data, offset, self.partial)
+            direct.pwrite_direct(self._fd, self._direct_fd, data, offset, self.partial)
             self._past_cache.add(offset)
         else:
             osfile.pwrite_all(self._fd, data, offset, self.partial)
@@ -151,7 +151,7 @@ class ShardFile:
             OutputError: they cannot be read back.
         """
         entry = self.layout.entries[name]
-        with osfile.reading_output():
+        with refusals.reading_output():
             if entry.start in self._past_cache:
                 return self._digest_direct(entry.start, entry.nbytes)
             return digest_range(self._fd, entry.start, entry.nbytes, self.path)
@@ -159,9 +159,9 @@ class ShardFile:
     def _digest_direct(self, start: int, nbytes: int) -> str:
         """Likewise, from the device: pages that are not in memory are not brought there."""
         digest = new_digest()
-        buffer = osfile.page_aligned(_READ_BACK_BYTES + 2 * osfile.PAGE_BYTES)
+        buffer = direct.page_aligned(_READ_BACK_BYTES + 2 * direct.PAGE_BYTES)
         for offset, length in osfile.chunks(nbytes, _READ_BACK_BYTES):
-            found = osfile.pread_direct(self._direct_fd, buffer, start + offset, length)
+            found = direct.pread_direct(self._direct_fd, buffer, start + offset, length)
             if found is None:
                 return digest_range(self._fd, start, nbytes, self.path)
             digest.update(found)

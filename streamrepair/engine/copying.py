@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import direct, osfile
 from streamrepair.checkpoint.write import digest_text, new_digest
 from streamrepair.engine.job import Job
 from streamrepair.engine.memory import COPY_BYTES, PIECE_BYTES
@@ -54,16 +54,22 @@ def copy_while_equal(job: Job) -> str | None:
         return None
     copied = _Copy(job)
     for offset, piece, of_base in copied.pieces():
-        for length in (min(_HEAD_BYTES, len(piece)), len(piece)) if offset == 0 else (len(piece),):
-            job.read(base, offset, memoryview(of_base)[:length], of_base=True)
-            job.read(ft, offset, piece[:length], of_base=False)
-            # A bytearray is compared as fast as memory is read, a memoryview byte by byte.
-            if (of_base if length == len(of_base) else of_base[:length]) != piece[:length]:
-                return None
-        if met_nonfinite(job, piece, offset, of_base=False):
+        if offset == 0 and not _read_same(job, 0, piece[:_HEAD_BYTES], of_base):
+            return None
+        if not _read_same(job, offset, piece, of_base) or met_nonfinite(job, piece, offset, of_base=False):
             return None
         copied.put(offset, piece)
     return copied.digest
+
+
+def _read_same(job: Job, offset: int, piece: memoryview, of_base: bytearray) -> bool:
+    """Fill `piece` from FT and the beginning of `of_base` from BASE; whether they are the same."""
+    assert job.task.pairing.base is not None
+    length = len(piece)
+    job.read(job.task.pairing.base, offset, memoryview(of_base)[:length], of_base=True)
+    job.read(job.task.ft, offset, piece, of_base=False)
+    # A bytearray is compared by memcmp, a memoryview item by item.
+    return (of_base if length == len(of_base) else of_base[:length]) == piece
 
 
 class _Copy:
@@ -73,7 +79,7 @@ class _Copy:
         self._job, self._digest = job, new_digest()
         out = job.task.out
         self._past_cache = out.nbytes >= _DIRECT_FROM_BYTES and job.around.shards[job.task.shard].direct
-        self._lead = out.start % osfile.PAGE_BYTES if self._past_cache else 0
+        self._lead = out.start % direct.PAGE_BYTES if self._past_cache else 0
         self._handed_on = 0
 
     @property
@@ -96,7 +102,13 @@ class _Copy:
         self._digest.update(piece)
         self._job.write(offset, piece, past_cache=self._past_cache)
         self._job.tell(end / out.nbytes)
-        waiting = end - self._handed_on
-        if not self._past_cache and (waiting >= _WRITTEN_OUT_BYTES or (end == out.nbytes and waiting >= PIECE_BYTES)):
-            self._job.around.shards[self._job.task.shard].start_writing(out.start + self._handed_on, waiting)
-            self._handed_on = end
+        if end - self._handed_on >= _WRITTEN_OUT_BYTES or end == out.nbytes:
+            self._begin_writing(end)
+
+    def _begin_writing(self, end: int) -> None:
+        """Have the device begin with all up to `end`; a small tensor waits for others, and is gathered with them."""
+        out = self._job.task.out
+        if not self._past_cache and out.nbytes >= PIECE_BYTES:
+            shard = self._job.around.shards[self._job.task.shard]
+            shard.start_writing(out.start + self._handed_on, end - self._handed_on)
+        self._handed_on = end

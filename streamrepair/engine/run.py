@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import refusals, wholefile
 from streamrepair.checkpoint.headers import ShardHeader
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
@@ -146,7 +146,7 @@ def execute(
     try:
         journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
-            run.warn(f"{osfile.shown_path(path)}: length or header is damaged and is written again")
+            run.warn(f"{refusals.shown_path(path)}: length or header is damaged and is written again")
         return _execute(run, journalled, report)
     except NonFiniteInputError:
         # Refused inputs leave no output behind: what was finished belongs to no result.
@@ -204,7 +204,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         sidecars=names,
         utilisation=run.timeline.uses(lane_names(plan.lanes), time.perf_counter() - run.began),
     )
-    osfile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
+    wholefile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
     _write_copy(report, report_path)
     return report
@@ -212,13 +212,13 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
 
 def _write_copy(report: Report, path: Path | None) -> None:
     if path is not None:
-        osfile.write_atomic(path, _as_text(report))
+        wholefile.write_atomic(path, _as_text(report))
 
 
 def _write_trace(run: _Run, path: Path) -> None:
     """The result does not hang on it, so that it cannot be written is no failure."""
     try:
-        osfile.write_atomic(path, chrome_trace(run.timeline, lane_names(run.plan.lanes)))
+        wholefile.write_atomic(path, chrome_trace(run.timeline, lane_names(run.plan.lanes)))
     except OutputError as error:
         run.watcher.warn(f"no trace: {error}")
 
@@ -262,7 +262,7 @@ def _finished_report(run: _Run, done: dict[str, TensorRecord]) -> Report | None:
     if not whole or len(done) < len(plan.tasks):
         return None
     try:
-        report = msgspec.json.decode(osfile.read_whole(out / REPORT_NAME), type=Report)
+        report = msgspec.json.decode(wholefile.read_whole(out / REPORT_NAME), type=Report)
     except (InputError, msgspec.MsgspecError):
         return None
     if any(report.tensors.get(name) != record for name, record in done.items()):
@@ -275,7 +275,7 @@ def _index_is_whole(plan: Plan, out: Path) -> bool:
     if plan.ft.index_name is None:
         return True
     try:
-        return osfile.read_whole(out / plan.ft.index_name) == shard_index(plan)
+        return wholefile.read_whole(out / plan.ft.index_name) == shard_index(plan)
     except InputError:
         return False
 
@@ -366,5 +366,5 @@ def _write_beside(run: _Run) -> tuple[str, ...]:
     names = sidecars(plan.ft)
     copy_sidecars(plan.ft, names, out, dtype="float32" if plan.settings.out_dtype == "float32" else None)
     if plan.ft.index_name is not None:
-        osfile.write_atomic(out / plan.ft.index_name, shard_index(plan))
+        wholefile.write_atomic(out / plan.ft.index_name, shard_index(plan))
     return names

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import direct
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.ledger import Ledger
 from streamrepair.engine.schedule import Place
@@ -19,9 +19,9 @@ class Pieces:
         self._of_base, self._of_ft = bytearray(), memoryview(b"")
 
     def of(self, nbytes: int) -> tuple[bytearray, memoryview]:
-        """One of `nbytes` for BASE, and one for FT that begins at a page of memory and is a page longer."""
-        if len(self._of_base) != nbytes:
-            self._of_base, self._of_ft = bytearray(nbytes), osfile.page_aligned(nbytes + osfile.PAGE_BYTES)
+        """One of at least `nbytes` for BASE, and one for FT that begins at a page of memory and is a page longer."""
+        if len(self._of_base) < nbytes:
+            self._of_base, self._of_ft = bytearray(nbytes), direct.page_aligned(nbytes + direct.PAGE_BYTES)
         return self._of_base, self._of_ft
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from streamrepair import api
-from streamrepair.engine import run
+from streamrepair.checkpoint import osfile
+from streamrepair.engine import copying, run
 from streamrepair.engine.memory import COPY_BYTES, PIECE_BYTES
 from streamrepair.errors import InputError
 from tests.builders import Raw
@@ -45,6 +46,20 @@ def test_what_is_equal_arrives_whole(tmp_path: Path) -> None:
     report = api.repair(tmp_path / "base", tmp_path / "ft", tmp_path / "out")
     assert report.tensors["m"].action == "copied"
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "ft")
+
+
+def test_the_device_is_told_to_begin(tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for small tensors, and for what has gone to it already."""
+    told: list[tuple[int, int]] = []
+    monkeypatch.setattr(osfile, "start_writing", lambda _fd, offset, nbytes: told.append((offset, nbytes)))
+    monkeypatch.setattr(copying, "_WRITTEN_OUT_BYTES", 2 * PIECE_BYTES)
+    for side in ("base", "ft"):
+        write_split(tmp_path / side, _stored(_weights()), 1)
+    plan = api.plan(tmp_path / "base", tmp_path / "ft")
+    api.repair(tmp_path / "base", tmp_path / "ft", tmp_path / "out")
+    out = next(task.out for task in plan.tasks if task.name == "m")
+    steps = range(out.start, out.start + out.nbytes, 2 * PIECE_BYTES)
+    assert told == [(at, min(2 * PIECE_BYTES, out.start + out.nbytes - at)) for at in steps if not direct]
 
 
 @pytest.mark.usefixtures("direct")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from streamrepair import api
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.engine import task
 from streamrepair.engine.job import Job
 from streamrepair.errors import InputError, LockedError, OutputError, UsageError
@@ -81,7 +81,7 @@ def test_a_report_that_fails_leaves_no_partial_file(tmp_path: Path, monkeypatch:
     for call in ("pwrite", "fsync", "replace"):
         monkeypatch.setattr(osfile, "os", Kernel((call,), fails(1, 28)))
         with pytest.raises(OutputError, match="No space left"):
-            osfile.write_atomic(tmp_path / "report.json", b"{}")
+            wholefile.write_atomic(tmp_path / "report.json", b"{}")
         monkeypatch.undo()
         assert list(tmp_path.iterdir()) == []
 
