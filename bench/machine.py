@@ -71,7 +71,9 @@ def measure(command: Sequence[str]) -> Measured:
 def _environment() -> dict[str, str]:
     # `python bench/in_memory.py` has bench/ on its path, not the repository, unless the package is installed
     path = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path}
+    # What pip installs is compiled once; a source tree is too, unless this forbids it.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return kept | {"PYTHONPATH": path}
 
 
 def _sample(process: subprocess.Popen[bytes], peaks: Peaks) -> None:

@@ -19,7 +19,7 @@ from streamrepair.benchmark.cases import make_cases
 from streamrepair.benchmark.conditions import make_conditions
 from streamrepair.benchmark.measure import measure
 from streamrepair.benchmark.table import render
-from streamrepair.checkpoint.osfile import write_atomic
+from streamrepair.checkpoint.wholefile import write_atomic
 
 SHAPES = ("896x896", "2048x2048", "4096x4096", "4864x896", "8192x2048", "14336x4096")
 BACKENDS = ("gram", "randomized", "fast", "auto")

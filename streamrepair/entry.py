@@ -5,6 +5,7 @@ Imports nothing that takes time. Once a run works, `cli` puts its own handlers i
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -17,9 +18,14 @@ def main() -> int:
     """Run the command line; returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, _end)
+    gc.disable()  # nothing of what is imported is garbage: to look for it is a tenth of the start
     from streamrepair.cli import main as run
 
-    return run()
+    gc.enable()
+    try:
+        return run()
+    finally:
+        gc.freeze()  # nor is it at the end, when the interpreter would look once more
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

@@ -8,10 +8,9 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
-from tqdm import tqdm
 
 from streamrepair.engine.fit import fits_climb, full_budget
 from streamrepair.engine.plan import Plan
@@ -21,6 +20,9 @@ from streamrepair.report import Action, Report, ResourceUse, TensorRecord
 from streamrepair.units import counted, format_bytes, format_seconds
 from streamrepair.verification import Verified
 from streamrepair.views import groups
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _now = time.monotonic
 _WAITS = {"read": "reads", "write": "writes", "memory": "memory"}
@@ -47,6 +49,8 @@ class Bar:
             self.note(f"continuing: {format_bytes(done_bytes)} of {total} were finished before")
         self._found_bytes, self._began = done_bytes, _now()
         if sys.stderr.isatty():
+            from tqdm import tqdm  # a tenth of the start-up, which a run without a terminal does not need
+
             self._bar = tqdm(
                 total=self._total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc="repair",
                 file=sys.stderr, mininterval=0.2, dynamic_ncols=True, leave=False,
@@ -78,8 +82,12 @@ class Bar:
     def note(self, message: str) -> None:
         """One line above the bar."""
         if not self._quiet:
+            line = " ".join(message.split())
             with contextlib.suppress(OSError):  # likewise a reader that left
-                tqdm.write(" ".join(message.split()), file=sys.stderr)
+                if self._bar is None:
+                    print(line, file=sys.stderr, flush=True)
+                else:
+                    self._bar.write(line, file=sys.stderr)
 
     def end(self) -> None:
         """Take the bar away."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.checkpoint.headers import ShardHeader, read_header
 from streamrepair.checkpoint.layout import Checkpoint, joined_digest, open_checkpoint
 from streamrepair.checkpoint.write import digest_range
@@ -107,7 +107,7 @@ def read_report(out: Path) -> Report:
             raise DamageError(
                 f"{shown(str(path))}: missing: OUT is not a result, or its run has not finished: run the repair again"
             )
-        report = msgspec.json.decode(osfile.read_whole(path), type=Report)
+        report = msgspec.json.decode(wholefile.read_whole(path), type=Report)
     except OSError as error:
         raise DamageError(
             f"{shown(str(path))}: cannot be looked up ({error.strerror}): check OUT's name and mode"

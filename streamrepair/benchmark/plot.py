@@ -8,7 +8,8 @@ from html import escape
 from pathlib import Path
 
 from streamrepair.benchmark.records import Benchmark, CaseRecord
-from streamrepair.checkpoint.osfile import shown_path, write_atomic
+from streamrepair.checkpoint.refusals import shown_path
+from streamrepair.checkpoint.wholefile import write_atomic
 from streamrepair.errors import UsageError
 
 _COLOURS = ("#1b6ca8", "#7fb6dd", "#b3541e", "#e6a97c", "#4d7c3a", "#a7cc95")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import xxhash
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import osfile, refusals
 from streamrepair.errors import InputError, shown
 
 
@@ -36,7 +36,7 @@ class Journal:
         """
         self._fd = osfile.open_output(self._path)
         osfile.refuse_linked(self._fd, self._path)
-        with osfile.reading_output():
+        with refusals.reading_output():
             content = bytearray(osfile.status(self._fd, self._path).st_size)
             osfile.pread_into(self._fd, memoryview(content), 0, self._path)
         records, self._end = _records(bytes(content), self._path)

@@ -28,7 +28,8 @@ from streamrepair.checkpoint.headers import (
     refuse_not_downloaded,
     walk_object,
 )
-from streamrepair.checkpoint.osfile import opened_input, read_exactly, shown_path
+from streamrepair.checkpoint.osfile import opened_input, read_exactly
+from streamrepair.checkpoint.refusals import shown_path
 from streamrepair.errors import InputError, shown
 
 _SHARD, _INDEX = ".safetensors", ".safetensors.index.json"

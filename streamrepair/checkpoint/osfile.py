@@ -1,8 +1,8 @@
 """The file operations of the engine, whole or failed: the one place where bytes enter and leave the process.
 
 What the kernel may do by halves (short reads and writes, interruption) is finished here; what it refuses is raised as
-the one error that names the file. Nothing else in the package calls `os.pread` and its kin, so that a test can stand in
-for the kernel under all of it.
+the one error that names the file (`refusals`). Nothing else in the package calls `os.pread` and its kin, so that a test
+can stand in for the kernel under all of it: `direct` (past the page cache) and `wholefile` are made of what is here.
 
 What a write guarantees: after `pwrite_all` the bytes are in the page cache, visible to every reader and lost in a power
 cut; after `sync` they are on the device. After `rename` the name is visible; after `sync_folder` it survives a power
@@ -16,28 +16,19 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from streamrepair.errors import DiskSpaceError, InputError, OutputError, shown
+from streamrepair.checkpoint.refusals import reading, reading_output, shown_path, writing
+from streamrepair.errors import DiskSpaceError, InputError, OutputError
 
 _COPY_BYTES = 1 << 24
-_REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
-    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), "name another OUT"),
-}
-PAGE_BYTES = 4096
-"""What direct reads and writes are aligned to; a device that wants more is written the usual way."""
-
-
-def shown_path(path: Path) -> str:
-    """A path safe to print whole: every part of it escaped by itself, so that the file's name is never cut off."""
-    return str(Path(*map(shown, path.parts)))
+_SYNC_FILE_RANGE_WRITE = 2
+_sync_file_range = ctypes.CDLL(None).sync_file_range  # Python has no name for it
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
 
 
 def open_input(path: Path) -> int:
@@ -46,7 +37,7 @@ def open_input(path: Path) -> int:
     Raises:
         InputError: it cannot be opened, or is no regular file.
     """
-    with _input(path):
+    with reading(path):
         # O_NONBLOCK: opening a FIFO that nobody writes to would wait for ever.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         try:
@@ -69,37 +60,10 @@ def opened_input(path: Path) -> Iterator[tuple[int, os.stat_result]]:
     """
     fd = open_input(path)
     try:
-        with _input(path):
+        with reading(path):
             yield fd, os.fstat(fd)
     finally:
         close(fd)
-
-
-def read_whole(path: Path, most_bytes: int | None = None) -> bytes:
-    """All of a file that fits memory.
-
-    Raises:
-        InputError: it cannot be read, or is longer than `most_bytes`.
-    """
-    with opened_input(path) as (fd, status):
-        _refuse_longer(status, most_bytes)
-        return read_exactly(fd, status.st_size, 0)
-
-
-def check_readable(path: Path, most_bytes: int) -> int:
-    """Open a file and look at its length, as `read_whole` would; its bytes.
-
-    Raises:
-        InputError: it cannot be opened, or is longer than `most_bytes`.
-    """
-    with opened_input(path) as (_, status):
-        _refuse_longer(status, most_bytes)
-        return status.st_size
-
-
-def _refuse_longer(status: os.stat_result, most_bytes: int | None) -> None:
-    if most_bytes is not None and status.st_size > most_bytes:
-        raise InputError(f"is {status.st_size} bytes long, expected at most {most_bytes}; move it elsewhere")
 
 
 def read_exactly(fd: int, nbytes: int, offset: int) -> bytes:
@@ -130,7 +94,7 @@ def status(fd: int, path: Path) -> os.stat_result:
     Raises:
         InputError: the file system does not say.
     """
-    with _input(path):
+    with reading(path):
         return os.fstat(fd)
 
 
@@ -140,7 +104,7 @@ def open_output(path: Path) -> int:
     Raises:
         OutputError: it cannot be opened, or is no regular file.
     """
-    with _output(path, "opened for writing"):
+    with writing(path, "opened for writing"):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         if not stat.S_ISREG(status(fd, path).st_mode):
@@ -202,7 +166,7 @@ def pwrite_all(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
         OutputError: the device refused (disk full, quota, I/O error).
     """
     done = 0
-    with _output(path, "written"):
+    with writing(path, "written"):
         while done < len(buffer):
             try:
                 count = os.pwrite(fd, buffer[done:], offset + done)
@@ -213,9 +177,23 @@ def pwrite_all(fd: int, buffer: memoryview, offset: int, path: Path) -> None:
             done += count
 
 
-def page_aligned(nbytes: int) -> memoryview:
-    """A zeroed buffer that begins at a page, as the device wants it for what goes past the page cache."""
-    return memoryview(mmap.mmap(-1, max(1, nbytes)))[:nbytes]
+def start_writing(fd: int, offset: int, nbytes: int) -> None:
+    """Tell the kernel to begin writing a range to the device; a wish: only `sync` tells that it is there.
+
+    It waits for nothing but a place in the device's queue, and takes no error away from `sync`: the kernel marks one as
+    reported only where it was waited for.
+    """
+    _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
+
+
+def pwrite_some(fd: int, buffer: memoryview, offset: int) -> int:
+    """One write, of as much as the kernel takes; for `direct`, which has its own answer to what is refused."""
+    return os.pwrite(fd, buffer, offset)
+
+
+def pread_some(fd: int, buffer: memoryview, offset: int) -> int:
+    """One read, likewise."""
+    return os.preadv(fd, [buffer], offset)
 
 
 def open_direct(path: Path) -> int:
@@ -224,57 +202,6 @@ def open_direct(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECT)
     except OSError:
         return -1
-
-
-def pwrite_direct(fd: int, direct_fd: int, buffer: memoryview, offset: int, path: Path) -> None:
-    """Write all of `buffer` at `offset`: whole pages past the page cache if they lie at pages in memory too.
-
-    Edges, and all of it where the file system refuses, go the usual way; the kernel keeps the two ways coherent.
-
-    Raises:
-        OutputError: the device refused.
-    """
-    head = min(len(buffer), -offset % PAGE_BYTES)
-    middle = (len(buffer) - head) // PAGE_BYTES * PAGE_BYTES
-    if direct_fd < 0 or middle == 0 or _address(buffer[head:]) % PAGE_BYTES:
-        pwrite_all(fd, buffer, offset, path)
-        return
-    pwrite_all(fd, buffer[:head], offset, path)
-    done = head
-    with _output(path, "written"):
-        while done < head + middle and done % PAGE_BYTES == head % PAGE_BYTES:
-            try:
-                count = os.pwrite(direct_fd, buffer[done : head + middle], offset + done)
-            except InterruptedError:
-                continue
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                break
-            if count == 0:
-                break
-            done += count
-    pwrite_all(fd, buffer[done:], offset + done, path)
-
-
-def pread_direct(direct_fd: int, buffer: memoryview, offset: int, nbytes: int) -> memoryview | None:
-    """The `nbytes` bytes from `offset`, read past the page cache; None where that failed: read them the usual way.
-
-    Args:
-        buffer: page-aligned, two pages larger than `nbytes`.
-    """
-    lead = offset % PAGE_BYTES
-    whole = -(-(lead + nbytes) // PAGE_BYTES) * PAGE_BYTES
-    try:
-        count = os.preadv(direct_fd, [buffer[:whole]], offset - lead)
-    except OSError:
-        return None
-    return buffer[lead : lead + nbytes] if count >= lead + nbytes else None
-
-
-def _address(buffer: memoryview) -> int:
-    """Where a buffer lies; −1, which is no page, for one that cannot be written to."""
-    return -1 if buffer.readonly else ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
 def allocate(fd: int, size_bytes: int, path: Path) -> None:
@@ -315,7 +242,7 @@ def truncate(fd: int, size_bytes: int, path: Path) -> None:
     Raises:
         OutputError: it failed.
     """
-    with _output(path, "cut"):
+    with writing(path, "cut"):
         os.ftruncate(fd, size_bytes)
 
 
@@ -325,7 +252,7 @@ def lock(fd: int, path: Path) -> bool:
     Raises:
         OutputError: the file system has no locks.
     """
-    with _output(path, "locked"):
+    with writing(path, "locked"):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -339,7 +266,7 @@ def sync(fd: int, path: Path) -> None:
     Raises:
         OutputError: the device reported an error; nothing since the last success is known to be on it.
     """
-    with _output(path, "synced"):
+    with writing(path, "synced"):
         os.fsync(fd)
 
 
@@ -349,7 +276,7 @@ def sync_folder(folder: Path) -> None:
     Raises:
         OutputError: the device reported an error.
     """
-    with _output(folder, "synced"):
+    with writing(folder, "synced"):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(fd)
@@ -366,7 +293,7 @@ def rename(source: Path, target: Path) -> None:
     Raises:
         OutputError: it failed; the file keeps its old name.
     """
-    with _output(target, "given its name"):
+    with writing(target, "given its name"):
         os.replace(source, target)  # noqa: PTH105 – this module is where os calls live
 
 
@@ -376,7 +303,7 @@ def unlink(path: Path) -> None:
     Raises:
         OutputError: it is there and cannot be removed.
     """
-    with _output(path, "removed"), contextlib.suppress(FileNotFoundError):
+    with writing(path, "removed"), contextlib.suppress(FileNotFoundError):
         os.unlink(path)  # noqa: PTH108
 
 
@@ -401,7 +328,7 @@ def is_same_file(fd: int, path: Path) -> bool:
     Raises:
         OutputError: the file system does not say.
     """
-    with _output(path, "looked up"):
+    with writing(path, "looked up"):
         try:
             return os.path.samestat(os.fstat(fd), os.lstat(path))
         except FileNotFoundError:
@@ -430,7 +357,7 @@ def make_folder(path: Path) -> bool:
     Raises:
         OutputError: it cannot be created or synced, or a file has its name.
     """
-    with _output(path, "created"):
+    with writing(path, "created"):
         new = [path, *path.parents][: [p.exists() for p in (path, *path.parents)].index(True)]
         try:
             os.makedirs(path)  # noqa: PTH103
@@ -459,72 +386,12 @@ def free_bytes(folder: Path) -> int:
     Raises:
         OutputError: the file system does not say.
     """
-    with _output(folder, "asked for its free space"):
+    with writing(folder, "asked for its free space"):
         found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace `path` by `data`: whole after a crash, either the old bytes or the new.
-
-    Raises:
-        OutputError: it failed; the old file is untouched, and nothing is left beside it.
-    """
-    partial = path.with_name(path.name + ".partial")
-    unlink(partial)
-    fd = open_output(partial)
-    try:
-        try:
-            pwrite_all(fd, memoryview(data), 0, partial)
-            sync(fd, partial)
-        finally:
-            close(fd)
-        rename(partial, path)
-    except OutputError:
-        with contextlib.suppress(OutputError):
-            unlink(partial)
-        raise
-    sync_folder(path.parent)
 
 
 def chunks(size_bytes: int, step: int = _COPY_BYTES) -> Iterator[tuple[int, int]]:
     """(offset, length) of consecutive pieces of at most `step` bytes."""
     for offset in range(0, size_bytes, step):
         yield offset, min(step, size_bytes - offset)
-
-
-@contextlib.contextmanager
-def reading_output() -> Iterator[None]:
-    """What cannot be read back inside is a fault of OUT, not of an input.
-
-    Raises:
-        OutputError: for an InputError inside.
-    """
-    try:
-        yield
-    except InputError as error:
-        raise OutputError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _input(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{shown_path(path)}: {error}") from error
-    except OSError as error:
-        raise InputError(f"{shown_path(path)}: cannot be read ({error.strerror}); check the path and mode") from error
-
-
-@contextlib.contextmanager
-def _output(path: Path, verb: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, OutputError):
-            raise
-        remedy = _REMEDIES.get(error.errno or 0, "mend the disk")
-        raise OutputError(
-            f"{shown_path(path)}: could not be {verb} ({error.strerror or error}); finished work is kept: "
-            f"{remedy} and run the same command again"
-        ) from error

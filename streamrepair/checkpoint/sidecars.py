@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import osfile, refusals, wholefile
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.errors import InputError, OutputError
 from streamrepair.report import REPORT_NAME
@@ -72,7 +72,9 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, bool]]:
     try:
         entries = os.scandir(folder)
     except OSError as error:
-        raise InputError(f"{osfile.shown_path(folder)}: cannot be listed ({error.strerror}); check its mode") from error
+        raise InputError(
+            f"{refusals.shown_path(folder)}: cannot be listed ({error.strerror}); check its mode"
+        ) from error
     with entries:
         for entry in entries:
             name = entry.name
@@ -105,7 +107,7 @@ def check_sidecars(checkpoint: Checkpoint) -> int:
     Raises:
         InputError: one cannot be read or is too large.
     """
-    return sum(osfile.check_readable(checkpoint.folder / name, _LARGEST_BYTES) for name in sidecars(checkpoint))
+    return sum(wholefile.check_readable(checkpoint.folder / name, _LARGEST_BYTES) for name in sidecars(checkpoint))
 
 
 def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, dtype: str | None) -> None:
@@ -119,15 +121,15 @@ def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, 
         OutputError: one cannot be written.
     """
     for name in names:
-        data = osfile.read_whole(checkpoint.folder / name, _LARGEST_BYTES)
+        data = wholefile.read_whole(checkpoint.folder / name, _LARGEST_BYTES)
         if name == "config.json" and dtype is not None:
             data = _with_dtype(data, dtype)
         target = out / name
         if target.parent != out:
             osfile.make_folder(target.parent)
             if not target.parent.resolve().is_relative_to(out.resolve()):
-                raise OutputError(f"{osfile.shown_path(target.parent)}: leads out of OUT by a link: remove the link")
-        osfile.write_atomic(target, data)
+                raise OutputError(f"{refusals.shown_path(target.parent)}: leads out of OUT by a link: remove the link")
+        wholefile.write_atomic(target, data)
 
 
 def _with_dtype(data: bytes, dtype: str) -> bytes:

@@ -16,13 +16,15 @@ from pathlib import Path
 
 import xxhash
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import direct, osfile, refusals
 from streamrepair.checkpoint.headers import ITEM_BITS, ShardHeader, TensorEntry
 from streamrepair.checkpoint.pairing import FLOATS
 from streamrepair.errors import DamageError, shown
 
 PARTIAL_SUFFIX = ".partial"
 _READ_BACK_BYTES = 1 << 23
+_PIECE_BYTES = 1 << 20
+"""What is digested at once where the page cache has it: small enough that the allocator keeps the memory."""
 _READERS = 2
 """Threads that read a shard back: one waits for the device while the other digests."""
 
@@ -108,7 +110,7 @@ class ShardFile:
 
     def _begins_right(self) -> bool:
         """Whether the file has the right length and header."""
-        with osfile.reading_output():
+        with refusals.reading_output():
             if osfile.status(self._fd, self.path).st_size != self.layout.file_bytes:
                 return False
             header = bytearray(len(self.layout.prefix))
@@ -120,6 +122,11 @@ class ShardFile:
         """Its present name."""
         return self.final if self.sealed else self.partial
 
+    @property
+    def direct(self) -> bool:
+        """Whether copies go past the page cache."""
+        return self._direct_fd >= 0
+
     def write(self, offset: int, data: memoryview, *, past_cache: bool = False) -> None:
         """Write bytes at a file offset; past the page cache where nobody will read them soon.
 
@@ -127,11 +134,15 @@ class ShardFile:
             OutputError: the device refused.
         """
         assert not self.sealed, "a sealed shard is not written"
-        if past_cache and self._direct_fd >= 0:
-            osfile.pwrite_direct(self._fd, self._direct_fd, data, offset, self.partial)
+        if past_cache and self.direct:
+            direct.pwrite_direct(self._fd, self._direct_fd, data, offset, self.partial)
             self._past_cache.add(offset)
         else:
             osfile.pwrite_all(self._fd, data, offset, self.partial)
+
+    def start_writing(self, offset: int, nbytes: int) -> None:
+        """Have the device begin with what is written by now, so that `sync` finds little left."""
+        osfile.start_writing(self._fd, offset, nbytes)
 
     def digest(self, name: str) -> str:
         """Digest of a tensor's bytes as they are in the file now.
@@ -140,7 +151,7 @@ class ShardFile:
             OutputError: they cannot be read back.
         """
         entry = self.layout.entries[name]
-        with osfile.reading_output():
+        with refusals.reading_output():
             if entry.start in self._past_cache:
                 return self._digest_direct(entry.start, entry.nbytes)
             return digest_range(self._fd, entry.start, entry.nbytes, self.path)
@@ -148,9 +159,9 @@ class ShardFile:
     def _digest_direct(self, start: int, nbytes: int) -> str:
         """Likewise, from the device: pages that are not in memory are not brought there."""
         digest = new_digest()
-        buffer = osfile.page_aligned(_READ_BACK_BYTES + 2 * osfile.PAGE_BYTES)
+        buffer = direct.page_aligned(_READ_BACK_BYTES + 2 * direct.PAGE_BYTES)
         for offset, length in osfile.chunks(nbytes, _READ_BACK_BYTES):
-            found = osfile.pread_direct(self._direct_fd, buffer, start + offset, length)
+            found = direct.pread_direct(self._direct_fd, buffer, start + offset, length)
             if found is None:
                 return digest_range(self._fd, start, nbytes, self.path)
             digest.update(found)
@@ -229,8 +240,8 @@ def digest_range(fd: int, start: int, nbytes: int, path: Path) -> str:
         InputError: the file ends early or cannot be read.
     """
     digest = new_digest()
-    buffer = memoryview(bytearray(min(nbytes, 1 << 22)))
-    for offset, length in osfile.chunks(nbytes, 1 << 22):
+    buffer = memoryview(bytearray(min(nbytes, _PIECE_BYTES)))
+    for offset, length in osfile.chunks(nbytes, _PIECE_BYTES):
         osfile.pread_into(fd, buffer[:length], start + offset, path)
         digest.update(buffer[:length])
     return digest_text(digest)

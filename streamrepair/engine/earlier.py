@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import wholefile
 from streamrepair.checkpoint.sidecars import sidecars
 from streamrepair.checkpoint.write import ShardFile
 from streamrepair.engine.plan import Plan
@@ -63,7 +63,7 @@ def finished_report(plan: Plan, workspace: Workspace, done: Mapping[str, TensorR
     if not whole or len(done) < len(plan.tasks):
         return None
     try:
-        report = msgspec.json.decode(osfile.read_whole(out / REPORT_NAME), type=Report)
+        report = msgspec.json.decode(wholefile.read_whole(out / REPORT_NAME), type=Report)
     except (InputError, msgspec.MsgspecError):
         return None
     if any(report.tensors.get(name) != record for name, record in done.items()):
@@ -75,6 +75,6 @@ def _index_is_whole(plan: Plan, out: Path) -> bool:
     if plan.ft.index_name is None:
         return True
     try:
-        return osfile.read_whole(out / plan.ft.index_name) == shard_index(plan)
+        return wholefile.read_whole(out / plan.ft.index_name) == shard_index(plan)
     except InputError:
         return False

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 RAM_SHARE = 0.8
 """Share of the memory that is free now which a run may take when --ram is not given."""
 
@@ -26,6 +24,7 @@ class System:
 
     membership: Path = Path("/proc/self/cgroup")
     groups: Path = Path("/sys/fs/cgroup")
+    memory: Path = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +52,9 @@ def default_ram_bytes(system: System | None = None, *, available_bytes: int | No
 
 def free_bytes(system: System | None = None, *, available_bytes: int | None = None) -> int:
     """What the machine, and every control group this process is in, have free."""
-    free = psutil.virtual_memory().available if available_bytes is None else available_bytes
-    for folder, version in _folders(system or System(), "memory"):
+    system = system or System()
+    free = _available_bytes(system) if available_bytes is None else available_bytes
+    for folder, version in _folders(system, "memory"):
         with contextlib.suppress(OSError, ValueError):  # no such file at the root
             free = min(free, max(0, _limit(folder, version) - _used(folder, version)))
     return free
@@ -76,6 +76,15 @@ def default_workers(system: System | None = None, *, processors: int | None = No
             if quota != "max" and int(quota) > 0 and int(period) > 0:
                 count = min(count, int(quota) / int(period))
     return max(1, math.ceil(count))
+
+
+def _available_bytes(system: System) -> int:
+    """The kernel's estimate of what can be had without swapping; of free pages alone, should it not say."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in system.memory.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _limit(folder: Path, version: _Version) -> int:

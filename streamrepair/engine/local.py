@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.gpu import own_stream
+from streamrepair.engine.job import Outcome
 from streamrepair.engine.ledger import Ledger
 from streamrepair.engine.plan import Task
 from streamrepair.engine.stop import StopRequest
-from streamrepair.engine.task import Outcome
 from streamrepair.engine.timeline import Lane, Timeline
 from streamrepair.engine.worker import Worker, lane_names
 from streamrepair.errors import InterruptedRunError

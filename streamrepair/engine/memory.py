@@ -28,7 +28,9 @@ CUDA_CONTEXT_BYTES = 700_000_000
 RING_SLOTS = 3
 """Panels in flight per task: one filling, one waiting, one in use."""
 COPY_BYTES = 1 << 22
-"""Buffer of a task that only copies, or compares before it repairs."""
+"""Largest buffer of a task that only copies, or compares before it repairs."""
+PIECE_BYTES = 1 << 19
+"""What such a task takes at once through the page cache: a piece of each side stays in a core's second-level cache."""
 KRYLOV_SHARE = 6
 """Block Krylov's basis has at most n / this many vectors; a test holds it to the backend's own limit."""
 KRYLOV_LEAST = 128

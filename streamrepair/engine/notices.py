@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from streamrepair.checkpoint.pairing import NOT_IN_BASE, Selection, is_of_no_kind
 from streamrepair.checkpoint.sidecars import left_beside
+from streamrepair.engine.job import Outcome
 from streamrepair.engine.plan import Plan
-from streamrepair.engine.task import Outcome
 from streamrepair.errors import shown
 from streamrepair.units import counted, format_bytes
 

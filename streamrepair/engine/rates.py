@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.errors import InputError
 from streamrepair.version import __version__
 
@@ -83,7 +83,7 @@ def machine() -> str:
     """What a measurement belongs to: the host and its processor."""
     model = ""
     try:
-        lines = osfile.read_whole(Path("/proc/cpuinfo")).decode(errors="replace").splitlines()
+        lines = wholefile.read_whole(Path("/proc/cpuinfo")).decode(errors="replace").splitlines()
         model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     except InputError:
         pass
@@ -93,7 +93,7 @@ def machine() -> str:
 def load() -> Rates | None:
     """The measurement of this machine, if there is one."""
     try:
-        measured = msgspec.json.decode(osfile.read_whole(path()), type=Measured)
+        measured = msgspec.json.decode(wholefile.read_whole(path()), type=Measured)
     except (InputError, RuntimeError, msgspec.MsgspecError):  # RuntimeError: no home folder
         return None
     return measured.rates if (measured.machine, measured.version) == (machine(), __version__) else None
@@ -104,7 +104,7 @@ def save(rates: Rates) -> Path:
     target = path()
     osfile.make_folder(target.parent)
     measured = Measured(machine=machine(), version=__version__, rates=rates)
-    osfile.write_atomic(target, msgspec.json.format(msgspec.json.encode(measured)))
+    wholefile.write_atomic(target, msgspec.json.format(msgspec.json.encode(measured)))
     return target
 
 

@@ -20,10 +20,13 @@ from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
 from streamrepair.engine import cost
+from streamrepair.engine.copying import copy
+from streamrepair.engine.job import Job
 from streamrepair.engine.memory import COPY_BYTES
+from streamrepair.engine.nonfinite import find_nonfinite, met_nonfinite
 from streamrepair.engine.pace import Pace, with_merge
 from streamrepair.engine.short_memory import Patient, ReservedHost
-from streamrepair.engine.task import Job, copy, find_nonfinite, met_nonfinite, passed_through
+from streamrepair.engine.task import passed_through
 from streamrepair.engine.view import MatrixView, StoredMatrix
 from streamrepair.errors import NumericalError, shown
 from streamrepair.report import TensorRecord

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import refusals, wholefile
 from streamrepair.checkpoint.headers import ShardHeader
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
@@ -22,7 +22,9 @@ from streamrepair.engine.commit import Committer
 from streamrepair.engine.earlier import finished_report, sound
 from streamrepair.engine.finite import search
 from streamrepair.engine.fit import fits_climb, full_budget
+from streamrepair.engine.job import Outcome, Spent, Surroundings
 from streamrepair.engine.local import LocalExecutor
+from streamrepair.engine.nonfinite import NonFiniteInputError, nonfinite_error
 from streamrepair.engine.notices import machine_warnings, plan_warnings, task_warnings
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.overlap import refuse_overlap
@@ -31,7 +33,7 @@ from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.side_files import check_path_beside
 from streamrepair.engine.statement import fingerprint, make_report, shard_index, statement_bytes
 from streamrepair.engine.stop import StopRequest
-from streamrepair.engine.task import NonFiniteInputError, Outcome, Spent, Surroundings, nonfinite_error, run_task
+from streamrepair.engine.task import run_task
 from streamrepair.engine.timeline import Timeline
 from streamrepair.engine.trace import chrome_trace
 from streamrepair.engine.watcher import Watcher
@@ -114,7 +116,7 @@ def execute(
     try:
         journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
-            run.warn(f"{osfile.shown_path(path)}: length or header is damaged and is written again")
+            run.warn(f"{refusals.shown_path(path)}: length or header is damaged and is written again")
         return _execute(run, journalled, report)
     except NonFiniteInputError:
         # Refused inputs leave no output behind: what was finished belongs to no result.
@@ -171,7 +173,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     names = _write_beside(run)
     run.record_session()
     report = make_report(plan, committer.records, run.workspace.accounts.sessions, sidecars=names)
-    osfile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
+    wholefile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
     _write_copy(report, report_path)
     return report
@@ -179,13 +181,13 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
 
 def _write_copy(report: Report, path: Path | None) -> None:
     if path is not None:
-        osfile.write_atomic(path, _as_text(report))
+        wholefile.write_atomic(path, _as_text(report))
 
 
 def _write_trace(run: _Run, path: Path) -> None:
     """The result does not hang on it, so that it cannot be written is no failure."""
     try:
-        osfile.write_atomic(path, chrome_trace(run.timeline, lane_names(run.plan.lanes)))
+        wholefile.write_atomic(path, chrome_trace(run.timeline, lane_names(run.plan.lanes)))
     except OutputError as error:
         run.watcher.warn(f"no trace: {error}")
 
@@ -290,5 +292,5 @@ def _write_beside(run: _Run) -> tuple[str, ...]:
     names = sidecars(plan.ft)
     copy_sidecars(plan.ft, names, out, dtype="float32" if plan.settings.out_dtype == "float32" else None)
     if plan.ft.index_name is not None:
-        osfile.write_atomic(out / plan.ft.index_name, shard_index(plan))
+        wholefile.write_atomic(out / plan.ft.index_name, shard_index(plan))
     return names

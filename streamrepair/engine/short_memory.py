@@ -13,7 +13,7 @@ from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Merger,
 from streamrepair.decompose.host import HostArithmetic, HostMerger
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.engine import gpu, memory
-from streamrepair.engine.task import Job
+from streamrepair.engine.job import Job
 from streamrepair.errors import NumericalError
 from streamrepair.units import format_bytes
 

@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from streamrepair.checkpoint import direct
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.ledger import Ledger
 from streamrepair.engine.schedule import Place
 from streamrepair.engine.timeline import Lane
+
+
+class Pieces:
+    """A buffer for a piece of each side, kept from tensor to tensor: fresh memory costs as much as the copying."""
+
+    def __init__(self) -> None:
+        self._of_base, self._of_ft = bytearray(), memoryview(b"")
+
+    def of(self, nbytes: int) -> tuple[bytearray, memoryview]:
+        """One of at least `nbytes` for BASE, and one for FT that begins at a page of memory and is a page longer."""
+        if len(self._of_base) < nbytes:
+            self._of_base, self._of_ft = bytearray(nbytes), direct.page_aligned(nbytes + direct.PAGE_BYTES)
+        return self._of_base, self._of_ft
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +36,7 @@ class Worker:
     ledger: Ledger
     peers: int
     """Workers that take tasks from the same queue, this one included."""
+    pieces: Pieces = field(default_factory=Pieces)
 
     @property
     def place(self) -> Place:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.checkpoint.journal import Journal
 from streamrepair.checkpoint.write import ShardFile, ShardLayout
 from streamrepair.engine.accounts import Accounts
@@ -98,7 +98,7 @@ class Workspace:
         else:
             for name in ("journal", "sessions"):
                 osfile.unlink(self.state / name)
-            osfile.write_atomic(self.state / "run.json", msgspec.json.format(msgspec.json.encode(fingerprint)))
+            wholefile.write_atomic(self.state / "run.json", msgspec.json.format(msgspec.json.encode(fingerprint)))
         if finished:
             return self._mended_journal(finished)
         return [self._entry(line) for line in self.journal.open()]
@@ -196,13 +196,13 @@ class Workspace:
         if (report := self._earlier_report()) is not None:
             names |= report.headers.keys()
         with contextlib.suppress(InputError, msgspec.MsgspecError):
-            before = msgspec.json.decode(osfile.read_whole(self.state / "run.json"), type=Fingerprint)
+            before = msgspec.json.decode(wholefile.read_whole(self.state / "run.json"), type=Fingerprint)
             names |= {Path(restored(path)).name for path in before.ft}
         return names | {path.name for path in self.out.glob(_WEIGHTS[1]) if _shards_in(path) <= names}
 
     def _earlier_report(self) -> Report | None:
         with contextlib.suppress(InputError, msgspec.MsgspecError):
-            return msgspec.json.decode(osfile.read_whole(self.out / REPORT_NAME), type=Report)
+            return msgspec.json.decode(wholefile.read_whole(self.out / REPORT_NAME), type=Report)
         return None
 
     def _check_space(self, *, overwrite: bool) -> None:
@@ -263,7 +263,7 @@ class Workspace:
     def _refuse_changed(self, fingerprint: Fingerprint) -> None:
         path = self.state / "run.json"
         try:
-            before = msgspec.json.decode(osfile.read_whole(path), type=Fingerprint)
+            before = msgspec.json.decode(wholefile.read_whole(path), type=Fingerprint)
         except (InputError, msgspec.MsgspecError) as error:
             raise InputError(f"{shown(str(path))}: unreadable ({error}): start anew with --overwrite") from error
         self.began_on = before.device
@@ -286,6 +286,6 @@ class Workspace:
 def _shards_in(index: Path) -> set[str]:
     """The shards that an index names; what is no name of a shard if it cannot be read."""
     try:
-        return set(msgspec.json.decode(osfile.read_whole(index), type=_Index).weight_map.values())
+        return set(msgspec.json.decode(wholefile.read_whole(index), type=_Index).weight_map.values())
     except (InputError, msgspec.MsgspecError):
         return {""}

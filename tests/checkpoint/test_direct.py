@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import direct, osfile
 from streamrepair.errors import OutputError
 from tests.faults import Kernel, fails, none
 
-PAGE = osfile.PAGE_BYTES
+PAGE = direct.PAGE_BYTES
 LENGTH = 10 * PAGE
 
 
@@ -36,7 +36,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int, 
 def _aligned(data: bytes, offset: int) -> memoryview:
     """`data` in memory that lies at pages as `offset` does in the file."""
     lead = offset % PAGE
-    buffer = osfile.page_aligned(lead + len(data))[lead:]
+    buffer = direct.page_aligned(lead + len(data))[lead:]
     buffer[:] = data
     return buffer
 
@@ -51,18 +51,18 @@ def test_any_range_arrives_whatever_its_edges(file: tuple[Path, int, int], data:
     before = path.read_bytes()
     written = os.urandom(stop - start)
     buffer = _aligned(written, start if alike else start + 1)
-    osfile.pwrite_direct(fd, direct_fd, buffer, start, path)
+    direct.pwrite_direct(fd, direct_fd, buffer, start, path)
     expected = before[:start] + written + before[stop:]
     assert path.read_bytes() == expected
-    found = osfile.pread_direct(direct_fd, osfile.page_aligned(LENGTH + 3 * PAGE), start, stop - start)
+    found = direct.pread_direct(direct_fd, direct.page_aligned(LENGTH + 3 * PAGE), start, stop - start)
     assert found is not None
     assert bytes(found) == written
 
 
 def test_a_file_that_is_shorter_is_read_the_usual_way(file: tuple[Path, int, int]) -> None:
     """Whoever asked gets None and then meets the named error there."""
-    assert osfile.pread_direct(file[2], osfile.page_aligned(4 * PAGE), LENGTH, PAGE) is None
-    assert osfile.pread_direct(-1, osfile.page_aligned(4 * PAGE), 0, PAGE) is None
+    assert direct.pread_direct(file[2], direct.page_aligned(4 * PAGE), LENGTH, PAGE) is None
+    assert direct.pread_direct(-1, direct.page_aligned(4 * PAGE), 0, PAGE) is None
 
 
 def test_a_device_that_wants_other_alignment_is_written_through_the_cache(
@@ -72,14 +72,14 @@ def test_a_device_that_wants_other_alignment_is_written_through_the_cache(
     kernel = Kernel(("pwrite",), fails(1, errno.EINVAL))
     monkeypatch.setattr(osfile, "os", kernel)
     content = os.urandom(3 * PAGE)
-    osfile.pwrite_direct(fd, direct_fd, _aligned(content, PAGE), PAGE, path)
+    direct.pwrite_direct(fd, direct_fd, _aligned(content, PAGE), PAGE, path)
     assert path.read_bytes()[PAGE : 4 * PAGE] == content
 
 
 def test_a_device_that_fails_is_named(file: tuple[Path, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(osfile, "os", Kernel(("pwrite",), fails(1, errno.EIO)))
     with pytest.raises(OutputError, match=r"out\.partial: could not be written"):
-        osfile.pwrite_direct(file[1], file[2], _aligned(bytes(PAGE), 0), 0, file[0])
+        direct.pwrite_direct(file[1], file[2], _aligned(bytes(PAGE), 0), 0, file[0])
 
 
 def _cached(path: Path, offset: int) -> bool:
@@ -98,7 +98,7 @@ def test_what_is_written_directly_is_not_left_in_the_page_cache(file: tuple[Path
     osfile.pwrite_all(fd, memoryview(bytes(LENGTH)), 0, path)
     osfile.sync(fd, path)
     assert _cached(path, 4 * PAGE)
-    osfile.pwrite_direct(fd, direct_fd, _aligned(bytes(8 * PAGE), PAGE), PAGE, path)
+    direct.pwrite_direct(fd, direct_fd, _aligned(bytes(8 * PAGE), PAGE), PAGE, path)
     assert not _cached(path, 4 * PAGE)
 
 
@@ -129,6 +129,6 @@ def test_a_file_system_without_direct_access_is_no_failure(tmp_path: Path, monke
     assert direct_fd == -1
     monkeypatch.setattr(osfile, "os", Kernel((), none))
     fd = osfile.open_output(path)
-    osfile.pwrite_direct(fd, direct_fd, _aligned(b"x" * PAGE, 0), 0, path)
+    direct.pwrite_direct(fd, direct_fd, _aligned(b"x" * PAGE, 0), 0, path)
     osfile.close(fd)
     assert path.read_bytes() == b"x" * PAGE + bytes(PAGE)

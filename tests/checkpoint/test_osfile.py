@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.errors import DiskSpaceError, InputError, OutputError
 from tests.faults import WRITING, Kernel, fails, none
 
@@ -58,7 +58,7 @@ def test_short_and_interrupted_reads_and_writes_are_finished(tmp_path: Path, mon
     osfile.pread_into(fd, memoryview(found), 5, path)
     assert found == content
     assert osfile.read_exactly(fd, 100, 5) == content
-    assert osfile.read_whole(path) == bytes(5) + content
+    assert wholefile.read_whole(path) == bytes(5) + content
     osfile.close(fd)
 
 
@@ -152,7 +152,7 @@ def test_no_descriptor_is_left_by_refused_inputs(tmp_path: Path) -> None:
 def test_outputs_have_the_mode_the_umask_allows_and_follow_no_link(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:
-        osfile.write_atomic(tmp_path / "f", b"x")
+        wholefile.write_atomic(tmp_path / "f", b"x")
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "f").stat().st_mode) == 0o640
@@ -163,9 +163,9 @@ def test_outputs_have_the_mode_the_umask_allows_and_follow_no_link(tmp_path: Pat
 
 def test_a_whole_file_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(bytes(11))
-    assert osfile.read_whole(tmp_path / "f", 11) == bytes(11)
+    assert wholefile.read_whole(tmp_path / "f", 11) == bytes(11)
     with pytest.raises(InputError, match="f: is 11 bytes long, expected at most 10"):
-        osfile.read_whole(tmp_path / "f", 10)
+        wholefile.read_whole(tmp_path / "f", 10)
 
 
 def test_an_atomic_write_that_fails_anywhere_leaves_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,16 +173,16 @@ def test_an_atomic_write_that_fails_anywhere_leaves_old_or_new(tmp_path: Path, m
     path = tmp_path / "f"
     kernel = Kernel(WRITING, none)
     monkeypatch.setattr(osfile, "os", kernel)
-    osfile.write_atomic(path, b"old")
+    wholefile.write_atomic(path, b"old")
     assert kernel.calls == ["unlink", "pwrite", "fsync", "replace", "fsync"]
     for number in range(1, len(kernel.calls) + 1):
         path.write_bytes(b"old")
         monkeypatch.setattr(osfile, "os", Kernel(WRITING, fails(number, errno.EIO)))
         with pytest.raises(OutputError):
-            osfile.write_atomic(path, b"new")
+            wholefile.write_atomic(path, b"new")
         assert path.read_bytes() == (b"new" if number == 5 else b"old")
     monkeypatch.setattr(osfile, "os", os)
-    osfile.write_atomic(path, b"newer")
+    wholefile.write_atomic(path, b"newer")
     assert path.read_bytes() == b"newer"
     assert [p.name for p in tmp_path.iterdir()] == ["f"]
 
@@ -199,3 +199,15 @@ def test_chunks_cover_a_range_once() -> None:
     assert list(osfile.chunks(10, 4)) == [(0, 4), (4, 4), (8, 2)]
     assert list(osfile.chunks(8, 4)) == [(0, 4), (4, 4)]
     assert list(osfile.chunks(0, 4)) == []
+
+
+def test_a_wish_to_begin_writing_changes_nothing_and_never_fails(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    fd = osfile.open_output(path)
+    osfile.pwrite_all(fd, memoryview(b"x" * 10_000), 0, path)
+    osfile.start_writing(fd, 5, 9_000)
+    osfile.start_writing(fd, 1 << 40, 1)
+    osfile.sync(fd, path)
+    osfile.close(fd)
+    osfile.start_writing(-1, 0, 1)
+    assert path.read_bytes() == b"x" * 10_000

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from streamrepair.checkpoint import osfile
-from streamrepair.engine import pagecache, task
+from streamrepair.engine import copying, pagecache
 from tests.builders import bf16
 from tests.crash import powercut
 from tests.crash.campaign import FAULTS, SHAPES, one_fault, one_kill, operations
@@ -66,7 +66,7 @@ def test_a_power_cut_after_any_operation(reference: Undisturbed, tmp_path: Path,
 
 def test_a_power_cut_with_writes_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of large tensors; where the file system has no such writes this is the test above once more."""
-    monkeypatch.setattr(task, "_DIRECT_FROM_BYTES", 8192)
+    monkeypatch.setattr(copying, "_DIRECT_FROM_BYTES", 8192)
     monkeypatch.setattr(pagecache, "_LARGE_SHARE", 0.0)  # every run is large
     large = bf16(np.random.default_rng(0).standard_normal((128, 96)))
     pair = write_pair(tmp_path, SHAPES, shards=(1, 2), extra={"large": large})

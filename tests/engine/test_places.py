@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from streamrepair import api
-from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.engine import task
+from streamrepair.engine.job import Job
 from streamrepair.errors import InputError, LockedError, OutputError, UsageError
 from tests.faults import Kernel, fails
 from tests.pairs import Pair, shard_bytes, snapshot, write_pair
@@ -80,12 +81,12 @@ def test_a_report_that_fails_leaves_no_partial_file(tmp_path: Path, monkeypatch:
     for call in ("pwrite", "fsync", "replace"):
         monkeypatch.setattr(osfile, "os", Kernel((call,), fails(1, 28)))
         with pytest.raises(OutputError, match="No space left"):
-            osfile.write_atomic(tmp_path / "report.json", b"{}")
+            wholefile.write_atomic(tmp_path / "report.json", b"{}")
         monkeypatch.undo()
         assert list(tmp_path.iterdir()) == []
 
 
-def _no_work(job: task.Job) -> object:
+def _no_work(job: Job) -> object:
     raise AssertionError("work began")
 
 

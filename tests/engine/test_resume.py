@@ -21,6 +21,7 @@ from streamrepair import api
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.journal import Journal
 from streamrepair.engine import task
+from streamrepair.engine.job import Job
 from streamrepair.errors import DamageError, InputError, LockedError, OutputError
 from streamrepair.report import JournalEntry, TensorRecord
 from tests.command import finish, run, start, start_held
@@ -127,7 +128,7 @@ def _interrupted(pair: Pair, out: Path, monkeypatch: pytest.MonkeyPatch) -> None
     repair = task._repair
     names = [t.name for t in api.plan(pair.base, pair.ft, workers=1).tasks if t.shape]
 
-    def failing(job: task.Job) -> object:
+    def failing(job: Job) -> object:
         if job.task.name == names[-2]:
             raise OutputError("made up")
         return repair(job)

@@ -1,0 +1,83 @@
+"""What becomes of NaN and infinity in a pair: it is refused, or the user chose that such tensors are passed through.
+
+`finite` finds them.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.headers import TensorEntry
+from streamrepair.checkpoint.pairing import Side
+from streamrepair.engine.finite import first_nonfinite, search
+from streamrepair.engine.job import Job
+from streamrepair.engine.memory import COPY_BYTES
+from streamrepair.errors import InputError, shown
+
+
+class NonFiniteInputError(InputError):
+    """A weight of BASE or FT is NaN or infinite: the pair is refused and leaves no output.
+
+    Args:
+        found: what is where.
+    """
+
+    def __init__(self, found: str) -> None:
+        super().__init__(f"{found}: restore the file, or pass such tensors through with --on-nonfinite copy-ft")
+        self.found = found
+
+
+def met_nonfinite(job: Job, piece: memoryview, offset: int, *, of_base: bool) -> str | None:
+    """Where a piece is not finite, if the user allowed it.
+
+    Raises:
+        NonFiniteInputError: it is not finite and the user did not allow it.
+    """
+    side = job.task.pairing.base if of_base else job.task.ft
+    assert side is not None
+    index = first_nonfinite(piece, side.entry.dtype)
+    if index is None:
+        return None
+    item = side.entry.nbytes // side.entry.numel
+    checkpoint = job.around.base if of_base else job.around.ft
+    error = nonfinite_error(checkpoint.shards[side.shard].path, side.entry, offset // item + index)
+    if job.around.settings.on_nonfinite == "copy-ft":
+        return error.found
+    raise error
+
+
+def nonfinite_error(path: Path, entry: TensorEntry, index: int) -> NonFiniteInputError:
+    """What is to be said of an element that is not finite."""
+    found = f"{shown(str(path))}: tensor {shown(entry.name)} holds NaN or infinity at element {index}, "
+    return NonFiniteInputError(found + "expected finite numbers")
+
+
+def find_nonfinite(job: Job) -> str | None:
+    """Search both sides of a pair for NaN and infinity; where one is, if the user allowed it.
+
+    Raises:
+        NonFiniteInputError: one is not finite and the user did not allow it.
+    """
+    buffer = memoryview(bytearray(COPY_BYTES))
+    for side, of_base in ((job.task.pairing.base, True), (job.task.ft, False)):
+        assert side is not None
+        for offset, length in osfile.chunks(side.entry.nbytes, COPY_BYTES):
+            job.read(side, offset, buffer[:length], of_base=of_base)
+            found = met_nonfinite(job, buffer[:length], offset, of_base=of_base)
+            if found:
+                return found
+    return None
+
+
+def check_base(job: Job, base: Side) -> None:
+    """Read BASE's side of a tensor that is passed through: no number is made of it, but a broken input is to be known.
+
+    Raises:
+        NonFiniteInputError: it holds NaN or infinity. Where the user passes such tensors through, it is not read.
+    """
+    if job.around.settings.on_nonfinite == "refuse":
+        read = partial(job.read, base, of_base=True)
+        if (index := search(read, base.entry, job.around.check_stop)) is not None:
+            raise nonfinite_error(job.around.base.shards[base.shard].path, base.entry, index)
