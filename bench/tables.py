@@ -6,6 +6,7 @@ A table goes between the lines `<!-- bench:NAME -->` and `<!-- /bench -->`, NAME
 - end_to_end: whole repairs, against the plain in-memory way where that was run too;
 - copy: pairs with Δ = 0, against cp;
 - memory: allowed, projected and measured memory of every run;
+- budgets: what `budgets.py` measured: several budgets for one pair;
 - exact: what `end_to_end.py --check` found;
 - per_matrix: what `per_matrix.py` measured, one matrix at a time;
 - choices: the same, as to whether "auto" took the quicker backend, and how far predicted times are off;
@@ -87,6 +88,19 @@ def memory(records: list[Record]) -> list[Row]:
             continue
         own = [format_bytes(budget[f"ram_{word}_bytes"]) for word in ("allowed", "projected", "measured")]
         rows.append([_label(record), *own, _cost(record["streamrepair"])[1]])
+    return [head, *rows] if rows else []
+
+
+def budgets() -> list[Row]:
+    """Whether budgets hold, and what less memory costs."""
+    head = ["pair", "workers", "allowed", "projected", "measured", "projected ÷ measured", "time", "processor busy"]
+    rows: list[Row] = []
+    for record in named("budgets-*"):
+        for row in record["rows"]:
+            sizes = [format_bytes(row[f"{word}_bytes"]) for word in ("allowed", "projected", "measured")]
+            ratio = f"{row['projected_bytes'] / row['measured_bytes']:.2f}"
+            time, share = format_seconds(row["wall_s"]), f"{row['processor_share']:.0%}"
+            rows.append([row["pair"], str(row["workers"]), *sizes, ratio, time, share])
     return [head, *rows] if rows else []
 
 
@@ -208,6 +222,7 @@ TABLES: dict[str, Callable[[list[Record]], list[Row]]] = {
     "end_to_end": end_to_end,
     "copy": copy,
     "memory": memory,
+    "budgets": lambda _: budgets(),
     "exact": exact,
     "per_matrix": lambda _: per_matrix(),
     "choices": lambda _: choices(),
@@ -260,8 +275,9 @@ def section(name: str, records: list[Record]) -> str:
     head, *body = rows
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    if name in ("campaign", "recovery"):
-        records = named("crash-campaign" if name == "campaign" else "[rv]e*-*")
+    others = {"campaign": "crash-campaign", "recovery": "[rv]e*-*", "budgets": "budgets-*"}
+    if name in others:
+        records = named(others[name])
         return f"{table}\n\n" + "".join(f"{line}.\n" for line in _machines(records))
     if name in ("per_matrix", "choices"):
         return f"{table}\n\n{''.join(sorted({_bench_machine(r) for r in named('per-matrix*')}))}"

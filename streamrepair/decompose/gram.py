@@ -38,13 +38,14 @@ def truncate(
     *,
     arithmetic: Arithmetic,
     precision: Precision,
-    krylov: bool = False,
+    krylov: float = 0.0,
     estimate: Estimate = "exact",
 ) -> Truncation:
     """Decide and factor one delta through its Gram matrix.
 
     Args:
-        krylov: try `randomized` first. estimate: of the noise; "fast" is `randomized`'s alone.
+        krylov: share of the rank up to which `randomized` goes first; 0: not at all.
+        estimate: of the noise; "fast" is `randomized`'s alone.
 
     Raises:
         UnresolvedError: this precision cannot tell the kept rank.
@@ -66,6 +67,7 @@ def truncate(
                 probes=probes,
                 precision=precision,
                 estimate=estimate,
+                most_kept=krylov,
                 products=products,
             )
         except (ArithmeticError, np.linalg.LinAlgError) as error:

@@ -155,6 +155,10 @@ class Density:
         root = float(np.interp(position, self.below.mean(axis=1), self.roots))
         return root * root
 
+    def position(self, value: float) -> float:
+        """How many eigenvalues lie below a value."""
+        return float(np.interp(value**0.5, self.roots, self.below.mean(axis=1)))
+
     def continuous(self, position: float) -> bool:
         """Whether the quadrature's nodes on either side of a place are near each other, so that it can be interpolated.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from streamrepair.decompose import full, gram, row_space
 from streamrepair.decompose.arithmetic import Arithmetic
-from streamrepair.decompose.choose import Backend, Estimate, tries_krylov
+from streamrepair.decompose.choose import Backend, Estimate, krylov_share
 from streamrepair.decompose.convert import difference
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource, blocks
@@ -85,7 +85,7 @@ def _rungs(
     estimate: Estimate,
 ) -> list[Rung]:
     rungs: list[Rung] = []
-    krylov = tries_krylov(backend, estimate, source.cols)
+    krylov = krylov_share(backend, estimate, source.cols)
     if backend != "full":
         for precision in arithmetic.precisions:
             if precision == "float64" or (not sharp and rule.sigma == "median" and source.cols >= _LEAST_FLOAT32):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Gram, Precision, Products
-from streamrepair.decompose.choose import Estimate
+from streamrepair.decompose.choose import MOST_KEPT, Estimate
 from streamrepair.decompose.krylov import BlockLanczos, Density, Ritz
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.order_statistic import Located, locate
@@ -37,8 +37,12 @@ CAPACITY_SHARE = 6
 _BLOCK = 16
 _LOOK_AT = 6
 """Steps after which the number of values to keep is estimated for the first time."""
-_MOST_KEPT = 0.08
-"""Share of the rank above which the reduction is quicker."""
+_SOON = 8
+"""Steps in which the top has converged if there is a gap below it."""
+_LOOKS = 160
+"""Vectors of the basis for every step between two looks at its Ritz pairs."""
+_ROUGHLY = 0.1
+"""Share of the rank above which the first look is believed, which may be twice too high."""
 _ROTATION = 3e-6
 """‖Δ*′ − Δ*‖/‖Δ*‖ up to which the basis is extended."""
 _BLUNTEST = 1e-2
@@ -62,6 +66,7 @@ def truncate(
     probes: Doubles,
     precision: Precision,
     estimate: Estimate = "exact",
+    most_kept: float = MOST_KEPT,
     products: Products | None = None,
 ) -> Truncation:
     """Decide and factor one delta, given its Gram matrix.
@@ -71,6 +76,7 @@ def truncate(
         products: images under ΔᵀΔ itself, in float64, should G be too blunt for the median.
         probes: (p, n) that entered no computation.
         precision: of the products that G was summed from.
+        most_kept: share of the rank above which it hands over.
 
     Raises:
         UnresolvedError: another method is cheaper or is needed; G is as it was.
@@ -83,7 +89,7 @@ def truncate(
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it passes no check
             bound = certify.spectral_bound(gram.images - gram.exact_images)
-            search = _Search(matrix, rule, (source.rows, source.cols), bound)
+            search = _Search(matrix, rule, (source.rows, source.cols), bound, most_kept)
             return _decided(search, gram, probes, (precision, estimate, products))
     finally:
         matrix.restore()
@@ -94,7 +100,11 @@ def _decided(
 ) -> Truncation:
     precision, estimate, products = how
     # The first estimate is a rough one: what is settled at first lies clear of the noise.
-    search.settle(1.2 * search.look())
+    rough = 1.2 * search.look()
+    if not search.settle(rough, steps=_SOON):
+        density = search.density()  # a better one of how many are kept, before more is spent on them
+        search.refuse_many(search.matrix.size - density.position(search.cut(density.at(search.place))))
+        search.settle(rough)
     density = search.density()
     guess = density.at(search.place)
     if not search.bound <= _BLUNTEST * guess:
@@ -128,9 +138,11 @@ def _decided(
 class _Search:
     """The Krylov side: what is known of the spectrum so far."""
 
-    def __init__(self, matrix: SymmetricPair, rule: HardThreshold, shape: tuple[int, int], bound: float) -> None:
+    def __init__(
+        self, matrix: SymmetricPair, rule: HardThreshold, shape: tuple[int, int], bound: float, most_kept: float
+    ) -> None:
         n = matrix.size
-        self.matrix, self.shape, self.rule, self.bound = matrix, shape, rule, bound
+        self.matrix, self.shape, self.rule, self.bound, self.most_kept = matrix, shape, rule, bound, most_kept
         self.place = (n - 1) // 2
         capacity = max(n // CAPACITY_SHARE, (_LOOK_AT + 2) * _BLOCK)
         self.lanczos = BlockLanczos(matrix.times, n, block=_BLOCK, capacity=capacity, seed=_SEED)
@@ -150,21 +162,34 @@ class _Search:
         self.ritz = self.lanczos.ritz()
         self.bound += certify.solver_bound(float(self.ritz.values[0]), n)
         cut = self.cut(Density.of(self.ritz, n).at(self.place))
-        self._refuse_many(float(self.ritz.weights[self.ritz.values > cut].sum()) / _BLOCK * n)
+        self.refuse_many(float(self.ritz.weights[self.ritz.values > cut].sum()) / _BLOCK * n, _ROUGHLY)
         return cut
 
-    def settle(self, cut: float) -> None:
-        """Extend the basis until every Ritz value above `cut` is an eigenvalue, with its vector."""
+    def settle(self, cut: float, *, steps: int | None = None) -> bool:
+        """Extend the basis until every Ritz value above `cut` is an eigenvalue, with its vector.
+
+        Returns:
+            Whether that is so; it need not be after `steps` steps.
+
+        Raises:
+            UnresolvedError: too many are, or there is no room for them.
+        """
+        most = np.inf if steps is None else self.lanczos.size + steps * _BLOCK
         while True:
             above = int(np.count_nonzero(self.ritz.values > cut))
-            self._refuse_many(above)
+            self.refuse_many(above)
             # As if the threshold were a little lower: its exact value may not be known yet.
             rest = max(0.9 * cut, float(self.ritz.values[min(above, self.lanczos.size - 1)]))
             if above < self.lanczos.size and self.rotation(above, rest) <= _ROTATION:
-                return
+                return True
             if self.lanczos.full:
                 raise UnresolvedError(f"the kept vectors did not converge in {self.lanczos.size} Krylov vectors")
-            self.lanczos.extend()
+            if self.lanczos.size >= most:
+                return False
+            # The Ritz pairs of a large basis cost more than a step.
+            for _ in range(max(1, self.lanczos.size // _LOOKS)):
+                if not self.lanczos.full:
+                    self.lanczos.extend()
             self.ritz = self.lanczos.ritz()
 
     def density(self) -> Density:
@@ -178,10 +203,15 @@ class _Search:
             rest.extend()
         return Density.of(rest.ritz(), n - apart)
 
-    def _refuse_many(self, expected: float) -> None:
-        if expected > _MOST_KEPT * self.matrix.size:
-            share = expected / self.matrix.size
-            raise UnresolvedError(f"about {share:.0%} of the values would be kept: the reduction is quicker")
+    def refuse_many(self, expected: float, share: float = 0.0) -> None:
+        """Hand over where so many values are kept: more than may be, or than `share` of the rank if that is more.
+
+        Raises:
+            UnresolvedError: they are too many.
+        """
+        if expected > max(share, self.most_kept) * self.matrix.size:
+            part = expected / self.matrix.size
+            raise UnresolvedError(f"about {part:.0%} of the values would be kept: the reduction is quicker")
 
     def rotation(self, count: int, rest: float, error: float = 0.0) -> float:
         """‖Δ*′ − Δ*‖/‖Δ*‖ to first order, if the other eigenvalues lie below `rest` (Davis & Kahan 1970).

@@ -13,7 +13,7 @@ from streamrepair.checkpoint.headers import ITEM_BITS, TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
 from streamrepair.checkpoint.write import ShardLayout, layout_like
-from streamrepair.decompose.choose import tries_krylov
+from streamrepair.decompose.choose import krylov_share
 from streamrepair.engine import cost, memory, schedule
 from streamrepair.engine.finite import is_searched
 from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, refuse_too_large
@@ -235,7 +235,7 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     elif ft.entry.shape[0] < ft.entry.shape[1]:
         rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
     backend = "full" if settings.backend == "full" else "gram"
-    if settings.sigma == "median" and tries_krylov(settings.backend, settings.noise_estimate, shape.cols):
+    if settings.sigma == "median" and krylov_share(settings.backend, settings.noise_estimate, shape.cols):
         backend = "randomized"
     ram = memory.repair_bytes(shape, backend, rows)
     return Task(pairing, ft, ft.shard, out, shape, rows, backend, "cpu", ram, 0, flops(shape, backend))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamrepair.decompose.choose import tries_krylov
+from streamrepair.decompose.choose import krylov_share
 from streamrepair.engine import rates
 from streamrepair.engine.cost import predicted
 from streamrepair.engine.memory import MatrixShape
@@ -33,7 +33,7 @@ def test_predictions_grow_with_the_matrix_and_with_what_is_kept(m: int, n: int, 
 def test_krylov_is_tried_where_the_model_says_that_it_wins_if_little_is_kept(n: int) -> None:
     """Off by a factor of 1.1 in time at most: the choice is by shape, the model by speed."""
     gram, krylov = (predicted(_shape(n, n), method, rates.CPU, 0.03).total_s for method in ("gram", "randomized"))
-    if tries_krylov("auto", "exact", n):
+    if krylov_share("auto", "exact", n):
         assert krylov < 1.1 * gram
     else:
         assert gram < 1.1 * krylov

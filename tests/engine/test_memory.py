@@ -17,6 +17,7 @@ import pytest
 
 from streamrepair import api
 from streamrepair.decompose import full, gram, order_statistic, randomized
+from streamrepair.decompose.choose import MOST_KEPT
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.decompose.truncation import UnresolvedError
@@ -132,7 +133,7 @@ def test_nor_where_few_values_are_kept(tmp_path: Path, shape: tuple[int, int], e
         assert record["backend"].startswith("randomized")  # type: ignore[index]
 
 
-def _live_bytes(delta: Doubles, dtype: str, *, krylov: bool, scale: float) -> int:
+def _live_bytes(delta: Doubles, dtype: str, *, krylov: float, scale: float) -> int:
     """Peak of NumPy's own arrays over two matrices, one after the other, in one worker; panels are not among them."""
     source, scratch, rule = fine_tuned(delta, dtype), Scratch(), HardThreshold(scale=scale)
     host = HostArithmetic(scratch)
@@ -145,7 +146,7 @@ def _live_bytes(delta: Doubles, dtype: str, *, krylov: bool, scale: float) -> in
                 with contextlib.suppress(UnresolvedError):
                     found = gram.truncate(source, rule, arithmetic=host, precision="float32", krylov=krylov)
             found = found or gram.truncate(source, rule, arithmetic=host, precision="float64", krylov=krylov)
-            assert found.backend.startswith("randomized") == krylov
+            assert found.backend.startswith("randomized") == bool(krylov)
             for _ in host.merger(found.vh, dtype).merged(source.panels()):
                 pass
             del found
@@ -161,7 +162,7 @@ def _live_bytes(delta: Doubles, dtype: str, *, krylov: bool, scale: float) -> in
 )
 def test_every_array_of_the_gram_route_is_in_the_model(n: int, rows: int) -> None:
     """To a few percent, in each size in which a worker keeps other sums: process figures hide a term in their slack."""
-    live = _live_bytes(_delta((rows, n), n // 2 - 2), "BF16", krylov=False, scale=1.0)
+    live = _live_bytes(_delta((rows, n), n // 2 - 2), "BF16", krylov=0.0, scale=1.0)
     projected = memory.gram_bytes(MatrixShape(rows, n, 2, 2, 2))
     assert live <= projected <= 1.1 * live
 
@@ -169,14 +170,14 @@ def test_every_array_of_the_gram_route_is_in_the_model(n: int, rows: int) -> Non
 @pytest.mark.parametrize(("n", "rows", "dtype"), [(257, 1021, "F32"), (1009, 1009, "F32"), (601, 601, "BF16")])
 def test_and_where_all_may_be_kept(n: int, rows: int, dtype: str) -> None:
     item = 4 if dtype == "F32" else 2
-    live = _live_bytes(_delta((rows, n), n - 2), dtype, krylov=False, scale=0.01)
+    live = _live_bytes(_delta((rows, n), n - 2), dtype, krylov=0.0, scale=0.01)
     assert live <= memory.gram_bytes(MatrixShape(rows, n, item, item, item, kept_share=1.0)) <= 1.4 * live
 
 
 @pytest.mark.parametrize(("n", "rows", "dtype"), [(257, 257, "BF16"), (257, 1021, "F32"), (1201, 1201, "BF16")])
 def test_every_array_of_block_krylov_is_in_the_model(n: int, rows: int, dtype: str) -> None:
     item = 4 if dtype == "F32" else 2
-    live = _live_bytes(_delta((rows, n), round(0.03 * n)), dtype, krylov=True, scale=1.0)
+    live = _live_bytes(_delta((rows, n), round(0.03 * n)), dtype, krylov=MOST_KEPT, scale=1.0)
     assert live <= memory.randomized_bytes(MatrixShape(rows, n, item, item, item)) <= 2.0 * live
 
 
@@ -204,7 +205,7 @@ def test_every_array_of_the_reference_route_is_in_the_model(n: int, rows: int, d
 def test_block_krylovs_limits_are_those_of_the_backend() -> None:
     assert memory.KRYLOV_SHARE == randomized.CAPACITY_SHARE
     assert memory.KRYLOV_LEAST == (randomized._LOOK_AT + 2) * randomized._BLOCK
-    assert 1 / memory.KRYLOV_KEPT >= randomized._MOST_KEPT
+    assert 1 / memory.KRYLOV_KEPT >= MOST_KEPT
     assert memory.KRYLOV_MEDIAN == (order_statistic._MOST_STEPS + 1) * order_statistic._BLOCK
 
 
