@@ -243,7 +243,9 @@ def _failed(error: BaseException) -> int:
         _say("interrupted by SIGINT")
         return InterruptedRunError.exit_status
     if isinstance(error, OSError) and error.filename is not None:
-        _say(f"{shown(os.fsdecode(error.filename))}: {error.strerror}: check the path and its mode")
+        of = error.filename  # a number where a descriptor was given
+        name = f"descriptor {of}" if isinstance(of, int) else shown(os.fsdecode(of))
+        _say(f"{name}: {error.strerror}: check the path and its mode")
         return 1
     if isinstance(error, MemoryError):
         what = str(error) or "none was left"

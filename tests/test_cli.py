@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -87,6 +88,7 @@ def test_help_ends_however_narrow_the_terminal(columns: str) -> None:
     [
         (MemoryError(), "the system has less memory than --ram allows (none was left); finished work is kept: give a"),
         (ImportError("libx.so: failed to map"), "a library cannot be loaded (libx.so: failed to map): install"),
+        (OSError(errno.EBADF, "Bad file descriptor", 7), "descriptor 7: Bad file descriptor: check the path"),
     ],
 )
 def test_limits_of_the_system_are_no_bugs(

@@ -2,7 +2,8 @@
 
 What the kernel may do by halves (short reads and writes, interruption) is finished here; what it refuses is raised as
 the one error that names the file (`refusals`). Nothing else in the package calls `os.pread` and its kin, so that a test
-can stand in for the kernel under all of it: `direct` (past the page cache) and `wholefile` are made of what is here.
+can stand in for the kernel under all of it but `start_writing`, which is not in `os` and whose failure means nothing:
+`direct` (past the page cache) and `wholefile` are made of what is here.
 
 What a write guarantees: after `pwrite_all` the bytes are in the page cache, visible to every reader and lost in a power
 cut; after `sync` they are on the device. After `rename` the name is visible; after `sync_folder` it survives a power

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,24 +48,26 @@ def sidecars(checkpoint: Checkpoint) -> tuple[str, ...]:
     A checkpoint given as one file has them only if a config.json lies beside it: any folder may hold a weights file.
 
     Raises:
-        InputError: a folder cannot be listed.
+        InputError: the folder cannot be listed.
     """
     return tuple(sorted(name for name, regular in _found(checkpoint) if regular))
 
 
 def left_beside(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """What is named as a sidecar and is no file: links that lead nowhere or in circles, FIFOs, devices; sorted.
+    """What is named as a sidecar and is no file, sorted: links that lead nowhere or in circles, FIFOs, devices.
+
+    And folders (with a slash at the end) that cannot be listed.
 
     Raises:
-        InputError: a folder cannot be listed.
+        InputError: the folder cannot be listed.
     """
     return tuple(sorted(name for name, regular in _found(checkpoint) if not regular))
 
 
 def _found(checkpoint: Checkpoint) -> Iterator[tuple[str, bool]]:
-    """Relative paths, and whether there is a regular file."""
+    """Relative paths, and whether there is a regular file; of a folder that cannot be listed its own."""
     folder = checkpoint.folder
-    if checkpoint.whole_folder or (folder / "config.json").is_file():
+    if checkpoint.whole_folder or stat.S_ISREG(_mode(folder / "config.json")):
         yield from _walk(folder, "", 1)
 
 
@@ -72,6 +75,9 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, bool]]:
     try:
         entries = os.scandir(folder)
     except OSError as error:
+        if prefix:
+            yield prefix, False  # lost+found and the like are no reason to refuse the weights
+            return
         raise InputError(
             f"{refusals.shown_path(folder)}: cannot be listed ({error.strerror}); check its mode"
         ) from error
@@ -85,8 +91,15 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, bool]]:
                 own = name.startswith(("checkpoint-", "runs", "original", "onnx")) or _is_result(folder / name)
                 if depth < _DEEPEST and not own:
                     yield from _walk(folder / name, f"{prefix}{name}/", depth + 1)
-            elif _wanted(name) and not (folder / name).is_dir():
-                yield prefix + name, (folder / name).is_file()  # not the entry's own, which raises for circular links
+            elif _wanted(name) and not stat.S_ISDIR(mode := _mode(folder / name)):
+                yield prefix + name, stat.S_ISREG(mode)
+
+
+def _mode(path: Path) -> int:
+    """Of what a path leads to; 0 if that cannot be told: is_file raises for links into what may not be searched."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mode
+    return 0
 
 
 def _is_result(folder: Path) -> bool:

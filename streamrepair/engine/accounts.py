@@ -16,6 +16,11 @@ from streamrepair.engine.timeline import FILES
 from streamrepair.errors import InputError
 from streamrepair.report import ResourceUse, Session, Timings
 
+_LINE_BYTES = 700
+"""Of a line but for its workers; about 400, with small numbers."""
+_USE_BYTES = 160
+"""Of a worker in a line; about 120."""
+
 
 class _Line(msgspec.Struct, frozen=True):
     """A line of the file."""
@@ -69,6 +74,14 @@ class Accounts:
     def close(self) -> None:
         """Release the file."""
         self._journal.close()
+
+
+def most_bytes(lanes: int, commits: int) -> int:
+    """At most so many bytes a session with so many workers and commits adds to the file, marks included.
+
+    But for its warnings: there are few, and the disk's slack has room for them.
+    """
+    return commits * (_LINE_BYTES + _USE_BYTES * lanes)
 
 
 def summed(sessions: list[Session]) -> Timings:

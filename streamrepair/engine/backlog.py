@@ -7,13 +7,16 @@ is unwritten, and then stops whoever writes. With one, no worker starts a task w
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from streamrepair.engine.stop import StopRequest
 
 LEAST_BYTES = 1 << 31
-"""Twice what is committed at once, so that workers go on while it is synced."""
+"""Twice what is committed at once: a commit is due before anybody waits, and workers go on while it is synced."""
+MOST_BYTES = 1 << 32
+"""However much memory is free: seconds of a disk's work, as those who wait for its sync would have it."""
 _SHARE = 0.1
-"""Of the machine's free memory."""
+"""Of the machine's free memory, in between."""
 _POLL_S = 0.2
 
 
@@ -25,7 +28,7 @@ class Backlog:
     """
 
     def __init__(self, stop: StopRequest, *, free_bytes: int) -> None:
-        self._stop, self._limit_bytes = stop, max(LEAST_BYTES, int(_SHARE * free_bytes))
+        self._stop, self._limit_bytes = stop, max(LEAST_BYTES, min(MOST_BYTES, int(_SHARE * free_bytes)))
         self._bytes = 0
         self._changed = threading.Condition()
 
@@ -40,13 +43,20 @@ class Backlog:
             self._bytes -= nbytes
             self._changed.notify_all()
 
-    def wait(self) -> None:
+    def wait(self, before_waiting: Callable[[], None]) -> None:
         """Before another task: until no more is unsynced than may be, or the run is to stop.
+
+        Args:
+            before_waiting: called once, and only by a worker that has to wait.
 
         Raises:
             InterruptedRunError: nobody waits for this worker any more.
         """
+        waited = False
         with self._changed:
             while self._bytes > self._limit_bytes and not self._stop.requested:
                 self._stop.check()
+                if not waited:
+                    before_waiting()
+                    waited = True
                 self._changed.wait(_POLL_S)

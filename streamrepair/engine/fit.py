@@ -115,13 +115,17 @@ def affordable_lanes(tasks: Sequence[Task], devices: Sequence[str], workers: int
 
 
 def fits_climb(plan: Plan, backend: str) -> Mapping[str, bool]:
-    """For each repair, whether the CPU's part of a dearer backend fits beside the other workers' largest tasks."""
+    """For each repair, whether the CPU's part of a dearer backend fits beside the other workers' largest tasks.
+
+    One that the plan projects for the CPU with that very backend has its room already.
+    """
     at_once = sorted((task.ram_bytes for task in plan.at_once), reverse=True)
     others = sum(at_once[: plan.workers - 1])
     fixed = memory.run_bytes(plan.workers, tensors=plan.tensors, gpus=len(plan.gpus))
     room = plan.ram_allowed_bytes - fixed - others
     return {
-        task.name: memory.repair_bytes(task.shape, backend, task.shape.block) <= room
+        task.name: (task.place == "cpu" and task.backend == backend)
+        or memory.repair_bytes(task.shape, backend, task.shape.block) <= room
         for task in plan.tasks
         if task.shape is not None
     }

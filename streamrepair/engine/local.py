@@ -6,6 +6,7 @@ and one process holds one copy of the libraries.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
@@ -32,7 +33,8 @@ class LocalExecutor:
         lanes: the device of each thread. room_bytes: memory that running tasks may hold together.
         stop: ends the run early. timeline: told what every thread does.
         upcoming: told, more than once, of the tasks that are next in line, so that they can be read ahead.
-        hold: called before a worker asks for a task; waits while results pile up in front of the disk.
+        hold: called before a worker asks for a task; waits while results pile up in front of the disk, and calls what
+            it is given before it does.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class LocalExecutor:
         stop: StopRequest,
         timeline: Timeline,
         upcoming: Callable[[Task], None] = lambda _task: None,
-        hold: Callable[[], None] = lambda: None,
+        hold: Callable[[Callable[[], None]], None] = lambda _before_waiting: None,
     ) -> None:
         self._lanes, self._room_bytes, self._stop = tuple(lanes), room_bytes, stop
         self._timeline, self._upcoming, self._hold = timeline, upcoming, hold
@@ -58,9 +60,7 @@ class LocalExecutor:
         ledger = Ledger(tasks, room_bytes=self._room_bytes)
         done: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
         threads = [
-            threading.Thread(
-                target=_work, args=(worker, ledger, do, done, (self._upcoming, self._hold)), name=name, daemon=True
-            )
+            threading.Thread(target=self._work, args=(worker, ledger, do, done), name=name, daemon=True)
             for worker, name in self._workers(ledger)
         ]
         for thread in threads:
@@ -110,34 +110,39 @@ class LocalExecutor:
         if self._stop.requested:
             raise InterruptedRunError(self._stop.reason)
 
+    def _work(
+        self,
+        worker: Worker,
+        ledger: Ledger,
+        do: Callable[[Task, Worker], Outcome],
+        done: queue.SimpleQueue[Outcome | BaseException | None],
+    ) -> None:
+        """One worker's life; it puts its outcomes, at most one failure, and None at its end."""
+        try:
+            with own_stream(worker.device):
+                while (task := self._next(worker, ledger)) is not None:
+                    try:
+                        if self._stop.requested:
+                            break  # the collector, which closes the ledger, may be in the middle of a commit
+                        for following in ledger.following(worker.place, worker.peers):
+                            self._upcoming(following)
+                        with worker.lane.task(task.name):
+                            done.put(do(task, worker))
+                        worker.scratch.settle()
+                    finally:
+                        ledger.give_back(worker.number)
+        except BaseException as error:  # whatever it is, the collector raises it in the caller's thread
+            done.put(error)
+        done.put(None)
 
-def _work(
-    worker: Worker,
-    ledger: Ledger,
-    do: Callable[[Task, Worker], Outcome],
-    done: queue.SimpleQueue[Outcome | BaseException | None],
-    around: tuple[Callable[[Task], None], Callable[[], None]],
-) -> None:
-    """One worker's life; it puts its outcomes, at most one failure, and None at its end."""
-    upcoming, hold = around
-    place, lane = worker.place, worker.lane
-    try:
-        with own_stream(worker.device):
-            while True:
-                with lane.waiting_for_disk():
-                    hold()
-                with lane.waiting("memory"):
-                    task = ledger.take(worker.number, place, before_waiting=worker.scratch.clear)
-                if task is None:
-                    break
-                try:
-                    for following in ledger.following(place, worker.peers):
-                        upcoming(following)
-                    with lane.task(task.name):
-                        done.put(do(task, worker))
-                    worker.scratch.settle()
-                finally:
-                    ledger.give_back(worker.number)
-    except BaseException as error:  # whatever it is, the collector raises it in the caller's thread
-        done.put(error)
-    done.put(None)
+    def _next(self, worker: Worker, ledger: Ledger) -> Task | None:
+        """The worker's next task; while it waits for one it keeps nothing of the last, which no reservation covers."""
+        with contextlib.ExitStack() as waiting:
+
+            def before_waiting() -> None:
+                worker.scratch.clear()
+                waiting.enter_context(worker.lane.waiting_for_disk())
+
+            self._hold(before_waiting)
+        with worker.lane.waiting("memory"):
+            return ledger.take(worker.number, worker.place, before_waiting=worker.scratch.clear)

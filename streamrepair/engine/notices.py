@@ -44,7 +44,8 @@ def plan_warnings(plan: Plan) -> list[str]:
         if checkpoint.stray_files:
             found.append(f"{side}: ignored weight files {', '.join(map(shown, checkpoint.stray_files[:5]))}")
     if left := left_beside(plan.ft):
-        found.append(f"FT: left out beside the weights, being no regular files: {', '.join(map(shown, left[:5]))}")
+        listed = ", ".join(map(shown, left[:5]))
+        found.append(f"FT: left out beside the weights, being neither regular files nor readable folders: {listed}")
     return found
 
 

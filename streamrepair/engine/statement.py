@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from streamrepair.checkpoint.layout import Checkpoint
-from streamrepair.engine.accounts import summed, summed_uses
+from streamrepair.engine.accounts import most_bytes, summed, summed_uses
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan
 from streamrepair.report import (
@@ -57,9 +57,11 @@ def shard_index(plan: Plan) -> bytes:
 
 
 def statement_bytes(plan: Plan) -> int:
-    """At most so many bytes are the index, the journal and the report, the latter's temporary copy included."""
+    """At most so many bytes are index, journal, accounts and report, the latter's temporary copy included."""
     names = sum(len(shard.header_bytes) for shard in (*plan.base.shards, *plan.ft.shards))
-    return 4 * names + _RECORD_BYTES * (len(plan.tasks) + len(plan.dropped))
+    records = _RECORD_BYTES * (len(plan.tasks) + len(plan.dropped))
+    # A commit has at least one tensor, but for those at the end.
+    return 4 * names + records + most_bytes(len(plan.lanes), len(plan.tasks) + 2)
 
 
 def make_report(

@@ -64,10 +64,16 @@ def test_links_are_followed_and_become_files(ft: Path, tmp_path: Path) -> None:
     (ft / "tokenizer.json").symlink_to(blob)
     (ft / "circle.json").symlink_to("circle.json")
     (ft / "dangling.json").symlink_to(tmp_path / "nowhere")
+    (ft / "unsearched.json").symlink_to("x" * 256)  # as one into a folder that may not be searched: stat is refused
     (ft / "folder.json").mkdir()
     os.mkfifo(ft / "fifo.json")
     copied = _copied(ft, tmp_path / "out")
-    assert left_beside(open_checkpoint(ft, side="FT")) == ("circle.json", "dangling.json", "fifo.json")
+    assert left_beside(open_checkpoint(ft, side="FT")) == (
+        "circle.json",
+        "dangling.json",
+        "fifo.json",
+        "unsearched.json",
+    )
     assert copied["tokenizer.json"] == blob.read_bytes()
     assert not (tmp_path / "out" / "tokenizer.json").is_symlink()
     assert tuple(sorted(copied)) == CARRIED

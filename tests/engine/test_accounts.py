@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import msgspec
@@ -11,7 +12,9 @@ import pytest
 from streamrepair import api
 from streamrepair.checkpoint import osfile
 from streamrepair.engine import commit
-from streamrepair.engine.accounts import Accounts, summed, summed_uses
+from streamrepair.engine.accounts import Accounts, most_bytes, summed, summed_uses
+from streamrepair.engine.statement import statement_bytes
+from streamrepair.engine.worker import lane_names
 from streamrepair.errors import OutputError
 from streamrepair.report import ResourceUse, Session, Timings
 from tests.faults import Kernel, fails, none
@@ -87,6 +90,27 @@ def test_of_each_session_the_last_line_counts(tmp_path: Path) -> None:
         wall_s=7.0, read_s=14.0, decompose_s=0.0, write_s=2.0, bytes_read=42, bytes_written=14
     )
     accounts.close()
+
+
+def test_what_is_said_to_be_written_down_holds_the_accounts(tmp_path: Path) -> None:
+    """With many workers they are more than the records: every commit tells of every worker."""
+    pair = _pair(tmp_path)
+    planned = api.plan(pair.base, pair.ft)
+    many = dataclasses.replace(planned, lanes=("cpu",) * 64)
+    waits = dict.fromkeys(("read", "write", "memory"), 123456.1234)
+    uses = [_use(name, 123456.1234, waits, 123456.1234) for name in (*lane_names(many.lanes), "files")]
+    accounts = Accounts(tmp_path / "sessions")
+    accounts.open()
+    commits = len(planned.tasks) + 2
+    for _ in range(commits):
+        session = _session(123456.1234, 10**12)
+        accounts.record(msgspec.structs.replace(session, vram_measured_bytes=10**11, utilisation=tuple(uses)))
+    accounts.close()
+    size = (tmp_path / "sessions").stat().st_size
+    assert size < most_bytes(64, commits) < 1.5 * size
+    assert statement_bytes(many) - statement_bytes(planned) == most_bytes(64, commits) - most_bytes(
+        planned.workers, commits
+    )
 
 
 def _use(name: str, busy_s: float, waiting_s: dict[str, float], idle_s: float) -> ResourceUse:

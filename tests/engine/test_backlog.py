@@ -89,18 +89,48 @@ def test_a_sync_that_fails_ends_workers_that_wait_for_it(
     assert not [t for t in threading.enumerate() if t.name.startswith("cpu ")]
 
 
+class Waits:
+    """Counts the workers that have to wait."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self) -> None:
+        self.number += 1
+
+
 def test_nobody_waits_once_the_run_is_to_stop() -> None:
-    stop = StopRequest()
+    """Nor starts anything: that is the executor's part."""
+    stop, waits = StopRequest(), Waits()
     held = Backlog(stop, free_bytes=0)
     held.wrote(backlog.LEAST_BYTES)
-    held.wait()  # as much as may be
+    held.wait(waits)  # as much as may be
     held.wrote(1)
     stop.abandon()
     with pytest.raises(InterruptedRunError):
-        held.wait()
+        held.wait(waits)
     stop.request("SIGTERM")
-    held.wait()
+    held.wait(waits)
+    assert waits.number == 0
     later = Backlog(StopRequest(), free_bytes=0)
     later.wrote(backlog.LEAST_BYTES + 1)
-    threading.Timer(0.05, later.synced, (1,)).start()
-    later.wait()
+    threading.Timer(0.5, later.synced, (1,)).start()
+    later.wait(waits)
+    assert waits.number == 1, "once, however often it looks"
+
+
+@pytest.mark.parametrize(
+    ("free_bytes", "limit_bytes"), [(1 << 33, 1 << 31), (30_000_000_000, 3_000_000_000), (1 << 40, 1 << 32)]
+)
+def test_the_limit_is_what_a_disk_does_in_seconds_however_much_memory_is_free(
+    free_bytes: int, limit_bytes: int
+) -> None:
+    assert limit_bytes > commit._EVERY_BYTES, "or nobody would commit what all wait for"
+    held, waits = Backlog(StopRequest(), free_bytes=free_bytes), Waits()
+    held.wrote(limit_bytes)
+    held.wait(waits)
+    assert waits.number == 0
+    held.wrote(1)
+    threading.Timer(0.05, held.synced, (1,)).start()
+    held.wait(waits)
+    assert waits.number == 1

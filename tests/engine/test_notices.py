@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from streamrepair import api
+from streamrepair.checkpoint import sidecars
 from streamrepair.engine.notices import plan_warnings
+from streamrepair.errors import InputError
 from tests.builders import Raw, bf16
+from tests.faults import Kernel, fails
 from tests.pairs import write_pair, write_split
 
 SIDE = (64, 64)
@@ -64,6 +68,23 @@ def test_what_is_named_as_a_sidecar_and_is_no_file_is_told_of(tmp_path: Path) ->
     (pair.ft / "tokenizer.json").unlink()
     (pair.ft / "tokenizer.json").symlink_to("../blobs/4d7a")
     (pair.ft / "vocab.json").symlink_to("vocab.json")
-    said = "FT: left out beside the weights, being no regular files: tokenizer.json, vocab.json"
+    said = (
+        "FT: left out beside the weights, being neither regular files nor readable folders: tokenizer.json, vocab.json"
+    )
     assert _told(pair.base, pair.ft) == [said]
     assert api.repair(pair.base, pair.ft, tmp_path / "out").warnings == (said,)
+
+
+def test_a_folder_beside_the_weights_that_cannot_be_listed_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """lost+found on a volume of its own: a plan failed on it. FT's own folder has to be readable."""
+    pair = write_pair(tmp_path, {"w": SIDE}, shards=(1, 1))
+    (pair.ft / "lost+found").mkdir()
+    planned = api.plan(pair.base, pair.ft)
+    monkeypatch.setattr(sidecars, "os", Kernel(("scandir",), fails(2, errno.EACCES)))
+    said = "FT: left out beside the weights, being neither regular files nor readable folders: lost+found/"
+    assert plan_warnings(planned) == [said]
+    monkeypatch.setattr(sidecars, "os", Kernel(("scandir",), fails(1, errno.EACCES)))
+    with pytest.raises(InputError, match="cannot be listed"):
+        plan_warnings(planned)

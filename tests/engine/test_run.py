@@ -389,6 +389,22 @@ def test_low_rank_is_settled_in_the_smallest_budget_a_plan_accepts(tmp_path: Pat
     assert all("low rank" in r.reason for r in report.tensors.values())
 
 
+def test_full_runs_in_every_budget_that_its_plan_accepts_for_two_workers(tmp_path: Path) -> None:
+    """What the plan projects for a task is its own: other workers' tasks are not in its way."""
+    pair = write_pair(tmp_path, {"a": (600, 600), "b": (600, 600)})
+    roomy = api.plan(pair.base, pair.ft, ram="4GB", workers=2, backend="full", device="cpu")
+    planned = api.plan(
+        pair.base, pair.ft, ram=roomy.ram_projected_bytes - roomy.at_once[0].ram_bytes // 2, workers=2,
+        backend="full", device="cpu",
+    )  # fmt: skip
+    assert (planned.workers, planned.side_by_side) == (2, 1), "the budget was meant to be too small for both at once"
+    assert all(fits_climb(planned, "full").values())
+    report = api.repair(
+        pair.base, pair.ft, tmp_path / "out", ram=planned.ram_allowed_bytes, workers=2, backend="full", device="cpu"
+    )
+    assert {r.backend for r in report.tensors.values()} == {"full"}
+
+
 def test_a_spectrum_too_wide_for_the_budget_names_one_that_works(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     delta = rng.standard_normal((300, 300)) + 1e9 * np.outer(rng.standard_normal(300), rng.standard_normal(300))
