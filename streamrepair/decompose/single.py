@@ -176,7 +176,7 @@ def _decided(basis: _Basis, by: tuple[Products, Slack], matrix: _Matrix) -> Trun
     values = np.sort(np.concatenate([windows.values, windows.outside]))
     threshold = rule.estimate(roots(values), source.rows, n)
     cut = threshold.tau * threshold.tau
-    unsure = cut / median * off
+    unsure = float(cut / median * off)
     windows.clear(cut, unsure)
     margin = windows.error(cut, unsure) + unsure
     if close := int(np.count_nonzero(np.abs(windows.values - cut) <= margin)):

@@ -86,7 +86,7 @@ class Windows:
             return
         if not value > 0.0:
             raise UnresolvedError("the squared threshold vanishes")
-        nearest, margin = self._distance(value), self._margin(value, unsure)
+        nearest, margin = self._distance(value), float(self._margin(value, unsure))  # infinite if τ² is
         if not nearest > margin:
             raise UnresolvedError(
                 f"values outside the window come within {nearest / value:.1e}, {margin / value:.1e} is known"
