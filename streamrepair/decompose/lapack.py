@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -45,15 +46,21 @@ def tables() -> tuple[dict[str, object], ...]:
 
     found = []
     for module in ("scipy.linalg.cython_lapack", "scipy.linalg.cython_blas"):
-        if module not in sys.modules:
-            spec = PathFinder.find_spec(module, [str(Path(folder) / "linalg") for folder in scipy.__path__])
-            if spec is None or spec.loader is None:  # installed in some other way
-                import_module(module)
-            else:
-                sys.modules[module] = module_from_spec(spec)
-                spec.loader.exec_module(sys.modules[module])
-        found.append(sys.modules[module].__pyx_capi__)
+        found.append((sys.modules.get(module) or _alone(module, scipy.__path__)).__pyx_capi__)
     return tuple(found)
+
+
+def _alone(name: str, folders: Iterable[str]) -> ModuleType:
+    """A module of scipy.linalg without its package; whoever imports it properly later gets it as ever."""
+    spec = PathFinder.find_spec(name, [str(Path(folder) / "linalg") for folder in folders])
+    if spec is None or spec.loader is None:  # installed in some other way
+        return import_module(name)
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        del sys.modules[name]  # its package does not know of it
+    return module
 
 
 @cache

@@ -315,6 +315,6 @@ class _Search:
         vectors = self.lanczos.vectors(ritz.coefficients[:, :count][:, ::-1])
         values = ritz.values[:count][::-1]
         error = self.matrix.none_above(ceiling, values, vectors, probes, allowed=low - ceiling)
-        if error is None or ceiling + error > low:
+        if error is None or not ceiling + error <= low:
             raise UnresolvedError(f"not all values above {low:.3g} were found")
         return values, vectors, following, int(np.count_nonzero(values < high))

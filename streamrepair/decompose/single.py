@@ -89,12 +89,16 @@ class SingleTridiagonal:
         """(p, n) Q·T·Qᵀ·X."""
         rotated = probes.astype(np.float32)
         lapack.rotate_back(self._reflectors, self._scales, rotated, transpose=True)
-        image = rotated * self._diagonal
-        image[:, :-1] += rotated[:, 1:] * self._off
-        image[:, 1:] += rotated[:, :-1] * self._off
-        rotated = image.astype(np.float32)
+        rotated = self._times(rotated).astype(np.float32)
         lapack.rotate_back(self._reflectors, self._scales, rotated)
         images: Doubles = rotated.astype(np.float64) * self._scale
+        return images
+
+    def _times(self, rows: Doubles | Singles) -> Doubles:
+        """(k, n) T·v for each row v."""
+        images: Doubles = rows * self._diagonal
+        images[:, :-1] += rows[:, 1:] * self._off
+        images[:, 1:] += rows[:, :-1] * self._off
         return images
 
     def check_count(self, at: float) -> None:
@@ -108,15 +112,24 @@ class SingleTridiagonal:
         counted = certify.sturm_count(self._diagonal, self._off, between)
         certify.check_count(counted, len(self.values) - place, close=0)
 
-    def vectors(self, places: NDArray[np.intp]) -> Singles:
-        """(k, n) eigenvectors of the values at these places, as rows; not orthonormal where values are clustered."""
+    def vectors(self, places: NDArray[np.intp]) -> tuple[Singles, float]:
+        """(k, n) eigenvectors of the values at these places, as rows, and the largest residual ‖Tz − tz‖ of them.
+
+        They are not orthonormal where values are clustered.
+        """
         n = len(self._values)
         rows: Singles = np.empty((len(places), n), np.float32)
+        residual = 0.0
         for start in range(0, len(places), twisted.at_once(n)):
             batch = places[start : start + twisted.at_once(n)]
-            rows[start : start + len(batch)] = twisted.vectors(self._diagonal, self._off, self._values[batch])
+            found = twisted.vectors(self._diagonal, self._off, self._values[batch])
+            rows[start : start + len(batch)] = found
+            found_residual = self._times(found)
+            found *= self._values[batch, None]
+            found_residual -= found
+            residual = max(residual, float(np.linalg.norm(found_residual, axis=1).max(initial=0.0)))
         lapack.rotate_back(self._reflectors, self._scales, rows)
-        return rows
+        return rows, residual * self._scale
 
 
 def truncate(
@@ -163,8 +176,9 @@ def _decided(basis: _Basis, by: tuple[Products, Slack], matrix: _Matrix) -> Trun
     values = np.sort(np.concatenate([windows.values, windows.outside]))
     threshold = rule.estimate(roots(values), source.rows, n)
     cut = threshold.tau * threshold.tau
-    windows.clear(cut, cut / median * off)
-    margin = windows.error(cut) + cut / median * off
+    unsure = float(cut / median * off)
+    windows.clear(cut, unsure)
+    margin = windows.error(cut, unsure) + unsure
     if close := int(np.count_nonzero(np.abs(windows.values - cut) <= margin)):
         raise UnresolvedError(f"{close} values within {margin:.1e} of the squared threshold")
     turned = mixing(values, threshold.rank_kept, basis.error, basis.exact) + windows.mixing(cut)
@@ -208,10 +222,12 @@ class _Basis:
     """Places of the window around τ²."""
     error: float
     """‖ΔᵀΔ − QTQᵀ‖₂."""
+    blunt: float
+    """How far what ΔᵀΔ has outside the windows may be from T's values there."""
 
     def windows(self, products: Products, slack: Slack) -> Windows:
         """The windows' Ritz pairs."""
-        return ritz(products, slack, self.rows[self.windowed], self.outside, self.error)
+        return ritz(products, slack, self.rows[self.windowed], self.outside, self.blunt)
 
     @staticmethod
     def chosen(form: SingleTridiagonal, first: Threshold, error: float) -> _Basis:
@@ -231,7 +247,11 @@ class _Basis:
         places = np.unique(np.concatenate([middle, edge, np.arange(max(0, n - _LARGEST), n)]))
         wanted = np.union1d(places, np.arange(n - first.rank_kept, n))
         exact = slice(int(edge[0]), int(edge[-1]) + 1) if len(edge) else slice(0, 0)
-        return _Basis(form.vectors(wanted), np.isin(wanted, places), np.delete(t, places), exact, error)
+        rows, residual = form.vectors(wanted)
+        # They may have as much of the vectors of values that are further than `error` away.
+        tilt = residual / error + SKEW
+        blunt = error + tilt * tilt * float(t[-1])
+        return _Basis(rows, np.isin(wanted, places), np.delete(t, places), exact, error, blunt)
 
 
 def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> float:
@@ -293,10 +313,16 @@ def _window(values: Doubles, at: float, error: float, beside: int) -> NDArray[np
 
 
 def _assembled(windows: Windows, basis: _Basis, values: Doubles, rank: int) -> Singles:
-    """(rank, n) kept vectors in the order of `values`: exact ones where there are, float32 ones elsewhere."""
+    """(rank, n) kept vectors in the order of `values`: exact ones where there are, float32 ones elsewhere.
+
+    Raises:
+        UnresolvedError: more are kept than the float32 values foretold.
+    """
     vectors: Singles = np.empty((rank, basis.rows.shape[1]), np.float32)
     exact = np.isin(values[len(values) - rank :], windows.values)
     plain = basis.rows[~basis.windowed]
+    if rank - int(exact.sum()) > len(plain):
+        raise UnresolvedError("values between the threshold and its float32 estimate are kept and have no vectors")
     vectors[exact] = windows.vectors[len(windows.values) - int(exact.sum()) :]
     vectors[~exact] = plain[len(plain) - int(rank - exact.sum()) :]
     return vectors

@@ -1,16 +1,18 @@
 """Exact eigenvalues of ΔᵀΔ in a few windows, from a tridiagonal form T that has all of them to within e only.
 
-X, (w, n), are orthonormal approximations of T's vectors at the windows' places. By Rayleigh–Ritz in its span, in
-float64, ΔᵀΔ is in the basis of X and its complement
+X, (w, n), are orthonormal approximations of T's vectors at the windows' places, off by an angle φ. By Rayleigh–Ritz in
+their span, in float64, ΔᵀΔ is in the basis of X and its complement
 
     [ Θ  Rᵀ ]     Θ the Ritz values, R the residuals ΔᵀΔ·y − θ·y of the Ritz vectors,
     [ R  H  ]     H unknown.
 
-1. *H's eigenvalues are T's other values, to within e + 2‖R‖²/K.* Add K·XXᵀ, K as wide as a window, to ΔᵀΔ and to
-   Q·T·Qᵀ: by Weyl their ordered eigenvalues still differ by e at most, those of the window have moved out of the way.
-2. *Where none of these comes near v, as many eigenvalues of ΔᵀΔ lie below v as θ and values of T outside do*, and each
-   one there is a θ to within ‖R‖²/gap, gap the distance from v to H's spectrum. For the inertia of ΔᵀΔ − v is that of
-   H − v and that of its Schur complement Θ − v − Rᵀ(H − v)⁻¹R together (Haynsworth).
+1. *As many eigenvalues of H lie below v as values of T outside the windows do, and none of H's comes near v, if none of
+   T's comes within e + tan²φ·λ_max of it.* Let H′ be to QTQᵀ what H is to ΔᵀΔ: ‖H − H′‖ ≤ e. With C and S the parts
+   that the complement of X has in the span of T's other vectors and in that of the windows', H′ − v is
+   Cᵀ(T_out − v)C + Sᵀ(T_in − v)S. The first has the inertia of T_out − v (Sylvester), the second a norm of sin²φ·λ_max.
+2. *As many eigenvalues of ΔᵀΔ lie below v as θ and values of T outside do, and those near v are θ to within ‖R‖²/gap*,
+   gap what 1 leaves between v and H's eigenvalues. For the inertia of ΔᵀΔ − v is that of H − v and that of its Schur
+   complement Θ − v − Rᵀ(H − v)⁻¹R together (Haynsworth).
 
 Source: Parlett, The Symmetric Eigenvalue Problem, sections 10.1, 11.5 and 11.7; Haynsworth 1968; Mathias 1998
 (quadratic residual bounds); Davis & Kahan 1970.
@@ -33,6 +35,8 @@ Doubles = NDArray[np.float64]
 
 SKEW = 1e-5
 """Relative change of T's eigenvalues by reflectors that are orthogonal to float32 only (Ostrowski)."""
+_PARALLEL = 0.1
+"""‖XXᵀ − I‖_F up to which approximate vectors span as many dimensions as they are."""
 
 
 class Slack(NamedTuple):
@@ -58,7 +62,7 @@ class Windows:
     outside: Doubles
     """Values of T at the other places, ascending."""
     blunt: float
-    """How far eigenvalues may be from `outside`."""
+    """How far H's eigenvalues may be from `outside`: e + tan²φ·λ_max."""
 
     def place(self, place: int) -> tuple[float, float]:
         """The eigenvalue with `place` below it, and how far it may be off.
@@ -82,16 +86,17 @@ class Windows:
             return
         if not value > 0.0:
             raise UnresolvedError("the squared threshold vanishes")
-        # K is taken as `value`.
-        coupling = (float(np.trace(self.residuals)) ** 0.5 + len(self.values) ** 0.5 * self.slack.residuals) ** 2
-        margin = self.blunt + SKEW * value + 2.0 * coupling / value + unsure
-        nearest = self._distance(value)
+        nearest, margin = self._distance(value), float(self._margin(value, unsure))  # infinite if τ² is
         if not nearest > margin:
             raise UnresolvedError(
                 f"values outside the window come within {nearest / value:.1e}, {margin / value:.1e} is known"
             )
 
-    def error(self, value: float) -> float:
+    def _margin(self, value: float, unsure: float) -> float:
+        """How far `value` has to be from T's values outside the windows."""
+        return self.blunt + SKEW * value + unsure
+
+    def error(self, value: float, unsure: float = 0.0) -> float:
         """How far a Ritz value near `value` may be from an eigenvalue: ‖R‖₂² over the distance to the values outside.
 
         R are the residuals of the Ritz vectors that are nearer than those; what comes by way of the other windows is
@@ -102,7 +107,7 @@ class Windows:
         if not here.any():
             return self.slack.values
         size = float(np.linalg.eigvalsh(self.residuals[np.ix_(here, here)])[-1]) ** 0.5 + self.slack.residuals
-        gap = nearest - self.blunt
+        gap = nearest - self._margin(value, unsure)
         off = min(size, size * size / gap) if gap > 0.0 else size
         return float(self.slack.values + off)
 
@@ -133,10 +138,14 @@ def ritz(products: Products, slack: Slack, rows: Real, outside: Doubles, blunt: 
 
     Raises:
         NumericalError: something is not finite.
+        UnresolvedError: the rows are not independent.
     """
     vectors = rows.astype(np.float64)
     if not np.isfinite(vectors).all():  # LAPACK's QR need not return
         raise NumericalError("vectors of the tridiagonal form are not finite")
+    overlap = vectors @ vectors.T
+    if not np.linalg.norm(overlap - np.eye(len(overlap))) <= _PARALLEL:
+        raise UnresolvedError("vectors of the tridiagonal form are nearly parallel: its values are clustered")
     frame: Doubles = np.ascontiguousarray(np.linalg.qr(vectors.T)[0].T)
     images, inner = products(frame)
     if not np.isfinite(inner).all():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from streamrepair.decompose.arithmetic import Doubles
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import Truncation, UnresolvedError
+from streamrepair.decompose.windows import Windows
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 from tests.decompose.sources import ArraySource, fine_tuned, from_delta, low_rank_plus_noise, with_spectrum
@@ -98,7 +101,7 @@ def test_a_value_planted_beside_the_threshold_falls_on_its_side(off: float) -> N
     assert found.threshold.rank_kept == (7 if off > 0 else 6)
 
 
-@pytest.mark.parametrize("fault", ["turned", "repeated", "nan"])
+@pytest.mark.parametrize("fault", ["turned", "repeated", "nan", "another's"])
 def test_wrong_vectors_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = twisted.vectors
 
@@ -108,6 +111,8 @@ def test_wrong_vectors_are_caught(fault: str, monkeypatch: pytest.MonkeyPatch) -
             found = np.roll(found, 1, axis=1)
         elif fault == "repeated":
             found[-1] = found[-2]
+        elif fault == "another's":  # a true vector, of a value far outside the windows
+            found[len(found) // 4] = right(diagonal, off, lapack.tridiagonal_values(diagonal, off)[40:41])[0]
         else:
             found[len(found) // 2, 7] = np.nan
         return found
@@ -129,3 +134,51 @@ def test_wrong_values_are_caught(factor: float, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(lapack, "tridiagonal_values", wrong)
     with pytest.raises((NumericalError, UnresolvedError)):
         _truncated(fine_tuned(low_rank_plus_noise(300, 300, rank=9), "BF16"))
+
+
+def test_more_values_kept_than_foretold_are_none_without_vectors() -> None:
+    """A large scale multiplies what float32 has the median off by; a value between the two thresholds has no vector."""
+    n, rule = 300, HardThreshold(scale=30.0)
+    seen = set()
+    for seed in range(12):
+        s = np.sort(np.random.default_rng(seed).uniform(0.5, 1.5, n))
+        s[-16:] = np.geomspace(1.2, 1.3, 16) * rule.estimate(s, n, n).tau
+        for _ in range(3):  # the median does not depend on it
+            s[-17] = (1.0 + 2e-5) * rule.estimate(np.sort(s), n, n).tau
+        source, arithmetic = from_delta(with_spectrum(s, n, seed), "F32"), HostArithmetic()
+        probes = certify.probe_vectors(n)
+        gram = arithmetic.gram(source, probes, "float32")
+        try:
+            found = single.truncate(source, rule, arithmetic=arithmetic, gram=gram, probes=probes)
+            assert found.threshold.rank_kept == 17
+            seen.add("decided")
+        except UnresolvedError as error:
+            seen.add(str(error).partition(" ")[0])
+    assert {"decided", "values"} <= seen
+
+
+@pytest.mark.parametrize("where", ["outside", "inside"])
+def test_a_value_that_may_lie_on_either_side_of_the_threshold_is_not_decided(
+    where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One outside the windows that is as near as T is off; one inside that is nearer than the median is known."""
+    n, rule = 400, HardThreshold()
+    s = np.sort(np.random.default_rng(2).uniform(0.5, 1.5, n))
+    s[-6:] = np.geomspace(40.0, 60.0, 6)
+    s[-8:-6] = rule.estimate(s, n, n).tau * np.array([0.9995, 1.0005])
+    source, cut = from_delta(with_spectrum(s, n), "F32"), rule.estimate(s, n, n).tau ** 2
+    assert _truncated(source).threshold.rank_kept == 7
+    original = single.ritz
+
+    def moved(*arguments: object) -> Windows:
+        windows = original(*arguments)  # type: ignore[arg-type]
+        outside, values = windows.outside.copy(), windows.values.copy()
+        if where == "outside":
+            outside[-1] = cut + 0.9 * windows.blunt
+        else:
+            values[int(np.argmin(np.abs(values - cut)))] = cut * (1.0 + 1e-13)
+        return replace(windows, outside=outside, values=values)
+
+    monkeypatch.setattr(single, "ritz", moved)
+    with pytest.raises(UnresolvedError, match="outside the window" if where == "outside" else "squared threshold"):
+        _truncated(source)

@@ -19,6 +19,16 @@ def _symmetric(values: Doubles, seed: int) -> Doubles:
     return (q * values) @ q.T
 
 
+def _values(shape: str, seed: int) -> Doubles:
+    rng = np.random.default_rng(seed)
+    return {
+        "even": np.linspace(1.0, 2.0, N),
+        "random": np.sort(rng.uniform(1.0, 2.0, N)),
+        "pairs": np.repeat(np.linspace(1.0, 2.0, N // 2), 2),
+        "cluster": np.sort(np.r_[np.full(9, 1.5), rng.uniform(1.0, 2.0, N - 9)]),
+    }[shape]
+
+
 def _disturbance(norm: float, seed: int) -> Doubles:
     """(N, N) symmetric, random, of this spectral norm."""
     noise = np.random.default_rng(seed).standard_normal((N, N))
@@ -49,13 +59,7 @@ def _windows(exact: Doubles, e: float, *, seed: int = 0, span_noise: float = 0.0
 @settings(max_examples=200, deadline=None)
 def test_what_is_claimed_of_a_place_is_so(seed: int, off: float, span_noise: float, slack: float, shape: str) -> None:
     """The eigenvalue at a place, within the bound that comes with it, or no claim; e in units of the mean distance."""
-    rng = np.random.default_rng(seed)
-    values = {
-        "even": np.linspace(1.0, 2.0, N),
-        "random": np.sort(rng.uniform(1.0, 2.0, N)),
-        "pairs": np.repeat(np.linspace(1.0, 2.0, N // 2), 2),
-        "cluster": np.sort(np.r_[np.full(9, 1.5), rng.uniform(1.0, 2.0, N - 9)]),
-    }[shape]
+    values = _values(shape, seed)
     exact = _symmetric(values, seed)
     windows = _windows(exact, off / N, seed=seed, span_noise=span_noise, slack=slack)
     for place in (MIDDLE - 4, MIDDLE, MIDDLE + 3):
@@ -64,6 +68,16 @@ def test_what_is_claimed_of_a_place_is_so(seed: int, off: float, span_noise: flo
         except UnresolvedError:
             continue
         assert abs(value - values[place]) <= bound + 1e-13
+
+
+@pytest.mark.parametrize("shape", ["even", "random", "pairs", "cluster"])
+def test_and_claims_are_made(shape: str) -> None:
+    """Whatever the values are like, where T is off by no more than half of their mean distance."""
+    for seed in range(5):
+        values = _values(shape, seed)
+        windows = _windows(_symmetric(values, seed), 0.5 / N, seed=seed, slack=1e-6)
+        value, bound = windows.place(MIDDLE)
+        assert abs(value - values[MIDDLE]) <= bound < 1e-3
 
 
 @pytest.mark.parametrize("off", [0.1, 0.5, 1.0])
@@ -78,7 +92,7 @@ def test_a_median_that_t_cannot_name_is_known_to_many_digits(off: float) -> None
 
 def test_a_value_outside_that_may_be_anywhere_near_spoils_the_claim() -> None:
     values = np.linspace(1.0, 2.0, N)
-    windows = _windows(_symmetric(values, 3), 8.0 / N)
+    windows = _windows(_symmetric(values, 3), 13.0 / N)
     with pytest.raises(UnresolvedError, match="outside the window"):
         windows.place(MIDDLE)
 
@@ -98,3 +112,17 @@ def test_what_is_not_finite_is_an_error() -> None:
     for spoilt in (np.full_like(rows, np.nan), rows):
         with pytest.raises(NumericalError, match="not finite"):
             ritz(lambda x: (x, np.full((4, 4), np.inf)), Slack(0.0, 0.0), spoilt, np.ones(N - 4), 0.0)
+
+
+def test_rows_that_span_less_than_they_are_many_are_no_windows() -> None:
+    rows = np.eye(N)[[0, 1, 2, 2]]
+    with pytest.raises(UnresolvedError, match="parallel"):
+        ritz(lambda x: (x, x @ x.T), Slack(0.0, 0.0), rows, np.ones(N - 4), 0.0)
+
+
+def test_the_bound_is_by_the_distance_that_is_left() -> None:
+    """A residual of 1e-2, a value outside at 0.11 of which 0.1 are unsure: 1e-4 over what is left, not over all."""
+    residuals = np.array([[1e-4]])
+    windows = Windows(np.array([1.0]), np.eye(1, 5), residuals, Slack(0.0, 0.0), np.array([1.11]), 0.08)
+    assert windows.error(1.0, 0.02) == pytest.approx(1e-2)
+    assert windows.error(1.0) == pytest.approx(1e-4 / (0.11 - 0.08 - 1e-5), rel=1e-6)
