@@ -40,7 +40,7 @@ lint: $(DEV)
 
 check: lint test
 
-# An hour, most of it the plain in-memory way that is measured against. Pairs are made in the system's temporary folder
+# Two hours, much of it the plain in-memory way that is measured against. Pairs are made in the system's temporary folder
 # (BENCH_WORK=DIR for another) and removed; the largest takes 17 GB there.
 bench: $(DEMO)
 	$(BIN)/python bench/per_matrix.py --repeats 3 --out bench/results/per-matrix-small.json \
@@ -54,6 +54,9 @@ bench: $(DEMO)
 	$(BENCH) --arch qwen-0.5b --copy --name copy-qwen-0.5b-zero
 	$(BENCH) --arch llama-8b --layers 8 --spectrum heavy --skip-reference --name 8b-8-layers
 	$(BENCH) --arch llama-70b-layer --skip-reference --name 70b-layer-4GB -- --ram 4GB
+	$(BIN)/python bench/budgets.py --only qwen-0.5b --workers 1 --workers 2 --json bench/results/budgets-qwen-0.5b.json
+	$(BIN)/python bench/budgets.py --only llama-70b-layer --json bench/results/budgets-70b-layer.json
+	$(BIN)/python bench/budgets.py --only embedding-70b --json bench/results/budgets-embedding-70b.json
 	$(BIN)/python bench/plan_70b.py
 	$(BIN)/python bench/loads.py
 	$(BIN)/python bench/tables.py

@@ -121,15 +121,20 @@ class SingleTridiagonal:
         rows: Singles = np.empty((len(places), n), np.float32)
         residual = 0.0
         for start in range(0, len(places), twisted.at_once(n)):
-            batch = places[start : start + twisted.at_once(n)]
-            found = twisted.vectors(self._diagonal, self._off, self._values[batch])
-            rows[start : start + len(batch)] = found
-            found_residual = self._times(found)
-            found *= self._values[batch, None]
-            found_residual -= found
-            residual = max(residual, float(np.linalg.norm(found_residual, axis=1).max(initial=0.0)))
+            part = slice(start, start + twisted.at_once(n))
+            residual = float(np.maximum(residual, self._make(places[part], rows[part])))  # NaN stays
         lapack.rotate_back(self._reflectors, self._scales, rows)
         return rows, residual * self._scale
+
+    def _make(self, places: NDArray[np.intp], out: Singles) -> float:
+        """out ← T's own vectors; returns the largest residual. Nothing of a batch outlives it."""
+        values = self._values[places]
+        found = twisted.vectors(self._diagonal, self._off, values)
+        out[:] = found
+        off = self._times(found)
+        found *= values[:, None]
+        off -= found
+        return float(np.sqrt(np.einsum("ij,ij->i", off, off).max(initial=0.0)))
 
 
 def truncate(
