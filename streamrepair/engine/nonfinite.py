@@ -8,12 +8,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.pairing import Side
 from streamrepair.engine.finite import first_nonfinite, search
 from streamrepair.engine.job import Job
-from streamrepair.engine.memory import COPY_BYTES
 from streamrepair.errors import InputError, shown
 
 
@@ -40,9 +38,17 @@ def met_nonfinite(job: Job, piece: memoryview, offset: int, *, of_base: bool) ->
     index = first_nonfinite(piece, side.entry.dtype)
     if index is None:
         return None
-    item = side.entry.nbytes // side.entry.numel
+    return _allowed(job, side, offset // (side.entry.nbytes // side.entry.numel) + index, of_base=of_base)
+
+
+def _allowed(job: Job, side: Side, index: int, *, of_base: bool) -> str:
+    """What is said of an element that is not finite, if the user allowed it.
+
+    Raises:
+        NonFiniteInputError: the user did not.
+    """
     checkpoint = job.around.base if of_base else job.around.ft
-    error = nonfinite_error(checkpoint.shards[side.shard].path, side.entry, offset // item + index)
+    error = nonfinite_error(checkpoint.shards[side.shard].path, side.entry, index)
     if job.around.settings.on_nonfinite == "copy-ft":
         return error.found
     raise error
@@ -60,15 +66,15 @@ def find_nonfinite(job: Job) -> str | None:
     Raises:
         NonFiniteInputError: one is not finite and the user did not allow it.
     """
-    buffer = memoryview(bytearray(COPY_BYTES))
     for side, of_base in ((job.task.pairing.base, True), (job.task.ft, False)):
         assert side is not None
-        for offset, length in osfile.chunks(side.entry.nbytes, COPY_BYTES):
-            job.read(side, offset, buffer[:length], of_base=of_base)
-            found = met_nonfinite(job, buffer[:length], offset, of_base=of_base)
-            if found:
-                return found
+        if (index := _searched(job, side, of_base=of_base)) is not None:
+            return _allowed(job, side, index, of_base=of_base)
     return None
+
+
+def _searched(job: Job, side: Side, *, of_base: bool) -> int | None:
+    return search(partial(job.read, side, of_base=of_base), side.entry, job.around.check_stop)
 
 
 def check_base(job: Job, base: Side) -> None:
@@ -77,7 +83,5 @@ def check_base(job: Job, base: Side) -> None:
     Raises:
         NonFiniteInputError: it holds NaN or infinity. Where the user passes such tensors through, it is not read.
     """
-    if job.around.settings.on_nonfinite == "refuse":
-        read = partial(job.read, base, of_base=True)
-        if (index := search(read, base.entry, job.around.check_stop)) is not None:
-            raise nonfinite_error(job.around.base.shards[base.shard].path, base.entry, index)
+    if job.around.settings.on_nonfinite == "refuse" and (index := _searched(job, base, of_base=True)) is not None:
+        _allowed(job, base, index, of_base=True)

@@ -49,6 +49,8 @@ class _Run:
     workspace: Workspace
     stop: StopRequest
     watcher: Watcher
+    free_bytes: int
+    """Memory that the machine had free when it began."""
     files: InputFiles
     threads: NumericThreads
     warnings: list[str]
@@ -109,10 +111,10 @@ def execute(
     budget.reset_peak()
     gpu.cap_memory(plan.gpus, plan.vram_allowed_bytes)
     # Past the page cache is slower where there is room in it, and kinder where there is not.
-    direct = lets_go(plan, limits.free_bytes())
-    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=direct)
+    free_bytes = limits.free_bytes()
+    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=lets_go(plan, free_bytes))
     timeline = Timeline(keep=trace is not None)
-    run = _Run(plan, workspace, stop, watcher, InputFiles(), NumericThreads(), [], timeline, arithmetic)
+    run = _Run(plan, workspace, stop, watcher, free_bytes, InputFiles(), NumericThreads(), [], timeline, arithmetic)
     try:
         journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
@@ -150,10 +152,9 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         )
     unchanged = _unchanged_check(run)
     _check_dropped(run)
-    free_bytes = limits.free_bytes()
-    for message in machine_warnings(plan, free_bytes):
+    for message in machine_warnings(plan, run.free_bytes):
         run.warn(message)
-    backlog = Backlog(run.stop, free_bytes=free_bytes)
+    backlog = Backlog(run.stop, free_bytes=run.free_bytes)
     committer = Committer(
         run.workspace,
         done,
@@ -161,9 +162,9 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         after_commit=run.record_session,
         synced=backlog.synced,
         stop=run.stop,
-        lets_go=lets_go(plan, free_bytes),
+        lets_go=lets_go(plan, run.free_bytes),
     )
-    cache = PageCache(plan, run.files, free_bytes=free_bytes, timeline=run.timeline)
+    cache = PageCache(plan, run.files, free_bytes=run.free_bytes, timeline=run.timeline)
     try:
         _work(run, committer, cache, backlog, [task for task in plan.tasks if task.name not in done])
     finally:
