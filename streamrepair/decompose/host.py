@@ -69,9 +69,7 @@ class HostArithmetic:
     def products(self, source: PanelSource, vectors: Doubles) -> tuple[Doubles, Doubles]:
         """(k, n) ΔᵀΔ·v for each row v of `vectors`, and (k, k) inner products vᵀΔᵀΔ·w, in float64, in one pass."""
         images, inner = np.zeros(vectors.shape), np.zeros((len(vectors), len(vectors)))
-        for block in blocks(source):
-            delta = self._delta(block, np.float64)
-            lifted = delta @ vectors.T
+        for delta, lifted in self._lifted(source, vectors):
             images += lifted.T @ delta
             inner += lifted.T @ lifted
         return images, inner
@@ -79,10 +77,15 @@ class HostArithmetic:
     def inner_products(self, source: PanelSource, vectors: Doubles) -> Doubles:
         """(k, k) inner products vᵀΔᵀΔ·w of the rows of (k, n) `vectors`, in float64, in one pass."""
         inner = np.zeros((len(vectors), len(vectors)))
-        for block in blocks(source):
-            lifted = self._delta(block, np.float64) @ vectors.T
+        for _, lifted in self._lifted(source, vectors):
             inner += lifted.T @ lifted
         return inner
+
+    def _lifted(self, source: PanelSource, vectors: Doubles) -> Iterator[tuple[Doubles, Doubles]]:
+        """Δ of each block, and its products with the rows of `vectors`, (rows, k)."""
+        for block in blocks(source):
+            delta = self._delta(block, np.float64)
+            yield delta, delta @ vectors.T
 
     def triangular_factor(self, source: PanelSource) -> Doubles:
         """R by sequential TSQR (Demmel, Grigori, Hoemmen & Langou 2012)."""
@@ -184,9 +187,7 @@ class TridiagonalSpectrum(Spectrum):
         """Q·T·Qᵀ·X."""
         rotated = probes.copy()
         lapack.rotate_back(self._reflectors, self._scales, rotated, transpose=True)
-        image = rotated * self._diagonal
-        image[:, :-1] += rotated[:, 1:] * self._off
-        image[:, 1:] += rotated[:, :-1] * self._off
+        image = lapack.times_tridiagonal(self._diagonal, self._off, rotated)
         lapack.rotate_back(self._reflectors, self._scales, image)
         return image
 

@@ -166,6 +166,14 @@ def tridiagonal_values(diagonal: Double, off: Double) -> Double:
     return values
 
 
+def times_tridiagonal(diagonal: Double, off: Double, rows: Real) -> Double:
+    """(k, n) T·v for each row v, T symmetric tridiagonal."""
+    images: Double = rows * diagonal
+    images[:, :-1] += rows[:, 1:] * off
+    images[:, 1:] += rows[:, :-1] * off
+    return images
+
+
 def tridiagonal_vectors(diagonal: Double, off: Double, count: int) -> Double:
     """The eigenvectors of the `count` largest eigenvalues, as rows of a (count, n) array, ascending (dstemr: MRRR).
 

@@ -27,6 +27,7 @@ from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.order_statistic import Located, locate
 from streamrepair.decompose.symmetric import SymmetricPair
 from streamrepair.decompose.truncation import MOST_MIXING, Truncation, UnresolvedError, roots
+from streamrepair.decompose.windows import rayleigh_ritz
 from streamrepair.spectral.noise import sigma_from_median
 from streamrepair.spectral.threshold import HardThreshold, aspect_ratio, tau
 
@@ -262,14 +263,9 @@ class _Search:
         the ends of the span.
         """
         assert found.around is not None
-        frame = np.ascontiguousarray(np.linalg.qr(found.around.T)[0].T)
-        images, inner = products(frame)
-        if not np.isfinite(inner).all():
-            raise UnresolvedError("products with the delta are not finite")
-        values, mix = np.linalg.eigh(inner)
+        values, _, residuals = rayleigh_ritz(products, found.around)
         value = float(values[found.index])
         gap = min(value - float(values[0]), float(values[-1]) - value) - self.bound
-        residuals = mix.T @ images - values[:, None] * (mix.T @ frame)
         norms = np.linalg.norm(residuals, axis=1)
         own, others = float(norms[found.index]), np.delete(norms, found.index)
         # Second order in the coupling with what lies outside, and what of it comes by way of the other vectors.

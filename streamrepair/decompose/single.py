@@ -89,16 +89,9 @@ class SingleTridiagonal:
         """(p, n) Q·T·Qᵀ·X."""
         rotated = probes.astype(np.float32)
         lapack.rotate_back(self._reflectors, self._scales, rotated, transpose=True)
-        rotated = self._times(rotated).astype(np.float32)
+        rotated = lapack.times_tridiagonal(self._diagonal, self._off, rotated).astype(np.float32)
         lapack.rotate_back(self._reflectors, self._scales, rotated)
         images: Doubles = rotated.astype(np.float64) * self._scale
-        return images
-
-    def _times(self, rows: Doubles | Singles) -> Doubles:
-        """(k, n) T·v for each row v."""
-        images: Doubles = rows * self._diagonal
-        images[:, :-1] += rows[:, 1:] * self._off
-        images[:, 1:] += rows[:, :-1] * self._off
         return images
 
     def check_count(self, at: float) -> None:
@@ -131,10 +124,10 @@ class SingleTridiagonal:
         values = self._values[places]
         found = twisted.vectors(self._diagonal, self._off, values)
         out[:] = found
-        off = self._times(found)
+        difference = lapack.times_tridiagonal(self._diagonal, self._off, found)
         found *= values[:, None]
-        off -= found
-        return float(np.sqrt(np.einsum("ij,ij->i", off, off).max(initial=0.0)))
+        difference -= found
+        return float(np.sqrt(np.einsum("ij,ij->i", difference, difference).max(initial=0.0)))
 
 
 def truncate(

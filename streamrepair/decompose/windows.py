@@ -146,11 +146,20 @@ def ritz(products: Products, slack: Slack, rows: Real, outside: Doubles, blunt: 
     overlap = vectors @ vectors.T
     if not np.linalg.norm(overlap - np.eye(len(overlap))) <= _PARALLEL:
         raise UnresolvedError("vectors of the tridiagonal form are nearly parallel: its values are clustered")
-    frame: Doubles = np.ascontiguousarray(np.linalg.qr(vectors.T)[0].T)
+    values, vectors, residuals = rayleigh_ritz(products, vectors)
+    return Windows(values, vectors, residuals @ residuals.T, slack, outside, blunt)
+
+
+def rayleigh_ritz(products: Products, rows: Doubles) -> tuple[Doubles, Doubles, Doubles]:
+    """Ritz values, ascending, of a matrix in the span of (w, n) independent rows; (w, n) Ritz vectors and residuals.
+
+    Raises:
+        NumericalError: products are not finite.
+    """
+    frame: Doubles = np.ascontiguousarray(np.linalg.qr(rows.T)[0].T)
     images, inner = products(frame)
     if not np.isfinite(inner).all():
         raise NumericalError("products with the delta are not finite")
     values, mix = np.linalg.eigh(inner)
     vectors = mix.T @ frame
-    residuals = mix.T @ images - values[:, None] * vectors
-    return Windows(values, vectors, residuals @ residuals.T, slack, outside, blunt)
+    return values, vectors, mix.T @ images - values[:, None] * vectors
