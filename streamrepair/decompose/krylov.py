@@ -20,6 +20,8 @@ from streamrepair.errors import NumericalError
 
 Doubles = NDArray[np.float64]
 
+_VANISHED = 1e-5
+"""Share of the images that is new, below which rounding (1e-16 of them) would show in the next step's vectors."""
 _WIDEST_STEP = 0.28
 """Of the neighbouring nodes' roots, relative: noise of square matrices, the widest, has 0.2 at its median."""
 
@@ -90,9 +92,12 @@ class BlockLanczos:
         self._projected[: at + b, at : at + b] = total
         self._projected[at : at + b, : at + b] = total.T
         fresh, self._last = _orthonormal(images)
-        # Where images vanished, what is left is rounding and need not be orthogonal to the basis.
-        fresh -= (fresh @ known.T) @ known
-        self._basis[at + b : at + 2 * b] = _orthonormal(fresh)[0]
+        sizes = np.abs(self._last.diagonal())
+        if not sizes.min() > _VANISHED * max(np.abs(total).max(), sizes.max()):
+            # What is left of an image that vanished is rounding and need not be orthogonal to the basis.
+            fresh -= (fresh @ known.T) @ known
+            fresh = _orthonormal(fresh)[0]
+        self._basis[at + b : at + 2 * b] = fresh
         self.size = at + b
 
     def ritz(self) -> Ritz:

@@ -8,6 +8,7 @@ Source of the counts: Sylvester's law of inertia; Parlett, The Symmetric Eigenva
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,8 +19,15 @@ from streamrepair.decompose.convert import Real, RealType
 Doubles = NDArray[np.float64]
 
 _TILE = 256
-_SINGLE = 3e-5
-"""Error of a Cholesky factor in float32, in units of the shift, that is to be expected at least."""
+
+
+class Seen(NamedTuple):
+    """What a matrix does to vectors that enter no computation on it."""
+
+    probes: Doubles
+    """(p, n) X."""
+    images: Doubles
+    """(p, n) G·X."""
 
 
 class SymmetricPair:
@@ -40,12 +48,28 @@ class SymmetricPair:
         """n."""
         return len(self._array)
 
-    def times(self, vectors: Doubles) -> Doubles:
-        """(k, n) G·v for each row v of `vectors`; with both triangles until one is needed for factors."""
-        if self._factors is None and not self._mirrored:
-            self._mirror()
+    @property
+    def largest_diagonal(self) -> float:
+        """Of G; no entry of a Gram matrix is larger."""
+        return float(self._diagonal.max())
+
+    def fill(self) -> None:
+        """Put G into both triangles, for many products: LAPACK packs a single one anew in every call."""
+        self._mirror()
         self._place(self._diagonal)
-        if not self._mirrored:  # LAPACK packs a triangle anew in every call: half as fast for few vectors
+
+    def copy(self, out: Real, factor: float) -> None:
+        """Both triangles of (n, n) `out` ← factor·G."""
+        for i in range(0, self.size, _TILE):
+            rows = slice(i, i + _TILE)
+            np.multiply(self._array[rows, i:], factor, out=out[rows, i:], casting="same_kind")
+        self._mirror(factor, out)
+        out.flat[:: self.size + 1] = self._diagonal * factor
+
+    def times(self, vectors: Doubles) -> Doubles:
+        """(k, n) G·v for each row v of `vectors`."""
+        self._place(self._diagonal)
+        if not self._mirrored:
             return lapack.times_symmetric(self._array, vectors)
         images: Doubles = vectors @ self._array
         return images
@@ -88,40 +112,35 @@ class SymmetricPair:
         # Each row is E on a unit vector, where certify's probes have norm √n.
         return certify.spectral_bound(defect * self.size**0.5)
 
-    def none_above(
-        self, c: float, values: Doubles, vectors: Doubles, probes: Doubles, *, allowed: float
-    ) -> float | None:
+    def none_above(self, c: float, values: Doubles, vectors: Doubles, seen: Seen) -> float:
         """Proof that G has no more eigenvalues above c than `values`: c·I − (G − Σ θ·v·vᵀ) has a Cholesky factor.
 
         Args:
             values: (k,) non-negative θ. vectors: (k, n) v as rows; they need not be eigenvectors for the proof to hold.
-            allowed: error of the factor that will do: where float32's own is well below it, float32 is tried first.
+            seen: G on the probes.
 
         Returns:
-            The measured error of the factor, by which c is to be raised; None if there is no factor.
+            The measured error of the factor, by which c is to be raised; infinite if there is no factor.
 
         Source: Weyl's inequality, λ_{k+1}(A + B) ≤ λ₁(A) for B of rank k; Rump 2006 for Cholesky as a proof.
         """
-        deflation = np.ascontiguousarray(vectors * np.sqrt(values / c)[:, None])
-        # In units of c: what float32 holds of G does not depend on G's scale.
-        images = probes - self.times(probes) / c + (probes @ deflation.T) @ deflation
-        if allowed > _SINGLE * c:
-            error = self._factor_error(np.empty(self._array.shape, np.float32), c, deflation, probes, images)
-            if error is not None and c * error <= allowed:
-                return c * error
+        deflation, images = deflated(c, values, vectors, seen)
         self._factors, self._mirrored = None, False
-        error = self._factor_error(self._array, c, deflation, probes, images)
-        return None if error is None else c * error
+        self._mirror(-1.0 / c)
+        return c * self.factor_error(self._array, c, deflation, seen.probes, images)
 
-    def _factor_error(self, out: Real, c: float, deflation: Doubles, probes: Doubles, images: Doubles) -> float | None:
-        """‖LLᵀ − (I − G/c + Σ v·vᵀ)‖₂, L in the C lower triangle of `out`; None if there is no L."""
+    def factor_error(self, out: Real, c: float, deflation: Doubles, probes: Doubles, images: Doubles) -> float:
+        """‖LLᵀ − (I − G/c + Σ v·vᵀ)‖₂, L the Cholesky factor of what `out` is made to hold; infinite if there is none.
+
+        Args:
+            out: (n, n), −G/c below the diagonal; overwritten. deflation, images: as `deflated` gives them.
+        """
         real: RealType = np.float32 if out.dtype == np.float32 else np.float64
-        self._mirror(-1.0 / c, out)
         out.flat[:: self.size + 1] = 1.0 - self._diagonal / c
         rows: Real = deflation.astype(real, copy=False)
         lapack.add_outer(rows, out)
         if not lapack.cholesky(out):
-            return None
+            return np.inf
         columns: Real = probes.astype(real)
         return certify.spectral_bound(lapack.times_cholesky(out, columns) - images)
 
@@ -141,6 +160,15 @@ class SymmetricPair:
                 columns = slice(j, j + _TILE)
                 np.multiply(a[rows, columns].T, factor, out=target[columns, rows], casting="same_kind")
         self._mirrored = target is a and factor == 1.0
+
+
+def deflated(c: float, values: Doubles, vectors: Doubles, seen: Seen) -> tuple[Doubles, Doubles]:
+    """Rows whose Σ v·vᵀ takes Σ θ·v·vᵀ out of −G/c, and (p, n) images of the probes under I − G/c + Σ v·vᵀ.
+
+    In units of c: what float32 holds of G does not depend on G's scale.
+    """
+    rows = np.ascontiguousarray(vectors * np.sqrt(values / c)[:, None])
+    return rows, seen.probes - seen.images / c + (seen.probes @ rows.T) @ rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,20 +120,20 @@ def _kept_on_bytes(shape: MatrixShape) -> int:
 def randomized_bytes(shape: MatrixShape) -> int:
     """Peak of block Krylov or, as it hands over where much is kept, of the Gram route, whichever is larger.
 
-    Beside G, in whose other triangle the factors lie: a basis of c vectors, of which it may keep all, with the Ritz
-    pairs in it (five c × c arrays in the solver); and the largest of three: vectors that are held apart and the
-    density's basis (208 vectors); the median's basis of at most 400 vectors with its Ritz pairs, and its surroundings
-    (56 vectors seven times); kept vectors, as they are and scaled in float64 and float32 for the proof,
-    with its factor in float32. A step has 16 vectors eight
-    times.
+    Beside G, in whose other triangle the factors lie: its float32 copy for 16-bit outputs; a basis of c vectors, of
+    which it may keep all, with the Ritz pairs in it (five c × c arrays in the solver); and the largest of three:
+    vectors that are held apart and the density's basis (208 vectors); the median's basis of at most 400 vectors with
+    its Ritz pairs, and its surroundings (56 vectors seven times); kept vectors three times, rotated and with their
+    images, or for the proof as they are and scaled. A step has 16 vectors eight times.
     """
     n = shape.cols
     c, beside = max(n // KRYLOV_SHARE, KRYLOV_LEAST), min(n, KRYLOV_MEDIAN)
+    copy = 4 * n * n if shape.out_item_bytes == 2 else 0
     basis = 8 * c * n + 40 * c * c
     density = 8 * c * n + 8 * 208 * n
     median = 8 * beside * n + 40 * beside * beside + 8 * 7 * 56 * n
-    proof = 4 * n * n + 20 * n * max(1, n // KRYLOV_KEPT)
-    search = basis + 8 * 8 * 16 * n + max(density, median, proof)
+    kept = 3 * 8 * n * (max(1, n // KRYLOV_KEPT) + 1)
+    search = copy + basis + 8 * 8 * 16 * n + max(density, median, kept)
     return max(gram_bytes(shape), _sums_bytes(n) + search + _kept_on_bytes(shape))
 
 

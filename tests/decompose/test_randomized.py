@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from streamrepair.decompose import certify, gram, ladder, lapack, randomized
 from streamrepair.decompose.choose import MOST_KEPT, Estimate
 from streamrepair.decompose.host import HostArithmetic
+from streamrepair.decompose.krylov import BlockLanczos, Ritz
 from streamrepair.decompose.symmetric import SymmetricPair
 from streamrepair.decompose.truncation import Truncation, UnresolvedError
 from streamrepair.spectral.threshold import HardThreshold
@@ -166,14 +167,14 @@ def test_faulty_products_and_solutions_are_caught(
 
 def test_a_missed_direction_is_caught_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Ritz pair that is lost leaves its value in what Cholesky is to factor."""
-    original = randomized.BlockLanczos.ritz
+    original = BlockLanczos.ritz
 
-    def lossy(self: randomized.BlockLanczos) -> randomized.Ritz:
+    def lossy(self: BlockLanczos) -> Ritz:
         ritz = original(self)
         keep = np.arange(len(ritz.values)) != 2
-        return randomized.Ritz(ritz.values[keep], ritz.residuals[keep], ritz.weights[keep], ritz.coefficients[:, keep])
+        return Ritz(ritz.values[keep], ritz.residuals[keep], ritz.weights[keep], ritz.coefficients[:, keep])
 
-    monkeypatch.setattr(randomized.BlockLanczos, "ritz", lossy)
+    monkeypatch.setattr(BlockLanczos, "ritz", lossy)
     with pytest.raises(UnresolvedError):
         _alone(_gapped())
 
@@ -186,14 +187,14 @@ def test_cholesky_that_always_succeeds_is_caught(monkeypatch: pytest.MonkeyPatch
         original(matrix)
         return True
 
-    lossy_ritz = randomized.BlockLanczos.ritz
+    lossy_ritz = BlockLanczos.ritz
 
-    def lossy(self: randomized.BlockLanczos) -> randomized.Ritz:
+    def lossy(self: BlockLanczos) -> Ritz:
         ritz = lossy_ritz(self)
         keep = np.arange(len(ritz.values)) != 2
-        return randomized.Ritz(ritz.values[keep], ritz.residuals[keep], ritz.weights[keep], ritz.coefficients[:, keep])
+        return Ritz(ritz.values[keep], ritz.residuals[keep], ritz.weights[keep], ritz.coefficients[:, keep])
 
-    monkeypatch.setattr(randomized.BlockLanczos, "ritz", lossy)
+    monkeypatch.setattr(BlockLanczos, "ritz", lossy)
     monkeypatch.setattr(lapack, "cholesky", careless)
     with pytest.raises(UnresolvedError):
         _alone(_gapped())

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from streamrepair import api
-from streamrepair.decompose import full, gram, order_statistic, randomized
+from streamrepair.decompose import full, gram, krylov_search, order_statistic
 from streamrepair.decompose.choose import MOST_KEPT
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
@@ -203,8 +203,8 @@ def test_every_array_of_the_reference_route_is_in_the_model(n: int, rows: int, d
 
 
 def test_block_krylovs_limits_are_those_of_the_backend() -> None:
-    assert memory.KRYLOV_SHARE == randomized.CAPACITY_SHARE
-    assert memory.KRYLOV_LEAST == (randomized._LOOK_AT + 2) * randomized._BLOCK
+    assert memory.KRYLOV_SHARE == krylov_search.CAPACITY_SHARE
+    assert memory.KRYLOV_LEAST == (krylov_search.LOOK_AT + 2) * krylov_search.BLOCK
     assert 1 / memory.KRYLOV_KEPT >= MOST_KEPT
     assert memory.KRYLOV_MEDIAN == (order_statistic._MOST_STEPS + 1) * order_statistic._BLOCK
 
