@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from streamrepair.decompose import certify, lapack, twisted
+from streamrepair.decompose import certify, householder, lapack, twisted
 from streamrepair.decompose.arithmetic import Count, Doubles, Gram, Merger, Precision, Spectrum, Vectors, on_host
 from streamrepair.decompose.convert import STORED_TYPE, Raw, Real, RealType, difference, narrow, widened
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
@@ -207,5 +207,5 @@ class TridiagonalSpectrum(Spectrum):
                 vectors = None
         if vectors is None:
             vectors = lapack.tridiagonal_vectors(self._diagonal, self._off, count)
-        lapack.rotate_back(self._reflectors, self._scales, vectors)
+        householder.rotate_back(self._reflectors, self._scales, vectors)
         return vectors

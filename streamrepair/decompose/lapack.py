@@ -139,6 +139,29 @@ def add_product(left: Real, right: Real, out: Real) -> None:
     _call("gemm", right_flag, left_flag, cols, rows, k, 1.0, *operands, 1.0, out, cols, like=out)
 
 
+def subtract_product(left: Real, right: Real, out: Real) -> None:
+    """out ← out − left·right (?gemm).
+
+    Args:
+        left: (rows, k), C-contiguous. right: (k, cols), likewise.
+        out: (rows, cols), the same stretch of each row of a C-ordered array.
+    """
+    (rows, k), cols = left.shape, right.shape[1]
+    assert right.shape[0] == k
+    assert out.shape == (rows, cols)
+    assert left.flags.c_contiguous
+    assert right.flags.c_contiguous
+    assert out.strides[1] == out.itemsize
+    leading = out.strides[0] // out.itemsize
+    _call("gemm", b"N", b"N", cols, rows, k, -1.0, right, cols, left, k, 1.0, out, leading, like=out)
+
+
+def solve_triangle(upper: Real, rows: Real) -> None:
+    """Each row b of (k, n) `rows` ← U⁻¹·b, U in the C upper triangle of (n, n) `upper` (?trsm), in place."""
+    n, count = len(upper), len(rows)
+    _call("trsm", b"L", _LOWER, b"T", b"N", n, count, 1.0, upper, n, rows, n, like=rows)
+
+
 def tridiagonalise(gram: NDArray[_Float]) -> tuple[NDArray[_Float], NDArray[_Float], NDArray[_Float]]:
     """Overwrite a symmetric matrix by the reflectors of G = Q·T·Qᵀ (?sytrd).
 

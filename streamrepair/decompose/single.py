@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrepair.decompose import certify, lapack, twisted
+from streamrepair.decompose import certify, householder, lapack, twisted
 from streamrepair.decompose.arithmetic import Gram, Products
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
@@ -116,7 +116,7 @@ class SingleTridiagonal:
         for start in range(0, len(places), twisted.at_once(n)):
             part = slice(start, start + twisted.at_once(n))
             residual = float(np.maximum(residual, self._make(places[part], rows[part])))  # NaN stays
-        lapack.rotate_back(self._reflectors, self._scales, rows)
+        householder.rotate_back(self._reflectors, self._scales, rows)
         return rows, residual * self._scale
 
     def _make(self, places: NDArray[np.intp], out: Singles) -> float:

@@ -1,0 +1,57 @@
+"""Back-transformation of many vectors by the reflectors of a tridiagonal reduction, in blocks.
+
+LAPACK's ?ormtr takes 32 reflectors at a time, which is too few for the products to run at full speed where there are
+many vectors, and with between 32 and 128 vectors it takes them one by one.
+
+Source: Schreiber & Van Loan 1989 (compact WY); the triangular factor's inverse is taken from the reflectors' inner
+products (Puglisi 1992).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamrepair.decompose import lapack
+from streamrepair.decompose.convert import Real
+
+_BLOCK = 64
+_LEAST_COLUMNS, _LEAST_VECTORS = 768, 48
+"""Below these LAPACK is as quick."""
+
+
+def rotate_back(reflectors: Real, scales: Real, vectors: Real) -> None:
+    """Each row v of `vectors` ← Q·v, Q the product of `lapack.tridiagonalise`'s reflectors, in place.
+
+    Args:
+        reflectors: (n, n). scales: (n − 1,). vectors: (k, n), C-contiguous; all of one dtype.
+    """
+    n = len(reflectors)
+    if n < _LEAST_COLUMNS or len(vectors) < _LEAST_VECTORS:
+        lapack.rotate_back(reflectors, scales, vectors)
+        return
+    held = np.empty(_BLOCK * n, reflectors.dtype)
+    for start in range((n - 2) // _BLOCK * _BLOCK, -1, -_BLOCK):
+        # Q = H₀·H₁·…: the last are applied first. Reflector i is zero up to place i and one at i + 1.
+        count, length = min(_BLOCK, n - 1 - start), n - 1 - start
+        rows: Real = held[: count * length].reshape(count, length)
+        rows[:] = reflectors[start : start + count, start + 1 :]
+        rows[:, :count][np.tril_indices(count, -1)] = 0.0
+        np.fill_diagonal(rows, 1.0)
+        part = vectors[:, start + 1 :]
+        products: Real = part @ rows.T
+        _by_factor(rows, scales[start : start + count], products)
+        lapack.subtract_product(products, rows, part)
+
+
+def _by_factor(rows: Real, scales: NDArray[np.float32] | NDArray[np.float64], products: Real) -> None:
+    """Each row w of `products` ← T·w, where the block's reflectors together are I − VᵀTV, in place.
+
+    T⁻¹ is upper triangular: the rows' inner products, and 1/τ on the diagonal; a reflector with τ = 0 is none.
+    """
+    inverse = np.triu(rows @ rows.T, 1)
+    none = scales == 0.0
+    inverse[none], inverse[:, none] = 0.0, 0.0
+    np.fill_diagonal(inverse, 1.0 / np.where(none, 1.0, scales))
+    lapack.solve_triangle(inverse, products)
+    products[:, none] = 0.0
