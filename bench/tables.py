@@ -27,9 +27,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from streamrepair.decompose.speed import CPU
 from streamrepair.engine import cost
 from streamrepair.engine.memory import MatrixShape
-from streamrepair.engine.rates import CPU
 from streamrepair.units import format_bytes, format_seconds
 
 REPOSITORY = Path(__file__).resolve().parent.parent

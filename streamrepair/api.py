@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
+from streamrepair.decompose.speed import CPU
 from streamrepair.engine import budget, limits, rates
 from streamrepair.engine.fit import gpus_of
 from streamrepair.engine.plan import Plan, make_plan
@@ -136,7 +137,7 @@ def _planned(base: Checkpoint, ft: Checkpoint, settings: Settings, resources: _R
         workers=resources.workers,
         ram_bytes=resources.ram_bytes,
         vram_bytes=resources.vram_bytes,
-        rates=rates.load() or rates.CPU,
+        rates=rates.load() or CPU,
     )
 
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
+from streamrepair.decompose.speed import CPU
 from streamrepair.engine.fit import fits_climb, full_budget
 from streamrepair.engine.plan import Plan
-from streamrepair.engine.rates import CPU
 from streamrepair.errors import shown
 from streamrepair.report import Action, Report, ResourceUse, TensorRecord
 from streamrepair.units import counted, format_bytes, format_seconds

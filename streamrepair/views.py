@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from streamrepair.decompose.speed import Rates
 from streamrepair.engine import cost
 from streamrepair.engine.fit import fits_climb
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan, Task
-from streamrepair.engine.rates import Rates
 from streamrepair.report import Settings
 
 
@@ -134,10 +134,10 @@ def why(task: Task, settings: Settings) -> str:
     if task.place == "cuda":
         return "all values at once suit a GPU best"
     if task.backend == "randomized":
-        return "a long short side: block Krylov is quicker where few values are kept, and hands over where many are"
+        return "predicted to be quicker where few values are kept; hands over where many are"
     if settings.sigma == "tail":
         return "--sigma tail needs more values than block Krylov finds"
-    return "a short side for which the reduction is as quick as block Krylov"
+    return "the reduction is predicted to be about as quick as block Krylov, or quicker"
 
 
 def predicted_s(task: Task, rates: Rates) -> dict[str, float]:

@@ -1,29 +1,43 @@
-"""Which backends are worth trying for a matrix, from its shape alone: results must not depend on a machine's speed."""
+"""Which backends are worth trying for a matrix: by predicted seconds, at the shipped speeds.
+
+Not at those that were measured: the bytes of a result must not depend on the machine that was calibrated, or on the
+day.
+"""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
+
+from streamrepair.decompose import speed
 
 Backend = Literal["auto", "full", "gram", "randomized"]
 Estimate = Literal["exact", "fast"]
 
 MOST_KEPT = 0.08
-"""Share of the rank above which block Krylov is slower than the reduction to tridiagonal form in any case."""
-_LEAST_SIDE: dict[tuple[Backend, Estimate], int] = {
-    ("auto", "exact"): 4096,
-    ("auto", "fast"): 1536,
-    ("randomized", "exact"): 256,
-    ("randomized", "fast"): 256,
-}
-"""Shortest side from which block Krylov is tried; below, the reduction is as fast in any case."""
-_SHARE_PER_COLUMN = 1e-5
-"""With the exact median: it pays up to 4% at 4096 columns, where the reduction is held up by memory up to more."""
+"""Share of the rank up to which block Krylov has room for its basis."""
+_LEAST_KEPT = 0.02
+"""Where it would not be quicker for so few it is not tried."""
+_LEAST_COLUMNS = 256
+"""Below this a basis is no smaller than the matrix."""
+_IN_VAIN = 0.25
+"""By how much it has to be quicker: most matrices keep more, and to find that out costs a tenth of their time."""
 
 
+@cache
 def krylov_share(backend: Backend, estimate: Estimate, cols: int) -> float:
     """Share of the rank up to which `randomized` does a matrix with `cols` columns on its short side; 0: not tried."""
-    if cols < _LEAST_SIDE.get((backend, estimate), cols + 1):
+    if backend not in ("auto", "randomized") or cols < _LEAST_COLUMNS:
         return 0.0
-    if backend == "auto" and estimate == "exact":
-        return min(MOST_KEPT, _SHARE_PER_COLUMN * cols)
-    return MOST_KEPT
+    if backend == "randomized":
+        return MOST_KEPT
+    method = "fast" if estimate == "fast" else "randomized"
+    shares = [percent / 200 for percent in range(1, round(200 * MOST_KEPT) + 1)]
+    share = max((share for share in shares if _quicker(method, cols, share)), default=0.0)
+    return share if share >= _LEAST_KEPT else 0.0
+
+
+def _quicker(method: str, cols: int, share: float) -> bool:
+    # Of a square matrix: what follows from the other side is the same for both.
+    krylov, reduction = (speed.predicted(cols, cols, name, speed.CPU, share).factor_s for name in (method, "gram"))
+    return (1.0 + _IN_VAIN) * krylov <= reduction

@@ -1,20 +1,18 @@
 """How long a task will take: what the schedule, the plan's estimate and the simulation go by. Pure.
 
-Counted are products, the reduction to tridiagonal form (half products, half memory traffic), factorisations, and what
-grows with the kept rank; what is bound by memory scales with its speed. No number of a result depends on it;
-docs/performance.md holds it against measurement.
+With this machine's speeds where they were measured: no number of a result depends on it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from streamrepair.decompose import speed
+from streamrepair.decompose.speed import CPU, CUDA, KEPT_SHARE, Rates, Stages
 from streamrepair.engine.memory import MatrixShape
-from streamrepair.engine.rates import CACHE_BYTES, CPU, CUDA, Rates
 
 if TYPE_CHECKING:
     from streamrepair.engine.plan import Task
@@ -23,71 +21,11 @@ COPY_BYTES_PER_S = 1.0e9
 """Reading, comparing, digesting and writing a tensor that is passed through."""
 DISK_BYTES_PER_S = 1.5e9
 """Reads and writes together, where nothing better is known."""
-KEPT_SHARE = 0.1
-"""Of the rank, where nothing better is known; real fine-tunes keep 3 to 30%."""
-_CONVERT_S = 6.5e-9
-"""Per element, both passes: widening, subtracting, rounding."""
-_VALUES_S = 9e-9
-"""Per n², of all eigenvalues of a tridiagonal matrix."""
-_VECTORS_S = 6e-8
-"""Per n and vector, of twisted factorisations."""
-_WINDOWS = 60
-"""Vectors that are made exact."""
-_KRYLOV_PRODUCTS = 27
-"""Products with 16 vectors until the top and the density are known."""
-_SOLVES = 15
-_SKINNY, _INDEFINITE, _SOLVING, _CHOLESKY, _SVD = 0.33, 0.5, 0.4, 0.85, 0.35
-"""Speeds relative to float64 products."""
-
-
-@dataclass(frozen=True, slots=True)
-class Stages:
-    """Seconds of computation in the three stages of a task; files are not in them."""
-
-    gram_s: float
-    """While both sides are streamed."""
-    factor_s: float
-    """No file is touched."""
-    merge_s: float
-    """While both sides are streamed and the result is written."""
-
-    @property
-    def total_s(self) -> float:
-        """All three."""
-        return self.gram_s + self.factor_s + self.merge_s
 
 
 def predicted(shape: MatrixShape, method: str, rates: Rates, kept: float = KEPT_SHARE) -> Stages:
-    """Seconds of a repair by one worker.
-
-    Args:
-        method: "gram", "randomized", "fast" or "full". kept: share of the rank.
-    """
-    m, n = float(shape.rows), float(shape.cols)
-    k, single = kept * n, rates.float32_first and shape.out_item_bytes == 2 and method != "full"
-    item, product = (4, rates.float32_flops_per_s) if single else (8, rates.float64_flops_per_s)
-    double, slow = rates.float64_flops_per_s, CPU.memory_bytes_per_s / rates.memory_bytes_per_s
-    convert = 0.5 * _CONVERT_S * slow * m * n
-    gram = m * n * n * (2 if method == "full" else 1) / product + convert
-    if method == "gram":
-        factor = (
-            _reduction_s(n, item, rates) + slow * (_VALUES_S * n * n + _VECTORS_S * n * k) + 3 * n * n * k / product
-        )
-        factor += 4 * n * n * _WINDOWS / double if single else 0.0
-    elif method == "full":
-        factor = 9 * n**3 / (_SVD * double)
-    else:
-        factor = 32 * n * n * _KRYLOV_PRODUCTS / (_SKINNY * double) + n**3 / 3 / (_CHOLESKY * double)
-        if method == "randomized":
-            factor += n**3 / 3 / (_INDEFINITE * double) + 32 * n * n * _SOLVES / (_SOLVING * double)
-    return Stages(gram, rates.start_s + factor, 4 * m * n * k / product + convert)
-
-
-def _reduction_s(n: float, item_bytes: int, rates: Rates) -> float:
-    """Reduction to tridiagonal form: 2n³/3 operations in products, and half the matrix read at each of n steps."""
-    product = rates.float32_flops_per_s if item_bytes == 4 else rates.float64_flops_per_s
-    speed = rates.cache_bytes_per_s if n * n / 2 * item_bytes <= CACHE_BYTES else rates.memory_bytes_per_s
-    return 2 / 3 * n**3 / product + n**3 / 6 * item_bytes / speed
+    """Seconds of a repair by one worker, as `speed.predicted` has them."""
+    return speed.predicted(shape.rows, shape.cols, method, rates, kept, narrow=shape.out_item_bytes == 2)
 
 
 def stages(task: Task, place: str, cpu: Rates = CPU) -> Stages:

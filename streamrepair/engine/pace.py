@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-from streamrepair.engine.cost import Stages
+from streamrepair.decompose.speed import Stages
 
 _TICK_S = 0.25
 _LEAST_S = 0.5

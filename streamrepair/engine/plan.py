@@ -14,11 +14,11 @@ from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
 from streamrepair.checkpoint.write import ShardLayout, layout_like
 from streamrepair.decompose.choose import krylov_share
+from streamrepair.decompose.speed import CPU, Rates
 from streamrepair.engine import cost, memory, schedule
 from streamrepair.engine.finite import is_searched
 from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, refuse_too_large
 from streamrepair.engine.memory import MatrixShape
-from streamrepair.engine.rates import CPU, Rates
 from streamrepair.engine.schedule import Place
 from streamrepair.report import Settings
 

@@ -1,7 +1,7 @@
 """Speeds of this machine that predicted times rest on: shipped defaults, or a short measurement kept per machine.
 
-They decide no number of a result: which backend is tried follows from shapes alone (`decompose/choose`), so that a run
-gives the same bytes whatever was measured, and wherever it is continued.
+What was measured decides no number of a result: which backend is tried is settled with the shipped speeds
+(`decompose/choose`), so that a run gives the same bytes whatever was measured, and wherever it is continued.
 """
 
 from __future__ import annotations
@@ -11,58 +11,18 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from streamrepair.checkpoint import osfile, wholefile
+from streamrepair.decompose.speed import CPU, Rates
 from streamrepair.errors import InputError
 from streamrepair.version import __version__
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-
-Positive = Annotated[float, msgspec.Meta(gt=0)]
-
-
-class Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """Speeds of one worker with one BLAS thread, or of one GPU."""
-
-    float32_flops_per_s: Positive
-    """Matrix products, as in a Gram matrix."""
-    float64_flops_per_s: Positive
-    cache_bytes_per_s: Positive
-    """Of a symmetric matrix that fits the cache, read by matrix-vector products."""
-    memory_bytes_per_s: Positive
-    """The same from memory."""
-    float32_first: bool
-    """Whether 16-bit outputs are tried in float32."""
-    start_s: Positive
-    """Of each repair, whatever its size."""
-
-
-CPU = Rates(
-    float32_flops_per_s=95e9,
-    float64_flops_per_s=48e9,
-    cache_bytes_per_s=28e9,
-    memory_bytes_per_s=14e9,
-    float32_first=True,
-    start_s=0.004,
-)
-"""One core with AVX-512 and 16 MB of cache for itself."""
-CUDA = Rates(
-    float32_flops_per_s=40e12,
-    float64_flops_per_s=25e12,
-    cache_bytes_per_s=0.2e12,
-    memory_bytes_per_s=0.2e12,
-    float32_first=False,
-    start_s=0.05,
-)
-"""One data-centre GPU with fast float64; not measured."""
-CACHE_BYTES = 20_000_000
-"""Half a symmetric matrix of this size still counts as cached."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):

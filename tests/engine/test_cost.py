@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from streamrepair.decompose.choose import krylov_share
+from streamrepair.decompose.choose import MOST_KEPT, Estimate, krylov_share
+from streamrepair.decompose.speed import CPU
 from streamrepair.engine import rates
 from streamrepair.engine.cost import predicted
 from streamrepair.engine.memory import MatrixShape
@@ -22,27 +23,36 @@ def _shape(m: int, n: int, item: int = 2) -> MatrixShape:
 )
 def test_predictions_grow_with_the_matrix_and_with_what_is_kept(m: int, n: int, method: str) -> None:
     m = max(m, n)
-    here = predicted(_shape(m, n), method, rates.CPU, 0.1)
+    here = predicted(_shape(m, n), method, CPU, 0.1)
     assert min(here.gram_s, here.factor_s, here.merge_s) > 0.0
-    assert here.total_s < predicted(_shape(2 * m, n), method, rates.CPU, 0.1).total_s
-    assert here.total_s < predicted(_shape(m, n), method, rates.CPU, 0.2).total_s
-    assert here.gram_s <= predicted(_shape(m, n, 4), method, rates.CPU, 0.1).gram_s
+    assert here.total_s < predicted(_shape(2 * m, n), method, CPU, 0.1).total_s
+    assert here.total_s < predicted(_shape(m, n), method, CPU, 0.2).total_s
+    assert here.gram_s <= predicted(_shape(m, n, 4), method, CPU, 0.1).gram_s
 
 
+@pytest.mark.parametrize("estimate", ["exact", "fast"])
 @pytest.mark.parametrize("n", [256, 1024, 2048, 4096, 8192])
-def test_krylov_is_tried_where_the_model_says_that_it_wins_if_little_is_kept(n: int) -> None:
-    """Off by a factor of 1.1 in time at most: the choice is by shape, the model by speed."""
-    gram, krylov = (predicted(_shape(n, n), method, rates.CPU, 0.03).total_s for method in ("gram", "randomized"))
-    if krylov_share("auto", "exact", n):
-        assert krylov < 1.1 * gram
-    else:
-        assert gram < 1.1 * krylov
+def test_krylov_is_tried_where_the_model_says_that_it_wins_if_little_is_kept(n: int, estimate: Estimate) -> None:
+    method = "fast" if estimate == "fast" else "randomized"
+    share = krylov_share("auto", estimate, n)
+    for kept in (0.02, 0.03, 0.05, 0.08):
+        gram, krylov = (predicted(_shape(n, n), name, CPU, kept).factor_s for name in ("gram", method))
+        assert (kept <= share) == (1.25 * krylov <= gram)
+
+
+def test_the_share_that_krylov_is_tried_for_rises_with_the_short_side() -> None:
+    shares = [krylov_share("auto", "exact", n) for n in range(512, 8193, 512)]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0.0, MOST_KEPT)
+    assert krylov_share("auto", "fast", 2048) > krylov_share("auto", "exact", 2048) == 0.0
+    assert krylov_share("randomized", "exact", 300) == MOST_KEPT
+    assert krylov_share("gram", "exact", 8192) == krylov_share("full", "exact", 8192) == 0.0
 
 
 def test_a_measurement_is_kept_for_this_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert rates.load() is None
-    mine = msgspec.structs.replace(rates.CPU, start_s=0.5)
+    mine = msgspec.structs.replace(CPU, start_s=0.5)
     assert rates.save(mine) == tmp_path / "streamrepair" / "rates.json"
     assert [path.name for path in rates.path().parent.iterdir()] == ["rates.json"]
     assert rates.load() == mine
