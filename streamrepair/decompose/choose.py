@@ -19,6 +19,9 @@ _LEAST_SIDE: dict[tuple[Backend, Estimate], int] = {
 _SHARE_PER_COLUMN = 1e-5
 """With the exact median: it pays up to 4% at 4096 columns, where the reduction is held up by memory up to more."""
 
+MOST_BATCHED_COLUMNS = 1024
+"""Longest short side of matrices that a GPU decides in batches: above this one keeps it busy alone."""
+
 
 def krylov_share(backend: Backend, estimate: Estimate, cols: int) -> float:
     """Share of the rank up to which `randomized` does a matrix with `cols` columns on its short side; 0: not tried."""
