@@ -1,8 +1,8 @@
-"""One batch, start to finish: members whose two sides are equal are copied, the others decided together, then each
-merged, written and recorded like any tensor.
+"""One batch, start to finish: its members are decided together, then each is merged, written and recorded by itself.
 
-A batch is always computed as it was planned, for its numbers may depend on who is in it: members that an earlier run
-finished are read and decided again, for the others' sake, and not written.
+Those whose two sides are equal are copied and leave it first. A batch is always computed as it was planned, for its
+numbers may depend on who is in it: members that an earlier run finished are read and decided again, for the others'
+sake, and not written.
 """
 
 from __future__ import annotations

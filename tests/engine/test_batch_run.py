@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,12 @@ class Touchy(DeviceArithmetic):
     """A device whose sums depend, in their last places, on how many members a batch has and on who is where.
 
     Args:
-        seen: gets the number of members of every batch.
+        seen: gets the number of members of every batch. by: how much they depend, as a share of G.
     """
 
-    def __init__(self, seen: list[int] | None = None, rates: Rates = EVEN) -> None:
-        super().__init__("cpu", measured=rates)
-        self.seen = seen if seen is not None else []
+    def __init__(self, seen: list[int] | None = None, by: float = 1e-9) -> None:
+        super().__init__("cpu", measured=EVEN)
+        self.seen, self._by = seen if seen is not None else [], by
 
     def grams(self, sources: Sequence[PanelSource], probes: Doubles, precision: Precision) -> DeviceGrams:
         grams = super().grams(sources, probes, precision)
@@ -74,7 +75,7 @@ class Touchy(DeviceArithmetic):
         x = torch.from_numpy(probes)
         for i, member in enumerate(members):
             noise = torch.randn(total.shape[1:], generator=torch.Generator().manual_seed(100 * len(sources) + i))
-            total[i] += 1e-9 * float(torch.linalg.matrix_norm(total[i])) * (noise + noise.T).double()
+            total[i] += self._by * float(torch.linalg.matrix_norm(total[i])) * (noise + noise.T).double()
             images = (x @ total[i]).numpy()
             members[i] = member_of(total[i], images, member.exact_images, member.trace)
         return grams
@@ -160,16 +161,35 @@ def test_other_dtypes(tmp_path: Path, dtypes: tuple[str, str]) -> None:
 def test_a_batch_decides_as_each_member_alone_would(pair: Pair, tmp_path: Path) -> None:
     """On a device that is not touchy: records are alike but for the last places."""
 
-    class OneByOne(HostArithmetic):
-        """No batches: the plan has them, and every member is decided alone."""
-
     batched = run(planned(pair), tmp_path / "batched", steady)
-    alone = run(planned(pair), tmp_path / "alone", OneByOne)
+    alone = run(planned(pair), tmp_path / "alone", HostArithmetic)  # which has no batches
     for name in SMALL:
         one, other = batched.tensors[name], alone.tensors[name]
         assert (one.rank_kept, one.undecidable) == (other.rank_kept, other.undecidable)
         assert one.threshold == pytest.approx(other.threshold, rel=1e-4)
         assert one.frob_delta_out == pytest.approx(other.frob_delta_out, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"sigma": "tail"}, {"scale": 0.2}, {"backend": "gram"}, {"backend": "randomized", "noise_estimate": "fast"}],
+    ids=str,
+)
+def test_settings_mean_the_same_in_a_batch(tmp_path: Path, settings: dict[str, Any]) -> None:
+    pair = write_pair(tmp_path, {f"w{i}": (300, 256) for i in range(3)}, shards=(1, 1))
+    plan, seen = planned(pair, **settings), list[int]()
+    batched = run(plan, tmp_path / "batched", lambda: Touchy(seen, 0.0))
+    alone = run(replace(plan, units=plan.tasks), tmp_path / "alone", steady)
+    assert seen == [3]
+    for name, record in batched.tensors.items():
+        other = alone.tensors[name]
+        assert (record.action, record.rank_kept) == ("repaired", other.rank_kept)
+        assert (record.backend, record.climbed, record.threshold_interval) == (other.backend, (), None)
+        assert record.threshold == pytest.approx(other.threshold, rel=1e-6)
+
+
+def test_full_has_no_batches(pair: Pair) -> None:
+    assert planned(pair, backend="full").batches == []
 
 
 def test_composition_shows_on_a_touchy_device(pair: Pair, tmp_path: Path) -> None:
