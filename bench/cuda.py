@@ -1,7 +1,7 @@
 """Measures the GPU route against torch.linalg.svd, by each driver, and against a plain Gram matrix and eigh.
 
     python bench/cuda.py [--device cuda:0] [--shapes 4096x4096,…] [--spectra gapped,heavy] [--repeats 3] [--limit 90]
-                         [--no-check] [--name NAME]
+                         [--model llama-135m] [--no-check] [--name NAME]
 
 Everyone starts from W_base and W_ft in bfloat16 in host memory and ends with W_base + Δ* in bfloat16 in host memory.
 Ranks and Δ* are held against a float64 QR and SVD, which squares nothing. A contender whose time, as extrapolated from
@@ -9,7 +9,7 @@ a smaller shape, is above --limit seconds is left out, and the record says so.
 
 The result is bench/results/NAME.json: times, peaks beside what the memory model projects, our time by stages, and the
 rounding errors that the proofs of the counts met, for whoever revises the constants of `decompose/cholesky_count`. With
-`--device cpu` it runs anywhere, slowly.
+`--device cpu` it runs anywhere, slowly. Last comes a whole small model, with its matrices in batches and one by one.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any
 
 import cuda_contenders as contenders
 import cuda_pairs as pairs
+import cuda_runs as runs
 import torch
 from machine import REPOSITORY, machine_record
 
@@ -124,10 +125,10 @@ def batches(text: str, arithmetic: DeviceArithmetic, clock: Clock) -> Iterator[R
         m, n = parse_shape(shape)
         say(f"{count} of {shape}")
         sources = [pairs.pair((m, n), "gapped", arithmetic.device, seed) for seed in range(int(count))]
-        runs = [
+        timed = [
             clock.measure(f"{name} {word}", 1.0, work) for name, work in contenders.batched(sources, arithmetic).items()
         ]
-        yield {"count": int(count), "shape": [m, n], "runs": runs}
+        yield {"count": int(count), "shape": [m, n], "runs": timed}
 
 
 def gpu_record(device: torch.device) -> Record | None:
@@ -160,6 +161,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda:0")
     parser.add_argument("--shapes", default=SHAPES)
     parser.add_argument("--batches", default=BATCHES, help="COUNT:ROWSxCOLUMNS,…; empty for none")
+    parser.add_argument("--model", default="llama-135m", help="a whole run of a small model; empty for none")
     parser.add_argument("--spectra", default="gapped,heavy")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=float, default=90.0, metavar="SECONDS", help="per contender and shape")
@@ -197,8 +199,12 @@ def main() -> int:
     for batch in batches(arguments.batches, arithmetic, clock):
         record["batches"].append(batch)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    runs = [run for case in record["cases"] for run in case["runs"] if run["name"] == "streamrepair"]
-    return 1 if any("seconds" not in run or not run.get("check", {}).get("passed", True) for run in runs) else 0
+    if arguments.model:
+        say(arguments.model)
+        record["whole"] = runs.whole(arguments.model, device, arguments.repeats)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    ours = [run for case in record["cases"] for run in case["runs"] if run["name"] == "streamrepair"]
+    return 1 if any("seconds" not in run or not run.get("check", {}).get("passed", True) for run in ours) else 0
 
 
 if __name__ == "__main__":

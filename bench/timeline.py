@@ -21,7 +21,7 @@ from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.pairing import Pairing, Side
 from streamrepair.engine import cost, memory, schedule
 from streamrepair.engine.memory import MatrixShape
-from streamrepair.engine.plan import Task, flops
+from streamrepair.engine.plan import Task
 from streamrepair.engine.simulate import Simulated, Simulation
 from streamrepair.units import format_bytes, format_seconds, parse_bytes
 
@@ -53,7 +53,7 @@ def _task(entry: TensorEntry, shard: int) -> Task:
     shape = MatrixShape(max(entry.shape), min(entry.shape), 2, 2, 2)
     ram_bytes = memory.repair_bytes(shape, "gram", shape.block, cuda=True)
     vram_bytes = memory.device_bytes(shape, "gram")
-    work = flops(shape, "gram")
+    work = cost.flops(shape, "gram")
     pairing = Pairing(entry.name, "repair", "", side, side)
     return Task(pairing, side, shard, entry, shape, shape.block, "gram", "cuda", ram_bytes, vram_bytes, work)
 

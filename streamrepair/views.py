@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from streamrepair.decompose.speed import Rates
 from streamrepair.engine import cost
+from streamrepair.engine.batches import Batch
 from streamrepair.engine.fit import fits_climb
 from streamrepair.engine.notices import plan_warnings
-from streamrepair.engine.plan import Plan, Task
+from streamrepair.engine.plan import Plan, Task, Unit
 from streamrepair.report import Settings
 
 
@@ -26,39 +27,52 @@ class Group:
     out_bytes: int
     """Of all of them together."""
     ram_bytes: int
-    """Projected for one."""
+    """Projected for one, or for a batch of them."""
     vram_bytes: int
-    """Projected for one."""
+    """Likewise."""
     flops: float
     """Of all of them together."""
     seconds: float
     """Predicted, of all of them one after another."""
+    batch: int
+    """How many at most are decided together; 1 if each is alone."""
 
 
 def groups(plan: Plan) -> list[Group]:
     """The plan's tasks in groups, dearest first."""
-    gathered: dict[tuple[str, tuple[int, ...]], list[Task]] = defaultdict(list)
-    for task in plan.tasks:
-        on = ", on GPU" if task.place == "cuda" else ""
-        backend = "randomized or gram" if task.backend == "randomized" else task.backend
-        treatment = f"repair, {backend}{on}" if task.shape else _kind(task.pairing.reason)
-        shape = task.out.shape if task.shape else ()
-        gathered[treatment, shape].append(task)
+    gathered: dict[tuple[str, tuple[int, ...]], list[tuple[Task, Unit]]] = defaultdict(list)
+    for unit in plan.units:
+        for task in unit.tasks:
+            gathered[_treatment(task, unit), task.out.shape if task.shape else ()].append((task, unit))
     found = [
         Group(
             treatment=treatment,
-            why=why(tasks[0], plan.settings) if shape else "",
+            why=why(*members[0], plan.settings) if shape else "",
             shape=shape,
-            count=len(tasks),
-            out_bytes=sum(t.out.nbytes for t in tasks),
-            ram_bytes=max(t.ram_bytes for t in tasks),
-            vram_bytes=max(t.vram_bytes for t in tasks),
-            flops=sum(t.flops for t in tasks),
-            seconds=sum(cost.seconds(t, t.place, plan.rates) for t in tasks),
+            count=len(members),
+            out_bytes=sum(task.out.nbytes for task, _ in members),
+            ram_bytes=max(unit.ram_bytes for _, unit in members),
+            vram_bytes=max(unit.vram_bytes for _, unit in members),
+            flops=sum(task.flops for task, _ in members),
+            seconds=sum(_share_s(unit, plan.rates) for _, unit in members),
+            batch=max(len(unit.tasks) for _, unit in members),
         )
-        for (treatment, shape), tasks in gathered.items()
+        for (treatment, shape), members in gathered.items()
     ]
     return sorted(found, key=lambda group: (-group.seconds, -group.out_bytes))
+
+
+def _treatment(task: Task, unit: Unit) -> str:
+    if task.shape is None:
+        return _kind(task.pairing.reason)
+    backend = "randomized or gram" if task.backend == "randomized" else task.backend
+    on = ", on GPU" if task.place == "cuda" else ""
+    return f"repair, {backend}{on}{' in batches' if len(unit.tasks) > 1 else ''}"
+
+
+def _share_s(unit: Unit, rates: Rates) -> float:
+    """Predicted seconds of one of a unit's tasks."""
+    return cost.seconds(unit, unit.place, rates) / len(unit.tasks)
 
 
 def plan_view(plan: Plan) -> dict[str, object]:
@@ -89,12 +103,26 @@ def plan_view(plan: Plan) -> dict[str, object]:
         },
         "warnings": plan_warnings(plan),
         "groups": groups(plan),
-        "tensors": {t.name: _task_view(t, plan, full_fits.get(t.name, False)) for t in plan.tasks}
+        "batches": [_batch_view(batch, plan) for batch in plan.batches],
+        "tensors": {
+            task.name: _task_view(task, unit, plan, full_fits.get(task.name, False))
+            for unit in plan.units
+            for task in unit.tasks
+        }
         | {p.name: {"intent": "drop", "reason": p.reason} for p in plan.dropped},
     }
 
 
-def _task_view(task: Task, plan: Plan, full_fits: bool) -> dict[str, object]:
+def _batch_view(batch: Batch, plan: Plan) -> dict[str, object]:
+    return {
+        "tensors": [task.name for task in batch.tasks],
+        "ram_bytes": batch.ram_bytes,
+        "vram_bytes": batch.vram_bytes,
+        "seconds": round(cost.seconds(batch, batch.place, plan.rates), 6),
+    }
+
+
+def _task_view(task: Task, unit: Unit, plan: Plan, full_fits: bool) -> dict[str, object]:
     view: dict[str, object] = {
         "intent": "repair" if task.shape else "keep",
         "reason": task.pairing.reason,
@@ -106,13 +134,14 @@ def _task_view(task: Task, plan: Plan, full_fits: bool) -> dict[str, object]:
     if task.shape:
         view |= {
             "backend": task.backend,
-            "why": why(task, plan.settings),
+            "why": why(task, unit, plan.settings),
             "tries": _tries(task, full_fits=full_fits),
             "threads": 1,
             "panel_rows": task.panel_rows,
             "vram_bytes": task.vram_bytes,
             "flops": task.flops,
-            "seconds": round(cost.seconds(task, task.place, plan.rates), 6),
+            "seconds": round(_share_s(unit, plan.rates), 6),
+            "batch": len(unit.tasks),
         }
         if task.place == "cpu":
             view["predicted_s"] = predicted_s(task, plan.rates)
@@ -127,8 +156,10 @@ def _tries(task: Task, *, full_fits: bool) -> list[str]:
     return [*first, "full"] if full_fits else first
 
 
-def why(task: Task, settings: Settings) -> str:
+def why(task: Task, unit: Unit, settings: Settings) -> str:
     """Why a repair's backend is what it is."""
+    if len(unit.tasks) > 1:
+        return "small matrices of one shape share their launches; the memory is a batch's, each is recorded by itself"
     if task.backend == settings.backend:
         return f"--backend {settings.backend}"
     if task.place == "cuda":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -122,6 +122,7 @@ class GramBatch(Protocol):
         ...
 
 
+@runtime_checkable
 class BatchArithmetic(Protocol):
     """A place that takes many matrices of one shape at once."""
 

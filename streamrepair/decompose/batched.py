@@ -18,9 +18,6 @@ from streamrepair.decompose.truncation import Truncation
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 
-MOST_COLUMNS = 1024
-"""Above this a matrix keeps a GPU busy alone."""
-
 
 def truncate_batch(
     sources: Sequence[PanelSource],

@@ -23,6 +23,9 @@ _LEAST_COLUMNS = 256
 _IN_VAIN = 0.25
 """By how much it has to be quicker: most matrices keep more, and to find that out costs a tenth of their time."""
 
+MOST_BATCHED_COLUMNS = 1024
+"""Longest short side of matrices that a GPU decides in batches: above this one keeps it busy alone."""
+
 
 @cache
 def krylov_share(backend: Backend, estimate: Estimate, cols: int) -> float:

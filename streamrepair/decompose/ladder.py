@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 
 from streamrepair.decompose import full, gram, row_space
-from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.arithmetic import Arithmetic, Precision
 from streamrepair.decompose.choose import Backend, Estimate, krylov_share
 from streamrepair.decompose.convert import difference
 from streamrepair.decompose.host import HostArithmetic
@@ -31,6 +31,16 @@ _LEAST_FLOAT32 = 32
 _GRAM_ON_CPU = "gram-float64-cpu"
 
 
+def precisions(arithmetic: Arithmetic, rule: HardThreshold, cols: int, *, sharp: bool) -> list[Precision]:
+    """In which precisions a Gram matrix is tried, in order.
+
+    Args:
+        sharp: whether the output's dtype could tell float32 products from float64 ones.
+    """
+    blunt = not sharp and rule.sigma == "median" and cols >= _LEAST_FLOAT32
+    return [precision for precision in arithmetic.precisions if precision == "float64" or blunt]
+
+
 def decompose(
     source: PanelSource,
     rule: HardThreshold,
@@ -41,6 +51,7 @@ def decompose(
     full_fits: bool = True,
     estimate: Estimate = "exact",
     host: HostArithmetic | None = None,
+    batched: Truncation | NumericalError | None = None,
 ) -> Truncation:
     """The truncated delta of one matrix, by the first backend that can prove its answer.
 
@@ -48,6 +59,7 @@ def decompose(
         sharp: whether the output's dtype could tell float32 products from float64 ones.
         full_fits: whether the memory budget has room for the reference route.
         host: the CPU that a device's work falls back to; a fresh one by default.
+        batched: what came of the first of `precisions` in a batch with other matrices; it goes before all else.
 
     Raises:
         NonFiniteDeltaError: an input holds NaN or Inf.
@@ -57,8 +69,13 @@ def decompose(
     too_blunt = False
     host = host or HostArithmetic()
     rungs = _rungs(source, rule, arithmetic, backend, host, sharp=sharp, full_fits=full_fits, estimate=estimate)
+    again = {_GRAM_ON_CPU}
+    if batched is not None:
+        first = f"gram-{precisions(arithmetic, rule, source.cols, sharp=sharp)[0]}"
+        again.add(first)
+        rungs.insert(0, (f"{first} in a batch", partial(_given, batched)))
     for name, attempt in rungs:
-        if name == _GRAM_ON_CPU and too_blunt:
+        if name in again and too_blunt:
             continue  # it would be as blunt: it is there for a device without memory or with a faulty solver
         try:
             found = attempt()
@@ -87,18 +104,17 @@ def _rungs(
     rungs: list[Rung] = []
     krylov = krylov_share(backend, estimate, source.cols)
     if backend != "full":
-        for precision in arithmetic.precisions:
-            if precision == "float64" or (not sharp and rule.sigma == "median" and source.cols >= _LEAST_FLOAT32):
-                attempt = partial(
-                    gram.truncate,
-                    source,
-                    rule,
-                    arithmetic=arithmetic,
-                    precision=precision,
-                    krylov=krylov,
-                    estimate=estimate,
-                )
-                rungs.append((f"gram-{precision}", attempt))
+        for precision in precisions(arithmetic, rule, source.cols, sharp=sharp):
+            attempt = partial(
+                gram.truncate,
+                source,
+                rule,
+                arithmetic=arithmetic,
+                precision=precision,
+                krylov=krylov,
+                estimate=estimate,
+            )
+            rungs.append((f"gram-{precision}", attempt))
         if not isinstance(arithmetic, HostArithmetic):
             attempt = partial(gram.truncate, source, rule, arithmetic=host, precision="float64")
             rungs.append((_GRAM_ON_CPU, attempt))
@@ -112,6 +128,12 @@ def _rungs(
     if not isinstance(arithmetic, HostArithmetic):
         rungs.append(("full-cpu", partial(full.truncate, source, rule, arithmetic=host)))
     return rungs
+
+
+def _given(found: Truncation | NumericalError) -> Truncation:
+    if isinstance(found, NumericalError):
+        raise found
+    return found
 
 
 def _mostly_empty(source: PanelSource, rule: HardThreshold) -> Truncation:

@@ -1,11 +1,11 @@
 """Who may start next: the rules of the ledger as plain state, without threads or a clock. Deterministic.
 
 `ledger` puts locks around it, `simulate` a fake clock; both therefore run the same rules:
-- workers stand in one line, first come, first served, whatever kind of task they want. Only the first is considered, so
-  a large task is never starved by small ones: nobody overtakes it;
-- it starts once its bytes are free, or when nothing runs, for every task fits alone (the plan saw to that);
-- a running task may ask for more (a dearer backend after a cheap one failed). Such a demand goes before the line, and
-  while one waits no new task starts, so that running tasks end and return their bytes. If all that run are waiting for
+- workers stand in one line, first come, first served, whatever kind of unit they want. Only the first is considered, so
+  a large unit is never starved by small ones: nobody overtakes it;
+- it starts once its bytes are free, or when nothing runs, for every unit fits alone (the plan saw to that);
+- a running unit may ask for more (a dearer backend after a cheap one failed). Such a demand goes before the line, and
+  while one waits no new unit starts, so that running units end and return their bytes. If all that run are waiting for
   more and the first does not fit, it is refused: it has to do without or fail. So there is no deadlock.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
-from streamrepair.engine.plan import Task
+from streamrepair.engine.plan import Unit
 
 Worker = int
 """A worker's number."""
@@ -24,56 +24,56 @@ Worker = int
 
 @dataclass(slots=True)
 class Admission:
-    """Tasks waiting and running, and the bytes that are free."""
+    """Units waiting and running, and the bytes that are free."""
 
-    waiting: dict[str, deque[Task]]
-    """By place ("cpu" or "cuda"), in the order they start."""
+    waiting: dict[str, deque[Unit]]
+    """By place ("cpu" or "cuda"), in the order they start; a batch counts as one."""
     free_bytes: int
     held: dict[Worker, int] = field(default_factory=dict)
-    """Bytes of every running task."""
+    """Bytes of every running unit."""
     line: deque[Worker] = field(default_factory=deque)
-    """Workers that want a task."""
+    """Workers that want a unit."""
     growing: deque[Worker] = field(default_factory=deque)
-    """Workers whose running task waits for more."""
+    """Workers whose running unit waits for more."""
 
     @classmethod
-    def of(cls, tasks: Iterable[Task], room_bytes: int) -> Admission:
-        """All tasks waiting, all bytes free."""
-        waiting: dict[str, deque[Task]] = {"cpu": deque(), "cuda": deque()}
-        for task in tasks:
-            waiting[task.place].append(task)
+    def of(cls, units: Iterable[Unit], room_bytes: int) -> Admission:
+        """All units waiting, all bytes free."""
+        waiting: dict[str, deque[Unit]] = {"cpu": deque(), "cuda": deque()}
+        for unit in units:
+            waiting[unit.place].append(unit)
         return cls(waiting, room_bytes)
 
     def exhausted(self, place: str) -> bool:
-        """Whether no task is left for a place."""
+        """Whether no unit is left for a place."""
         return not self.waiting[place]
 
-    def following(self, place: str, count: int) -> list[Task]:
-        """The next so many tasks of a place."""
+    def following(self, place: str, count: int) -> list[Unit]:
+        """The next so many units of a place."""
         return list(islice(self.waiting[place], count))
 
-    def take(self, worker: Worker, place: str) -> Task | None:
-        """The next task for a worker, or None: it stands in line and has to ask again after a change."""
+    def take(self, worker: Worker, place: str) -> Unit | None:
+        """The next unit for a worker, or None: it stands in line and has to ask again after a change."""
         if worker not in self.line:
             self.line.append(worker)
         if self.growing or self.line[0] != worker or not self.waiting[place]:
             return None
-        task = self.waiting[place][0]
-        if task.ram_bytes > self.free_bytes and self.held:
+        unit = self.waiting[place][0]
+        if unit.ram_bytes > self.free_bytes and self.held:
             return None
         self.line.popleft()
         self.waiting[place].popleft()
-        self.free_bytes -= task.ram_bytes
-        self.held[worker] = task.ram_bytes
-        return task
+        self.free_bytes -= unit.ram_bytes
+        self.held[worker] = unit.ram_bytes
+        return unit
 
     def leave(self, worker: Worker) -> None:
-        """A worker wants no more tasks."""
+        """A worker wants no more units."""
         if worker in self.line:
             self.line.remove(worker)
 
     def grow(self, worker: Worker, more_bytes: int) -> bool | None:
-        """Whether a running task gets more bytes; None: it has to ask again after a change."""
+        """Whether a running unit gets more bytes; None: it has to ask again after a change."""
         assert worker in self.held
         if worker not in self.growing:
             self.growing.append(worker)
@@ -89,12 +89,12 @@ class Admission:
         return fits
 
     def give_back(self, worker: Worker) -> None:
-        """A task ended, well or not."""
+        """A unit ended, well or not."""
         if worker in self.growing:
             self.growing.remove(worker)
         self.free_bytes += self.held.pop(worker)
 
     def drop_waiting(self) -> None:
-        """No more tasks."""
-        for tasks in self.waiting.values():
-            tasks.clear()
+        """No more units."""
+        for units in self.waiting.values():
+            units.clear()

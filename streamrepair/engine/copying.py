@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from streamrepair.checkpoint import direct, osfile
 from streamrepair.checkpoint.write import digest_text, new_digest
+from streamrepair.decompose.convert import STORED_TYPE, widened
 from streamrepair.engine.job import Job
 from streamrepair.engine.memory import COPY_BYTES, PIECE_BYTES
 from streamrepair.engine.nonfinite import met_nonfinite
@@ -30,9 +33,7 @@ def copy(job: Job) -> tuple[str, str | None]:
         NonFiniteInputError: it holds NaN or infinity and the user did not allow it.
     """
     if job.task.out.dtype != job.task.ft.entry.dtype:
-        from streamrepair.engine.repair_task import copy_widened
-
-        return copy_widened(job)
+        return _copy_widened(job)
     copied = _Copy(job)
     nonfinite: str | None = None
     for offset, piece, _ in copied.pieces():
@@ -40,6 +41,29 @@ def copy(job: Job) -> tuple[str, str | None]:
         nonfinite = nonfinite or met_nonfinite(job, piece, offset, of_base=False)
         copied.put(offset, piece)
     return copied.digest, nonfinite
+
+
+def _copy_widened(job: Job) -> tuple[str, str | None]:
+    """Write FT's tensor in the wider output dtype; exact.
+
+    Raises:
+        NonFiniteInputError: it holds NaN or infinity and the user did not allow it.
+    """
+    digest = new_digest()
+    nonfinite: str | None = None
+    entry = job.task.ft.entry
+    stored = np.dtype(STORED_TYPE[entry.dtype])
+    buffer = memoryview(bytearray(min(COPY_BYTES, entry.nbytes)))
+    for offset, length in osfile.chunks(entry.nbytes, COPY_BYTES):
+        job.around.check_stop()
+        job.read(job.task.ft, offset, buffer[:length], of_base=False)
+        nonfinite = nonfinite or met_nonfinite(job, buffer[:length], offset, of_base=False)
+        wide = np.empty(length // stored.itemsize, np.float32)
+        widened(np.frombuffer(buffer[:length], stored), entry.dtype, wide)
+        data = wide.view(np.uint8).data
+        digest.update(data)
+        job.write(offset // stored.itemsize * 4, data)
+    return digest_text(digest), nonfinite
 
 
 def copy_while_equal(job: Job) -> str | None:

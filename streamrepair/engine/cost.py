@@ -6,7 +6,7 @@ With this machine's speeds where they were measured: no number of a result depen
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,14 @@ from streamrepair.decompose.speed import CPU, CUDA, KEPT_SHARE, Rates, Stages
 from streamrepair.engine.memory import MatrixShape
 
 if TYPE_CHECKING:
-    from streamrepair.engine.plan import Task
+    from streamrepair.engine.plan import Task, Unit
 
 COPY_BYTES_PER_S = 1.0e9
 """Reading, comparing, digesting and writing a tensor that is passed through."""
 DISK_BYTES_PER_S = 1.5e9
 """Reads and writes together, where nothing better is known."""
+BATCH_START = 0.25
+"""Of the start of a repair, what each further member of a batch takes: its checks and its merge; not measured."""
 
 
 def predicted(shape: MatrixShape, method: str, rates: Rates, kept: float = KEPT_SHARE) -> Stages:
@@ -28,8 +30,31 @@ def predicted(shape: MatrixShape, method: str, rates: Rates, kept: float = KEPT_
     return speed.predicted(shape.rows, shape.cols, method, rates, kept, narrow=shape.out_item_bytes == 2)
 
 
-def stages(task: Task, place: str, cpu: Rates = CPU) -> Stages:
-    """Seconds of computation of a task on one worker of a place ("cpu" or "cuda").
+def flops(shape: MatrixShape, backend: str) -> float:
+    """Floating-point operations of a repair, with a tenth of the rank kept."""
+    m, n = float(shape.rows), float(shape.cols)
+    if backend == "full":
+        return 2 * m * n * n + 20 * n**3
+    return m * n * n + 4 / 3 * n**3 + 0.4 * m * n * n
+
+
+def stages(unit: Unit, place: str, cpu: Rates = CPU) -> Stages:
+    """Seconds of computation of a unit on one worker of a place ("cpu" or "cuda").
+
+    The members of a batch share most of a repair's start.
+    """
+    if len(unit.tasks) == 1:
+        return _of_task(unit.tasks[0], place, cpu)
+    each = [_of_task(task, place, cpu) for task in unit.tasks]
+    rates = cpu if place == "cpu" else CUDA
+    saved_s = (len(each) - 1) * (1.0 - BATCH_START) * rates.start_s
+    return Stages(
+        sum(one.gram_s for one in each), sum(one.factor_s for one in each) - saved_s, sum(one.merge_s for one in each)
+    )
+
+
+def _of_task(task: Task, place: str, cpu: Rates) -> Stages:
+    """Seconds of a task by itself.
 
     A task that tries block Krylov first is counted as if that gave up: real fine-tunes mostly keep too much for it.
     """
@@ -39,30 +64,35 @@ def stages(task: Task, place: str, cpu: Rates = CPU) -> Stages:
     return predicted(task.shape, method, cpu if place == "cpu" else CUDA)
 
 
-def seconds(task: Task, place: str, cpu: Rates = CPU) -> float:
-    """Seconds of computation of a task on one worker of a place."""
-    return stages(task, place, cpu).total_s
+def seconds(unit: Unit, place: str, cpu: Rates = CPU) -> float:
+    """Seconds of computation of a unit on one worker of a place."""
+    return stages(unit, place, cpu).total_s
 
 
-def estimate_s(tasks: Sequence[Task], lanes: Sequence[str], room_bytes: int, cpu: Rates = CPU) -> float:
-    """About how long tasks take together: the slowest of the CPU's workers, the GPUs, the files, and the memory.
+def estimate_s(units: Sequence[Unit], lanes: Sequence[str], room_bytes: int, cpu: Rates = CPU) -> float:
+    """About how long units take together: the slowest of the CPU's workers, the GPUs, the files, and the memory.
 
     Args:
-        lanes: the device of each worker. room_bytes: what tasks may hold together. cpu: speeds of one of the CPU's
+        lanes: the device of each worker. room_bytes: what units may hold together. cpu: speeds of one of the CPU's
             workers.
     """
-    each_s = {task.name: seconds(task, task.place, cpu) for task in tasks}
-    found = sum(task.read_once_bytes + task.out.nbytes for task in tasks) / DISK_BYTES_PER_S
+    each_s = [seconds(unit, unit.place, cpu) for unit in units]
+    found = sum(unit.read_once_bytes + unit.out_bytes for unit in units) / DISK_BYTES_PER_S
     for place in ("cpu", "cuda"):
-        here = [each_s[task.name] for task in tasks if task.place == place]
+        here = [unit_s for unit, unit_s in zip(units, each_s, strict=True) if unit.place == place]
         workers = max(1, sum((lane == "cpu") == (place == "cpu") for lane in lanes))
         found = max(found, sum(here) / workers, max(here, default=0.0))
-    return max(found, _in_turns_s(tasks, each_s, len(lanes), room_bytes))
+    needs = [(unit.ram_bytes, unit_s) for unit, unit_s in zip(units, each_s, strict=True)]
+    return max(found, _in_turns_s(needs, len(lanes), room_bytes))
 
 
-def _in_turns_s(tasks: Sequence[Task], each_s: Mapping[str, float], workers: int, room_bytes: int) -> float:
-    """What memory alone makes it: of tasks that need more than a (k + 1)-th of the room only k run at once."""
-    neediest = sorted(tasks, key=lambda task: -task.ram_bytes)
-    needs = [-task.ram_bytes for task in neediest]
-    until_s = [0.0, *accumulate(each_s[task.name] for task in neediest)]
+def _in_turns_s(units: Sequence[tuple[int, float]], workers: int, room_bytes: int) -> float:
+    """What memory alone makes it: of units that need more than a (k + 1)-th of the room only k run at once.
+
+    Args:
+        units: bytes and seconds of each.
+    """
+    neediest = sorted(units, key=lambda unit: -unit[0])
+    needs = [-ram_bytes for ram_bytes, _ in neediest]
+    until_s = [0.0, *accumulate(unit_s for _, unit_s in neediest)]
     return max((until_s[bisect_left(needs, -(room_bytes // (k + 1)))] / k for k in range(1, workers)), default=0.0)

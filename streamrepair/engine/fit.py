@@ -11,7 +11,8 @@ from streamrepair.errors import BudgetError, shown
 from streamrepair.units import format_bytes
 
 if TYPE_CHECKING:
-    from streamrepair.engine.plan import Plan, Task
+    from streamrepair.engine.batches import Batch
+    from streamrepair.engine.plan import Plan, Task, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,12 @@ def _least_bytes(task: Task) -> int:
     return min(task.ram_bytes, memory.repair_bytes(task.shape, task.backend, task.shape.block, cuda=cuda))
 
 
+def holds(room: Room, batch: Batch, tasks: Sequence[Task]) -> bool:
+    """Whether the budgets hold a batch, with no more workers than the tasks need."""
+    fixed_bytes = room.fixed_bytes + _least_workers(tasks) * memory.WORKER_BYTES
+    return room.fits_device(batch.vram_bytes) and fixed_bytes + batch.ram_bytes <= room.ram_bytes
+
+
 def fitted(task: Task, room: Room, workers: int) -> Task:
     """The task, with the smallest panels where with its preferred ones it takes more than one worker's share.
 
@@ -95,16 +102,16 @@ def _refusal(task: Task, option: str, need_bytes: int, allowed_bytes: int) -> st
     )
 
 
-def affordable_lanes(tasks: Sequence[Task], devices: Sequence[str], workers: int, room: Room) -> tuple[str, ...]:
-    """The device of each worker: every GPU, then the CPU's; as many as leave room for the largest task.
+def affordable_lanes(units: Sequence[Unit], devices: Sequence[str], workers: int, room: Room) -> tuple[str, ...]:
+    """The device of each worker: every GPU, then the CPU's; as many as leave room for the largest unit.
 
     And for at least as much work as stacks. A GPU that has to go is the last one, CPU workers go before it.
     """
     left_bytes = room.ram_bytes - room.fixed_bytes
-    largest = max((task.ram_bytes for task in tasks), default=0)
+    largest = max((unit.ram_bytes for unit in units), default=0)
     most = min((left_bytes - largest) // memory.WORKER_BYTES, left_bytes // memory.WORKER_BYTES // 2)
-    on_cpu = sum(task.place == "cpu" for task in tasks)
-    on_gpus = len(tasks) - on_cpu
+    on_cpu = sum(unit.place == "cpu" for unit in units)
+    on_gpus = len(units) - on_cpu
     gpus = gpus_of(devices)[: max(1, on_gpus)] if on_gpus else ()
     if on_gpus and on_cpu:
         gpus = gpus[: max(1, most - 1)]
@@ -115,25 +122,34 @@ def affordable_lanes(tasks: Sequence[Task], devices: Sequence[str], workers: int
 
 
 def fits_climb(plan: Plan, backend: str) -> Mapping[str, bool]:
-    """For each repair, whether the CPU's part of a dearer backend fits beside the other workers' largest tasks.
+    """For each repair, whether the CPU's part of a dearer backend fits beside the other workers' largest units.
 
-    One that the plan projects for the CPU with that very backend has its room already.
+    One that the plan projects for the CPU with that very backend has its room already. Beside a member of a batch are
+    the other members' pairs.
     """
-    at_once = sorted((task.ram_bytes for task in plan.at_once), reverse=True)
+    at_once = sorted((unit.ram_bytes for unit in plan.at_once), reverse=True)
     others = sum(at_once[: plan.workers - 1])
     fixed = memory.run_bytes(plan.workers, tensors=plan.tensors, gpus=len(plan.gpus))
     room = plan.ram_allowed_bytes - fixed - others
     return {
         task.name: (task.place == "cpu" and task.backend == backend)
-        or memory.repair_bytes(task.shape, backend, task.shape.block) <= room
-        for task in plan.tasks
+        or memory.repair_bytes(task.shape, backend, task.shape.block) + _beside_bytes(unit, task) <= room
+        for unit in plan.units
+        for task in unit.tasks
         if task.shape is not None
     }
+
+
+def _beside_bytes(unit: Unit, task: Task) -> int:
+    """What a task's unit holds beside the task."""
+    return unit.ram_bytes - task.ram_bytes
 
 
 def full_budget(plan: Plan, task: Task) -> int:
     """Bytes of --ram in which the reference route fits for a task, with one worker on the CPU."""
     assert task.shape is not None
+    unit = next(unit for unit in plan.units if any(member is task for member in unit.tasks))
     others = sorted((other.ram_bytes for other in plan.at_once), reverse=True)[: len(plan.gpus)]
     fixed = memory.run_bytes(1 + len(plan.gpus), tensors=plan.tensors, gpus=len(plan.gpus))
-    return fixed + sum(others) + memory.repair_bytes(task.shape, "full", task.shape.block)
+    need = memory.repair_bytes(task.shape, "full", task.shape.block) + _beside_bytes(unit, task)
+    return fixed + sum(others) + need

@@ -6,7 +6,7 @@ Tasks read and write through their `Job`, so that time, bytes and progress are c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,6 +82,8 @@ class Surroundings:
     """How a device computes, in place of the usual."""
     done_with: Callable[[Task], None] = lambda _task: None
     """Told once a task needs its inputs no more."""
+    finished: Container[str] = ()
+    """Tensors that an earlier run finished: a batch they belong to is computed with them, and does not write them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ class Job:
     worker: Worker
     spent: Spent = field(default_factory=Spent)
     told_bytes: int = 0
+    dry: bool = False
+    """Nothing is written or told: the result is there already."""
 
     @property
     def scratch(self) -> Scratch:
@@ -121,6 +125,8 @@ class Job:
 
     def write(self, offset: int, data: memoryview, *, past_cache: bool = False) -> None:
         """Write bytes at `offset` of the output tensor."""
+        if self.dry:
+            return
         began = time.perf_counter()
         with self.worker.lane.file("write"):
             shard = self.around.shards[self.task.shard]
@@ -131,6 +137,6 @@ class Job:
     def tell(self, share: float) -> None:
         """Report that `share` (0–1) of the task is done."""
         done = int(share * self.task.out.nbytes)
-        if done > self.told_bytes:
+        if done > self.told_bytes and not self.dry:
             self.around.progress.advance(done - self.told_bytes)
             self.told_bytes = done

@@ -1,4 +1,4 @@
-"""The ledger of memory: a task reserves its projected bytes before it starts and returns them when it ends.
+"""The ledger of memory: a unit reserves its projected bytes before it starts and returns them when it ends.
 
 `admission` has the rules; here are the lock and the waiting.
 """
@@ -9,31 +9,31 @@ import threading
 from collections.abc import Callable, Iterable
 
 from streamrepair.engine.admission import Admission
-from streamrepair.engine.plan import Task
+from streamrepair.engine.plan import Unit
 
 
 class Ledger:
-    """Hands out tasks, each once its bytes are free; shared by all workers of a run.
+    """Hands out units, each once its bytes are free; shared by all workers of a run.
 
     Args:
-        tasks: in the order they start. room_bytes: what running tasks may hold together.
+        units: in the order they start. room_bytes: what running units may hold together.
     """
 
-    def __init__(self, tasks: Iterable[Task], *, room_bytes: int) -> None:
-        self._state = Admission.of(tasks, room_bytes)
+    def __init__(self, units: Iterable[Unit], *, room_bytes: int) -> None:
+        self._state = Admission.of(units, room_bytes)
         self._changed = threading.Condition()
 
-    def take(self, worker: int, place: str, *, before_waiting: Callable[[], None]) -> Task | None:
-        """The next task for a worker, waiting until its bytes are free; None when there are no more.
+    def take(self, worker: int, place: str, *, before_waiting: Callable[[], None]) -> Unit | None:
+        """The next unit for a worker, waiting until its bytes are free; None when there are no more.
 
         Args:
-            place: "cpu" or "cuda". before_waiting: lets go of what the worker keeps from its last task.
+            place: "cpu" or "cuda". before_waiting: lets go of what the worker keeps from its last unit.
         """
         waited = False
         with self._changed:
             while not self._state.exhausted(place):
-                task = self._state.take(worker, place)
-                if task is not None:
+                unit = self._state.take(worker, place)
+                if unit is not None:
                     break
                 if not waited:
                     before_waiting()
@@ -41,13 +41,13 @@ class Ledger:
                     continue  # nothing may have changed, but the line may have: ask once more before sleeping
                 self._changed.wait()
             else:
-                task = None
+                unit = None
                 self._state.leave(worker)
             self._changed.notify_all()  # the next in line may go too, or leave
-            return task
+            return unit
 
     def grow(self, worker: int, more_bytes: int) -> bool:
-        """Reserve more for a worker's running task, waiting for it; False if it cannot be had beside the others."""
+        """Reserve more for a worker's running unit, waiting for it; False if it cannot be had beside the others."""
         with self._changed:
             self._changed.notify_all()  # whoever waits for more may be the last that runs: it has to look again
             while (granted := self._state.grow(worker, more_bytes)) is None:
@@ -55,19 +55,19 @@ class Ledger:
             self._changed.notify_all()
             return granted
 
-    def following(self, place: str, count: int) -> list[Task]:
-        """The tasks that workers of that place will get next: worth reading ahead for."""
+    def following(self, place: str, count: int) -> list[Unit]:
+        """The units that workers of that place will get next: worth reading ahead for."""
         with self._changed:
             return self._state.following(place, count)
 
     def give_back(self, worker: int) -> None:
-        """Return all that a worker's task had reserved."""
+        """Return all that a worker's unit had reserved."""
         with self._changed:
             self._state.give_back(worker)
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Hand out no more tasks."""
+        """Hand out no more units."""
         with self._changed:
             self._state.drop_waiting()
             self._changed.notify_all()

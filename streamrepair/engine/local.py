@@ -16,24 +16,26 @@ from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.gpu import own_stream
 from streamrepair.engine.job import Outcome
 from streamrepair.engine.ledger import Ledger
-from streamrepair.engine.plan import Task
+from streamrepair.engine.plan import Task, Unit
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.timeline import Lane, Timeline
 from streamrepair.engine.worker import Worker, lane_names
 from streamrepair.errors import InterruptedRunError
 
+Do = Callable[[Unit, Worker], Iterable[Outcome]]
+"""Carries a unit out: its tasks' outcomes, as they finish."""
 _POLL_S = 0.2
 _PARTING_S = 2.0  # for workers that are left in the middle of a task
 
 
 class LocalExecutor:
-    """Runs tasks on threads.
+    """Runs units, tasks and batches of them, on threads.
 
     Args:
-        lanes: the device of each thread. room_bytes: memory that running tasks may hold together.
+        lanes: the device of each thread. room_bytes: memory that running units may hold together.
         stop: ends the run early. timeline: told what every thread does.
         upcoming: told, more than once, of the tasks that are next in line, so that they can be read ahead.
-        hold: called before a worker asks for a task; waits while results pile up in front of the disk, and calls what
+        hold: called before a worker asks for a unit; waits while results pile up in front of the disk, and calls what
             it is given before it does.
     """
 
@@ -50,14 +52,14 @@ class LocalExecutor:
         self._lanes, self._room_bytes, self._stop = tuple(lanes), room_bytes, stop
         self._timeline, self._upcoming, self._hold = timeline, upcoming, hold
 
-    def run(self, tasks: Iterable[Task], do: Callable[[Task, Worker], Outcome]) -> Iterator[Outcome | None]:
+    def run(self, units: Iterable[Unit], do: Do) -> Iterator[Outcome | None]:
         """Outcomes as tasks finish; None now and then while none has, so that the caller can see to other things.
 
         Raises:
             InterruptedRunError: stopped on request, after every outcome that was finished has been yielded.
             StreamRepairError: the first failure of a task, likewise.
         """
-        ledger = Ledger(tasks, room_bytes=self._room_bytes)
+        ledger = Ledger(units, room_bytes=self._room_bytes)
         done: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
         threads = [
             threading.Thread(target=self._work, args=(worker, ledger, do, done), name=name, daemon=True)
@@ -114,20 +116,22 @@ class LocalExecutor:
         self,
         worker: Worker,
         ledger: Ledger,
-        do: Callable[[Task, Worker], Outcome],
+        do: Do,
         done: queue.SimpleQueue[Outcome | BaseException | None],
     ) -> None:
         """One worker's life; it puts its outcomes, at most one failure, and None at its end."""
         try:
             with own_stream(worker.device):
-                while (task := self._next(worker, ledger)) is not None:
+                while (unit := self._next(worker, ledger)) is not None:
                     try:
                         if self._stop.requested:
                             break  # the collector, which closes the ledger, may be in the middle of a commit
                         for following in ledger.following(worker.place, worker.peers):
-                            self._upcoming(following)
-                        with worker.lane.task(task.name):
-                            done.put(do(task, worker))
+                            for task in following.tasks:
+                                self._upcoming(task)
+                        with worker.lane.task(unit.name):
+                            for outcome in do(unit, worker):
+                                done.put(outcome)
                         worker.scratch.settle()
                     finally:
                         ledger.give_back(worker.number)
@@ -135,8 +139,8 @@ class LocalExecutor:
             done.put(error)
         done.put(None)
 
-    def _next(self, worker: Worker, ledger: Ledger) -> Task | None:
-        """The worker's next task; while it waits for one it keeps nothing of the last, which no reservation covers."""
+    def _next(self, worker: Worker, ledger: Ledger) -> Unit | None:
+        """The worker's next unit; while it waits for one it keeps nothing of the last, which no reservation covers."""
         with contextlib.ExitStack() as waiting:
 
             def before_waiting() -> None:

@@ -180,6 +180,26 @@ def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: boo
     return panel_bytes(shape, panel_rows) + work + copy_bytes()
 
 
+def pair_bytes(shape: MatrixShape) -> int:
+    """Both sides of a matrix as stored."""
+    return shape.rows * shape.cols * (shape.base_item_bytes + shape.ft_item_bytes)
+
+
+def batch_bytes(shape: MatrixShape, count: int) -> int:
+    """Host bytes of a batch of so many matrices beside those of one: every pair is read whole and kept to its merge."""
+    return (count - 1) * pair_bytes(shape)
+
+
+def batch_device_bytes(shape: MatrixShape, count: int) -> int:
+    """Device bytes of a batch of so many matrices beside those of one: Gram matrices, `eigh`, a block of every Δ.
+
+    G is there twice where some members left the batch, then its vectors, and those that are kept as a copy; the rest is
+    for cuSOLVER's workspace.
+    """
+    n = shape.cols
+    return (count - 1) * (5 * 8 * n * n + 8 * shape.block * n)
+
+
 def copy_bytes() -> int:
     """Host bytes of a task that only copies: a buffer of each side, and the one that lines writes up for the disk."""
     return 3 * COPY_BYTES

@@ -15,9 +15,10 @@ from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
 from streamrepair.checkpoint.write import ShardLayout, layout_like
 from streamrepair.decompose.choose import krylov_share
 from streamrepair.decompose.speed import CPU, Rates
-from streamrepair.engine import cost, memory, schedule
+from streamrepair.engine import batches, cost, memory, schedule
+from streamrepair.engine.batches import Batch
 from streamrepair.engine.finite import is_searched
-from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, refuse_too_large
+from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, holds, refuse_too_large
 from streamrepair.engine.memory import MatrixShape
 from streamrepair.engine.schedule import Place
 from streamrepair.report import Settings
@@ -58,6 +59,16 @@ class Task:
         return self.pairing.name
 
     @property
+    def tasks(self) -> tuple[Task, ...]:
+        """Itself: what it has in common with a batch."""
+        return (self,)
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes of the result."""
+        return self.out.nbytes
+
+    @property
     def read_bytes(self) -> int:
         """Bytes read: a repair reads each side for the Gram pass and for the merge, unless one panel keeps it whole."""
         if self.shape is None or self.pairing.base is None:
@@ -73,6 +84,10 @@ class Task:
         return self.ft.entry.nbytes + self.pairing.base.entry.nbytes
 
 
+Unit = Task | Batch
+"""What a worker is given at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All of a run's work."""
@@ -82,8 +97,8 @@ class Plan:
     settings: Settings
     layouts: tuple[ShardLayout, ...]
     """Output shards, in FT's order."""
-    tasks: tuple[Task, ...]
-    """In the order they are started."""
+    units: tuple[Unit, ...]
+    """All tasks, some of them in batches, in the order they are started."""
     dropped: tuple[Pairing, ...]
     """Tensors only BASE has."""
     devices: tuple[str, ...]
@@ -96,13 +111,23 @@ class Plan:
     """Speeds of one of the CPU's workers, for predicted times."""
 
     @property
+    def tasks(self) -> tuple[Task, ...]:
+        """In the order they are started."""
+        return tuple(task for unit in self.units for task in unit.tasks)
+
+    @property
+    def batches(self) -> list[Batch]:
+        """Those of the units that are batches."""
+        return [unit for unit in self.units if isinstance(unit, Batch)]
+
+    @property
     def device(self) -> str:
         """The devices as one word."""
         return ",".join(self.devices)
 
     @property
     def workers(self) -> int:
-        """Tasks in work at once."""
+        """Units in work at once."""
         return len(self.lanes)
 
     @property
@@ -124,25 +149,25 @@ class Plan:
     def ram_unhindered_bytes(self) -> int:
         """The least budget in which no worker ever waits for memory."""
         fixed = memory.run_bytes(self.workers, tensors=self.tensors, gpus=len(self.gpus))
-        return fixed + sum(task.ram_bytes for task in self.at_once)
+        return fixed + sum(unit.ram_bytes for unit in self.at_once)
 
     @property
     def room_bytes(self) -> int:
-        """What is left for tasks, all together."""
+        """What is left for units, all together."""
         return self.ram_allowed_bytes - memory.run_bytes(self.workers, tensors=self.tensors, gpus=len(self.gpus))
 
     @property
     def side_by_side(self) -> int:
-        """How many of the neediest tasks can run together; all workers have one if there is room."""
-        needs = accumulate(sorted((task.ram_bytes for task in self.at_once), reverse=True))
+        """How many of the neediest units can run together; all workers have one if there is room."""
+        needs = accumulate(sorted((unit.ram_bytes for unit in self.at_once), reverse=True))
         return sum(need <= self.room_bytes for need in needs)
 
     @property
-    def at_once(self) -> list[Task]:
-        """The neediest tasks that can run together."""
-        found: list[Task] = []
+    def at_once(self) -> list[Unit]:
+        """The neediest units that can run together."""
+        found: list[Unit] = []
         for place in ("cpu", "cuda"):
-            here = sorted((t for t in self.tasks if t.place == place), key=lambda t: -t.ram_bytes)
+            here = sorted((u for u in self.units if u.place == place), key=lambda u: -u.ram_bytes)
             found += here[: sum((lane == "cpu") == (place == "cpu") for lane in self.lanes)]
         return found
 
@@ -151,12 +176,12 @@ class Plan:
         """Projected peak per GPU."""
         if not self.gpus:
             return None
-        return memory.CUDA_CONTEXT_BYTES + max((t.vram_bytes for t in self.tasks), default=0)
+        return memory.CUDA_CONTEXT_BYTES + max((unit.vram_bytes for unit in self.units), default=0)
 
     @property
     def estimated_s(self) -> float:
         """About how long it takes, by `cost`."""
-        return cost.estimate_s(self.tasks, self.lanes, self.room_bytes, self.rates)
+        return cost.estimate_s(self.units, self.lanes, self.room_bytes, self.rates)
 
     @property
     def out_bytes(self) -> int:
@@ -206,14 +231,15 @@ def make_plan(
     room = Room(ram_bytes, vram_bytes, tensors=len(pairings), gpus=len(gpus_of(devices)))
     tasks = [_placed(_task(pairing, side, layouts, settings), devices, room) for pairing, side in kept]
     refuse_too_large(tasks, room)
-    tasks = [fitted(task, room, workers) for task in tasks]
-    lanes = affordable_lanes(tasks, devices, workers, room)
+    units = batches.formed(tasks, lambda batch: holds(room, batch, tasks))
+    units = [fitted(unit, room, workers) if isinstance(unit, Task) else unit for unit in units]
+    lanes = affordable_lanes(units, devices, workers, room)
     return Plan(
         base=base,
         ft=ft,
         settings=settings,
         layouts=layouts,
-        tasks=schedule.order(tasks, lanes),
+        units=schedule.order(units, lanes),
         dropped=tuple(pairing for pairing in pairings if pairing.ft is None),
         devices=tuple(devices),
         lanes=lanes,
@@ -238,7 +264,7 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     if settings.sigma == "median" and krylov_share(settings.backend, settings.noise_estimate, shape.cols):
         backend = "randomized"
     ram = memory.repair_bytes(shape, backend, rows)
-    return Task(pairing, ft, ft.shard, out, shape, rows, backend, "cpu", ram, 0, flops(shape, backend))
+    return Task(pairing, ft, ft.shard, out, shape, rows, backend, "cpu", ram, 0, cost.flops(shape, backend))
 
 
 def _placed(task: Task, devices: Sequence[str], room: Room) -> Task:
@@ -265,11 +291,3 @@ def matrix_shape(base: TensorEntry, ft: TensorEntry, out: TensorEntry, settings:
         out_item_bytes=ITEM_BITS[out.dtype] // 8,
         kept_share=0.5 if halved else 1.0,
     )
-
-
-def flops(shape: MatrixShape, backend: str) -> float:
-    """Floating-point operations of a repair, with a tenth of the rank kept."""
-    m, n = float(shape.rows), float(shape.cols)
-    if backend == "full":
-        return 2 * m * n * n + 20 * n**3
-    return m * n * n + 4 / 3 * n**3 + 0.4 * m * n * n

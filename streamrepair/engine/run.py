@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,11 +29,11 @@ from streamrepair.engine.notices import machine_warnings, plan_warnings, task_wa
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.overlap import refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
-from streamrepair.engine.plan import Plan, Task
+from streamrepair.engine.plan import Plan, Unit
 from streamrepair.engine.side_files import check_path_beside
 from streamrepair.engine.statement import fingerprint, make_report, shard_index, statement_bytes
 from streamrepair.engine.stop import StopRequest
-from streamrepair.engine.task import run_task
+from streamrepair.engine.task import run_unit
 from streamrepair.engine.timeline import Timeline
 from streamrepair.engine.trace import chrome_trace
 from streamrepair.engine.watcher import Watcher
@@ -166,7 +166,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     )
     cache = PageCache(plan, run.files, free_bytes=run.free_bytes, timeline=run.timeline)
     try:
-        _work(run, committer, cache, backlog, [task for task in plan.tasks if task.name not in done])
+        _work(run, committer, cache, backlog, done.keys())
     finally:
         cache.close()
     run.stop.check_at_once()  # from here on it is a matter of moments
@@ -197,9 +197,10 @@ def _as_text(report: Report) -> bytes:
     return msgspec.json.format(msgspec.json.encode(report)) + b"\n"
 
 
-def _work(run: _Run, committer: Committer, cache: PageCache, backlog: Backlog, tasks: list[Task]) -> None:
-    """Run the tasks, committing as they finish; what is finished is committed however this ends."""
+def _work(run: _Run, committer: Committer, cache: PageCache, backlog: Backlog, done: Set[str]) -> None:
+    """Run what is not done, committing tasks as they finish; what is finished is committed however this ends."""
     plan = run.plan
+    units = [unit for unit in plan.units if any(task.name not in done for task in unit.tasks)]
     fits = {backend: fits_climb(plan, backend) for backend in ("full",)}
     around = Surroundings(
         base=plan.base,
@@ -214,6 +215,7 @@ def _work(run: _Run, committer: Committer, cache: PageCache, backlog: Backlog, t
         arithmetic=run.arithmetic,
         done_with=cache.done_with,
         hold_threads=run.threads.hold,
+        finished=done,
     )
     executor = LocalExecutor(
         lanes=plan.lanes,
@@ -224,13 +226,13 @@ def _work(run: _Run, committer: Committer, cache: PageCache, backlog: Backlog, t
         hold=backlog.wait,
     )
 
-    def do(task: Task, worker: Worker) -> Outcome:
-        outcome = run_task(task, around, worker)
-        backlog.wrote(task.out.nbytes)
-        return outcome
+    def do(unit: Unit, worker: Worker) -> Iterator[Outcome]:
+        for outcome in run_unit(unit, around, worker):
+            backlog.wrote(outcome.task.out_bytes)
+            yield outcome
 
     try:
-        for outcome in executor.run(tasks, do):
+        for outcome in executor.run(units, do):
             if outcome is not None:
                 _take(run, committer, outcome)
             # Once a stop is requested, all that is ready: at the end there may be no time for a large sync.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from streamrepair.engine import cost
 
 if TYPE_CHECKING:
-    from streamrepair.engine.plan import Task
+    from streamrepair.engine.plan import Task, Unit
 
 Place = Literal["cpu", "cuda"]
 
@@ -36,36 +36,36 @@ def place_of(task: Task, devices: Sequence[str]) -> Place:
     return "cuda"
 
 
-def order(tasks: Sequence[Task], lanes: Sequence[str]) -> tuple[Task, ...]:
-    """All tasks in the order they start.
+def order(units: Sequence[Unit], lanes: Sequence[str]) -> tuple[Unit, ...]:
+    """All units in the order they start.
 
     Args:
-        tasks: each with its place. lanes: the device of each worker.
+        units: each with its place. lanes: the device of each worker.
     """
-    ordered: list[Task] = []
+    ordered: list[Unit] = []
     places: tuple[Place, ...] = ("cuda", "cpu")
     for place in places:  # two queues, independent of each other
         workers = sum((lane == "cpu") == (place == "cpu") for lane in lanes)
-        ordered += _ordered([task for task in tasks if task.place == place], max(1, workers))
+        ordered += _ordered([unit for unit in units if unit.place == place], max(1, workers))
     return tuple(ordered)
 
 
-def _ordered(tasks: Sequence[Task], workers: int) -> list[Task]:
-    """Tasks of one place: by shard and dearest first, but none so late that it would run on alone.
+def _ordered(units: Sequence[Unit], workers: int) -> list[Unit]:
+    """Units of one place: by shard and dearest first, but none so late that it would run on alone.
 
-    A task of s seconds should start while the others still have s seconds for each worker: the latest such position in
+    A unit of s seconds should start while the others still have s seconds for each worker: the latest such position in
     the order by shard is where it is put.
     """
 
-    def seconds(task: Task) -> float:
-        return cost.seconds(task, task.place)
+    def seconds(unit: Unit) -> float:
+        return cost.seconds(unit, unit.place)
 
-    by_shard = sorted(tasks, key=lambda task: (task.shard, -seconds(task), -task.out.nbytes))
-    left_s = list(accumulate(seconds(task) for task in reversed(by_shard)))[::-1]
+    by_shard = sorted(units, key=lambda unit: (unit.shard, -seconds(unit), -unit.out_bytes))
+    left_s = list(accumulate(seconds(unit) for unit in reversed(by_shard)))[::-1]
     keyed = []
-    for i, task in enumerate(by_shard):
-        start = _latest(left_s, workers * seconds(task), i)
-        keyed.append((start, start == i, -seconds(task), i))
+    for i, unit in enumerate(by_shard):
+        start = _latest(left_s, workers * seconds(unit), i)
+        keyed.append((start, start == i, -seconds(unit), i))
     return [by_shard[key[-1]] for key in sorted(keyed)]
 
 

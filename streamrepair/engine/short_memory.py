@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Merger, Precision, Vectors
+from streamrepair.decompose.arithmetic import Arithmetic, BatchArithmetic, Doubles, Gram, Merger, Precision, Vectors
 from streamrepair.decompose.host import HostArithmetic, HostMerger
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.engine import gpu, memory
@@ -72,6 +72,11 @@ class Patient(Arithmetic):
     def __init__(self, inner: Arithmetic) -> None:
         self._inner = inner
         self.precisions = inner.precisions
+
+    @property
+    def in_batches(self) -> BatchArithmetic | None:
+        """The device's way with many matrices at once, if it has one: it halves a batch that does not fit."""
+        return self._inner if isinstance(self._inner, BatchArithmetic) else None
 
     def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
         """The device's."""

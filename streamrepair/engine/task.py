@@ -7,6 +7,7 @@ order, at once, and again after a crash, with the same result.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Literal
 
 import msgspec
@@ -14,9 +15,23 @@ import msgspec
 from streamrepair.engine.copying import copy, copy_while_equal
 from streamrepair.engine.job import Job, Outcome, Surroundings
 from streamrepair.engine.nonfinite import check_base
-from streamrepair.engine.plan import Task
+from streamrepair.engine.plan import Task, Unit
 from streamrepair.engine.worker import Worker
 from streamrepair.report import TensorRecord
+
+
+def run_unit(unit: Unit, around: Surroundings, worker: Worker) -> Iterator[Outcome]:
+    """Do a task, or a batch of them; outcomes as they come.
+
+    Raises:
+        StreamRepairError: as `run_task` does.
+    """
+    if isinstance(unit, Task):
+        yield run_task(unit, around, worker)
+        return
+    from streamrepair.engine.batch_task import run_batch
+
+    yield from run_batch(unit, around, worker)
 
 
 def run_task(task: Task, around: Surroundings, worker: Worker) -> Outcome:
@@ -40,11 +55,16 @@ def run_task(task: Task, around: Surroundings, worker: Worker) -> Outcome:
         record = passed_through(task, "kept_ft", task.pairing.reason, digest)
     else:
         record, nonfinite = _repair(job)
+    return finished(job, record, nonfinite, time.perf_counter() - began)
+
+
+def finished(job: Job, record: TensorRecord, nonfinite: str | None, seconds: float) -> Outcome:
+    """The outcome of a task whose result is written."""
     job.tell(1.0)
-    around.done_with(task)
-    record = _with_seconds(record, time.perf_counter() - began)
-    record.check_finite(task.name)
-    return Outcome(task, record, job.spent, nonfinite)
+    job.around.done_with(job.task)
+    record = msgspec.structs.replace(record, seconds=round(seconds, 6))
+    record.check_finite(job.task.name)
+    return Outcome(job.task, record, job.spent, nonfinite)
 
 
 def _repair(job: Job) -> tuple[TensorRecord, str | None]:
@@ -67,7 +87,3 @@ def passed_through(task: Task, action: Literal["copied", "kept_ft"], reason: str
         dtype=task.out.dtype,
         digest=digest,
     )
-
-
-def _with_seconds(record: TensorRecord, seconds: float) -> TensorRecord:
-    return msgspec.structs.replace(record, seconds=round(seconds, 6))

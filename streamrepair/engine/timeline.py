@@ -28,7 +28,7 @@ class Span:
     track: str
     """Who did it: a lane, a lane's reader, or the committer."""
     kind: str
-    """task, read, write, memory, sync."""
+    """task, member (of a batch, inside the batch's task), read, write, memory, sync."""
     name: str
     start_s: float
     end_s: float
@@ -112,6 +112,10 @@ class Lane:
     def task(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A task from start to end."""
         return self.timeline.span(self.name, "task", name)
+
+    def member(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A member of a batch, from its merge on; the batch is the task."""
+        return self.timeline.span(self.name, "member", name)
 
     def waiting(self, kind: Wait) -> contextlib.AbstractContextManager[None]:
         """The worker waits for a panel that is being read, or for memory to start."""

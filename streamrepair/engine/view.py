@@ -63,6 +63,8 @@ class MatrixView:
     lane: Lane = field(default_factory=unwatched)
     """Told what is read and waited for."""
     stats: ReadStats = field(default_factory=ReadStats)
+    member: int = 0
+    """Of matrices that are held at once, which one this is: each has buffers of its own."""
     whole: list[Panel] = field(default_factory=list, repr=False)
     """The only panel of a matrix that one panel holds, once it is read."""
 
@@ -102,8 +104,9 @@ class MatrixView:
 
     def _buffers(self, slot: int) -> tuple[memoryview, memoryview]:
         elements = min(self.panel_rows, self.rows) * self.cols
-        base = self.scratch.array(f"base {slot}", (elements * self.base.item_bytes,), np.uint8)
-        ft = self.scratch.array(f"ft {slot}", (elements * self.ft.item_bytes,), np.uint8)
+        which = f"{slot} of {self.member}" if self.member else f"{slot}"
+        base = self.scratch.array(f"base {which}", (elements * self.base.item_bytes,), np.uint8)
+        ft = self.scratch.array(f"ft {which}", (elements * self.ft.item_bytes,), np.uint8)
         return base.data, ft.data
 
     def _read(self, start: int, buffers: tuple[memoryview, memoryview]) -> Panel:

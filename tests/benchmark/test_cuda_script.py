@@ -21,6 +21,7 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_small_shapes_are_measured_and_held_against_float64(tmp_path: Path) -> None:
     arguments = ["--device", "cpu", "--shapes", "160x96,64x200", "--batches", "3:80x40", "--repeats", "1"]
+    arguments += ["--model", "tiny"]
     done = _run(*arguments, "--results", str(tmp_path), "--name", "small")
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "small.json").read_text())
@@ -48,11 +49,18 @@ def test_small_shapes_are_measured_and_held_against_float64(tmp_path: Path) -> N
     (batch,) = record["batches"]
     assert [run["name"] for run in batch["runs"]] == ["batched 3:80x40", "one by one 3:80x40"]
     assert all(run["seconds"] > 0 for run in batch["runs"])
+    whole = record["whole"]
+    assert whole["batches"] == [6, 4, 4]
+    assert [run["name"] for run in whole["runs"]] == ["in batches", "one by one"]
+    assert all(run["seconds"] > 0 for run in whole["runs"])
+    assert whole["runs"][0]["predicted_s"] < whole["runs"][1]["predicted_s"]
+    assert whole["other_rank"] == 0
 
 
 def test_what_would_take_too_long_is_left_out_and_said_to_be(tmp_path: Path) -> None:
     """Nothing is quick enough for a billionth of a second, except what was never measured before."""
     arguments = ["--device", "cpu", "--shapes", "96x64,128x64", "--spectra", "gapped", "--batches", "", "--no-check"]
+    arguments += ["--model", ""]
     done = _run(*arguments, "--limit", "1e-9", "--results", str(tmp_path))
     assert done.returncode == 1  # ours among them: no answer is no success
     first, second = json.loads((tmp_path / "cuda.json").read_text())["cases"]

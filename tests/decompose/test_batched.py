@@ -150,6 +150,26 @@ def test_a_single_matrix_without_memory_is_an_error_that_holds_no_memory() -> No
         assert result.__traceback__ is result.__cause__ is result.__context__ is None
 
 
+def test_where_the_sound_members_cannot_be_gathered_each_is_factorised_where_it_lies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sources = _batch()
+    mixed = [from_delta(np.full((ROWS, COLS), np.nan), "F32"), *sources]
+    original = torch.Tensor.__getitem__
+
+    def full(self: torch.Tensor, which: Any) -> Any:
+        if isinstance(which, list):
+            raise torch.OutOfMemoryError(MESSAGE)
+        return original(self, which)
+
+    monkeypatch.setattr(torch.Tensor, "__getitem__", full)
+    results = truncate_batch(mixed, RULE, DEVICE)
+    assert isinstance(results[0], NonFiniteDeltaError)
+    for source, result in zip(sources, results[1:], strict=True):
+        assert isinstance(result, Truncation)
+        _check(source, result)
+
+
 def test_what_is_returned_holds_its_vectors_only() -> None:
     for result in truncate_batch(_batch(), RULE, DEVICE):
         assert isinstance(result, Truncation)

@@ -10,11 +10,12 @@ import scipy.linalg
 import torch
 
 from streamrepair.decompose import full, ladder, lapack, twisted
-from streamrepair.decompose.arithmetic import Arithmetic, on_host
+from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Precision, on_host
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.rates import Rates
 from streamrepair.decompose.host import HostArithmetic
-from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
+from streamrepair.decompose.operator import PanelSource
+from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 from tests.decompose.sources import ArraySource, from_delta, low_rank_plus_noise
@@ -360,3 +361,45 @@ def test_squares_past_the_range_of_float64_are_no_fault_of_the_input(size: float
     sparse = _decompose(from_delta(mostly_empty))
     assert sparse.noise_free
     assert sparse.frob_delta_in == pytest.approx(size * float(np.linalg.norm(delta[:5])), rel=1e-12)
+
+
+class _Counted(DeviceArithmetic):
+    """A device that says in which precisions sums were asked for."""
+
+    def __init__(self, rates: Rates) -> None:
+        super().__init__("cpu", measured=rates)
+        self.asked: list[str] = []
+
+    def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
+        self.asked.append(precision)
+        return super().gram(source, probes, precision)
+
+
+def test_an_answer_from_a_batch_needs_no_other(source: ArraySource) -> None:
+    alone = _decompose(source, DEVICE)
+    counted = _Counted(Rates(1.0, 1.0))
+    assert _decompose(source, counted, batched=alone) == alone
+    assert counted.asked == []
+
+
+@pytest.mark.parametrize(
+    ("rates", "sharp", "failure", "asked"),
+    [
+        (Rates(1.0, 1.0), False, NumericalError("did not converge"), ["float64"]),
+        (Rates(100.0, 1.0), False, NumericalError("did not converge"), ["float32"]),
+        (Rates(100.0, 1.0), False, UnresolvedError("too blunt"), ["float64"]),
+        (Rates(100.0, 1.0), True, UnresolvedError("too blunt"), []),
+        (Rates(1.0, 1.0), False, UnresolvedError("too blunt"), []),
+        (Rates(1.0, 1.0), False, NonFiniteDeltaError("squares overflowed"), ["float64"]),
+    ],
+)
+def test_after_a_batch_the_usual_rungs_follow_but_for_what_would_fail_in_the_same_way(
+    source: ArraySource, rates: Rates, sharp: bool, failure: NumericalError, asked: list[str]
+) -> None:
+    """float64 sums that were too blunt in a batch are too blunt alone; a solver may do better there."""
+    counted = _Counted(rates)
+    truncation = _decompose(source, counted, sharp=sharp, batched=failure)
+    assert counted.asked == asked
+    first = "float32" if rates.float32 > 50 and not sharp else "float64"
+    assert truncation.climbed[0] == f"gram-{first} in a batch: {failure}"
+    assert _is_right(truncation, source)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.pairing import Pairing, Side
-from streamrepair.engine import memory
+from streamrepair.engine import cost, memory
 from streamrepair.engine.memory import MatrixShape
-from streamrepair.engine.plan import Task, flops
+from streamrepair.engine.plan import Task
 from streamrepair.engine.schedule import Place
 
 Shape = tuple[int, ...]
@@ -29,5 +29,5 @@ def bf16_task(name: str, shape: Shape, *, shard: int = 0, place: Place = "cpu", 
     vram_bytes = memory.device_bytes(matrix, "gram") if place == "cuda" else 0
     return Task(
         pairing, side_of, shard, entry, matrix, matrix.block, "gram", place, ram_bytes, vram_bytes,
-        flops(matrix, "gram"),
+        cost.flops(matrix, "gram"),
     )  # fmt: skip

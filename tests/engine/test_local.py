@@ -10,7 +10,7 @@ import pytest
 
 from streamrepair.engine.job import Outcome
 from streamrepair.engine.local import LocalExecutor
-from streamrepair.engine.plan import Task
+from streamrepair.engine.plan import Unit
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.timeline import Timeline
 from streamrepair.engine.worker import Worker
@@ -20,18 +20,18 @@ from tests.engine.tasks import bf16_task
 KEPT_BYTES = 80_000_000
 
 
-def _outcome(task: Task) -> Outcome:
-    return task  # type: ignore[return-value]  # handed through as it is
+def _outcomes(unit: Unit) -> list[Outcome]:
+    return list(unit.tasks)  # type: ignore[arg-type]  # handed through as they are
 
 
 def test_none_starts_while_the_main_thread_commits_and_a_stop_is_pending() -> None:
     """One worker ends its task, the other gets the memory that it waited for: neither goes on, and both leave."""
     stop, began, go_on = StopRequest(), list[str](), threading.Event()
 
-    def do(task: Task, _worker: Worker) -> Outcome:
-        began.append(task.name)
+    def do(unit: Unit, _worker: Worker) -> list[Outcome]:
+        began.append(unit.name)
         assert go_on.wait(20)
-        return _outcome(task)
+        return _outcomes(unit)
 
     def commit() -> None:
         """A long one, in which the stop comes: nobody closes the ledger meanwhile."""
@@ -63,10 +63,10 @@ def test_a_worker_that_waits_for_the_disk_keeps_nothing() -> None:
 
     workers: list[Worker] = []
 
-    def do(task: Task, worker: Worker) -> Outcome:
+    def do(unit: Unit, worker: Worker) -> list[Outcome]:
         workers.append(worker)
         worker.scratch.array("x", (KEPT_BYTES,), np.uint8)
-        return _outcome(task)
+        return _outcomes(unit)
 
     executor = LocalExecutor(lanes=("cpu",), room_bytes=10, stop=StopRequest(), timeline=timeline, hold=hold)
     tasks = [bf16_task(f"t{i}", (8,), ram_bytes=10) for i in range(3)]

@@ -40,7 +40,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(work.name)
         return run_task(work, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("streamrepair.engine.run.run_task", noted)
+    monkeypatch.setattr("streamrepair.engine.task.run_task", noted)
     return names
 
 

@@ -64,12 +64,12 @@ class DeviceGrams(GramBatch):
 
     def factorise(self, which: list[int]) -> list[Spectrum | NumericalError]:
         """One batched `eigh`; where it fails, each member alone, since the batch does not say whose fault it was."""
-        chosen = self._total if len(which) == len(self._total) else self._total[which]
         try:
+            chosen = self._total if len(which) == len(self._total) else self._total[which]
             values, vectors = torch.linalg.eigh(chosen)
             on_host: Doubles = values.cpu().numpy()
         except RuntimeError:
-            return [_alone(gram) for gram in chosen]
+            return [_alone(self._total[i]) for i in which]
         return [EighSpectrum(chosen[i], values[i], vectors[i], on_host=on_host[i]) for i in range(len(which))]
 
 
