@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, householder, lapack, tame, twisted
 from streamrepair.decompose.arithmetic import Gram, Products, on_host
+from streamrepair.decompose.halves import Both, in_turn
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import (
@@ -64,10 +65,11 @@ class SingleTridiagonal:
     """ssytrd on a scaled copy of G, everything after it that is O(n²) in float64.
 
     Args:
-        gram: (n, n) float64, C upper triangle; left as it is.
+        gram: (n, n) float64, C upper triangle; left as it is. both: does two halves of many vectors.
     """
 
-    def __init__(self, gram: Doubles) -> None:
+    def __init__(self, gram: Doubles, both: Both = in_turn) -> None:
+        self._both = both
         largest = float(gram.diagonal().max())
         self._scale = 2.0 ** np.floor(np.log2(largest))  # a power of two: the copy rounds, the scale does not
         self._reflectors: Singles = np.empty(gram.shape, np.float32)
@@ -116,7 +118,7 @@ class SingleTridiagonal:
         for start in range(0, len(places), twisted.at_once(n)):
             part = slice(start, start + twisted.at_once(n))
             residual = float(np.maximum(residual, self._make(places[part], rows[part])))  # NaN stays
-        householder.rotate_back(self._reflectors, self._scales, rows)
+        householder.rotate_back(self._reflectors, self._scales, rows, self._both)
         return rows, residual * self._scale
 
     def _make(self, places: NDArray[np.intp], out: Singles) -> float:
@@ -145,14 +147,14 @@ def truncate(
     matrix = _Matrix(source, rule, gram, probes)
     if (spikes := tame.spikes(gram, gram.matrix)) is not None:
         return _tamed(spikes, arithmetic, matrix)
-    return _by_windows(*_reduced(matrix), arithmetic, matrix)
+    return _by_windows(*_reduced(matrix, arithmetic.both), arithmetic, matrix)
 
 
-def _reduced(matrix: _Matrix) -> tuple[_Basis, Threshold]:
+def _reduced(matrix: _Matrix, both: Both) -> tuple[_Basis, Threshold]:
     """What the reduction to T gives: vectors, and the threshold by T's values."""
     source, rule, gram, probes = matrix
     assert gram.matrix is not None
-    form = SingleTridiagonal(gram.matrix)
+    form = SingleTridiagonal(gram.matrix, both)
     error = _factor_error(form, gram, probes)
     first = rule.estimate(roots(form.values), source.rows, source.cols)
     if first.s_median**2 < max(LEAST_FLOAT32_VALUE, 2.0 * error):
@@ -166,10 +168,10 @@ def _tamed(spikes: tame.Spikes, arithmetic: HostArithmetic, matrix: _Matrix) -> 
     shape, known = (source.rows, source.cols), np.array([spikes.mean**0.5])
     cut = rule.from_median(known[0], known, *shape).tau ** 2  # the mean lies above the median
     how = tame.taming(partial(arithmetic.products, source), spikes, cut)
-    lower = tame.TamedArithmetic(arithmetic.scratch, how)
+    lower = tame.TamedArithmetic(arithmetic, how)
     with np.errstate(over="ignore", invalid="ignore"):
         tamed = matrix._replace(gram=lower.gram(source, probes, "float32", into=gram.matrix))
-    found = _by_windows(*_reduced(tamed), lower, tamed, moved=how.moved)
+    found = _by_windows(*_reduced(tamed, lower.both), lower, tamed, moved=how.moved)
     values = np.concatenate([found.values[: source.cols - len(how.values)], roots(how.values)])
     threshold = rule.estimate(values, *shape)
     if not threshold.rank_kept == found.threshold.rank_kept >= len(how.values):

@@ -18,7 +18,6 @@ from streamrepair.decompose.arithmetic import Gram, Products
 from streamrepair.decompose.convert import Real, RealType
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
-from streamrepair.decompose.scratch import Scratch
 from streamrepair.decompose.truncation import UnresolvedError
 from streamrepair.decompose.windows import rayleigh_ritz
 
@@ -33,6 +32,8 @@ _LEANING = 100.0
 """n·‖G‖_F²/trace², from which a look for such values is worth its products."""
 _WIDTHS = (8, 48)
 """Vectors of the look, and of a second one where the first holds nothing but spikes."""
+_CROWDED = 1e-3
+"""Smallest of the values seen, in units of the largest, above which it may be a spike too."""
 _CLEAR = 4.0
 """What is left of a spike lies above τ² by this factor at least."""
 _MOVED = 4e-6
@@ -84,6 +85,8 @@ def spikes(gram: Gram, matrix: Doubles) -> Spikes | None:
         for _ in range(2):  # the others' part falls to a thousandth with each
             rows = lapack.times_symmetric(matrix, np.ascontiguousarray(np.linalg.qr(rows.T)[0].T))
         values, vectors, _ = rayleigh_ritz(lambda frame: _by(matrix, frame), rows)
+        if values[0] > _CROWDED * values[-1]:
+            continue  # there may be more, which the mean would not be without
         mean = (gram.trace - float(values.sum())) / n
         count = int(np.count_nonzero(values > _LEVEL * mean))
         if not (mean > 0.0 and values[-1] > _TOO_LARGE * mean):
@@ -140,11 +143,11 @@ class TamedArithmetic(HostArithmetic):
     """The CPU's arithmetic on Δ' in place of Δ.
 
     Args:
-        scratch: the calling worker's.
+        plain: that of Δ, whose working memory it takes over.
     """
 
-    def __init__(self, scratch: Scratch, how: Taming) -> None:
-        super().__init__(scratch)
+    def __init__(self, plain: HostArithmetic, how: Taming) -> None:
+        super().__init__(plain.scratch, plain.both)
         self._rows = how.rows
         self._less: Singles = (how.rows * (how.factors - 1.0)[:, None]).astype(np.float32)
 

@@ -31,7 +31,7 @@ class ReservedHost(HostArithmetic):
     """
 
     def __init__(self, job: Job) -> None:
-        super().__init__(job.scratch)
+        super().__init__(job.scratch, job.worker.both)
         self._job = job
         self._reserved_bytes = job.task.ram_bytes
 

@@ -85,7 +85,7 @@ def test_whatever_the_spikes_the_ladder_is_right(seed: int, largest: float, coun
 
 
 def test_more_spikes_than_the_first_look_holds(tamings: list[tame.Taming]) -> None:
-    source = _spiky(900, 900, 2e4, 9)
+    source = _spiky(900, 900, 3e3, 9)
     found = ladder.decompose(source, RULE, arithmetic=HostArithmetic(), backend="auto")
     assert [len(taming.values) for taming in tamings] == [9]
     _check(source, found)
