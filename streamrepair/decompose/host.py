@@ -13,6 +13,7 @@ import numpy as np
 from streamrepair.decompose import certify, householder, lapack, twisted
 from streamrepair.decompose.arithmetic import Count, Doubles, Gram, Merger, Precision, Spectrum, Vectors, on_host
 from streamrepair.decompose.convert import STORED_TYPE, Raw, Real, RealType, difference, narrow, widened
+from streamrepair.decompose.halves import LEAST_COLUMNS, Both, in_turn, middle
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.decompose.scratch import Scratch
 
@@ -28,30 +29,37 @@ class HostArithmetic:
 
     Args:
         scratch: the calling worker's working memory; its own by default.
+        both: does two pieces of work on a large matrix; one after the other by default.
     """
 
     precisions: tuple[Precision, ...] = ("float32", "float64")
 
-    def __init__(self, scratch: Scratch | None = None) -> None:
-        self._scratch = scratch or Scratch()
+    def __init__(self, scratch: Scratch | None = None, both: Both = in_turn) -> None:
+        self._scratch, self._both = scratch or Scratch(), both
 
     @property
     def scratch(self) -> Scratch:
         """Its working memory."""
         return self._scratch
 
-    def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
-        """G by ?syrk, block by block in a fixed order; float32 products are summed in float64."""
+    @property
+    def both(self) -> Both:
+        """Who does two pieces of work on a large matrix."""
+        return self._both
+
+    def gram(self, source: PanelSource, probes: Doubles, precision: Precision, *, into: Doubles | None = None) -> Gram:
+        """G by ?syrk, block by block in a fixed order; float32 products are summed in float64, in `into` if given."""
         n = source.cols
         real: RealType = np.float32 if precision == "float32" else np.float64
-        total: Doubles = self._scratch.zeros("gram", (n, n), np.float64)
+        total: Doubles = self._scratch.array("gram", (n, n), np.float64) if into is None else into
+        total.fill(0.0)
         partial: Real = self._scratch.zeros("partial", (n, n), real) if precision == "float32" else total
         columns = np.ascontiguousarray(probes.T, real)
         exact = np.zeros((n, len(probes)))
         rows = 0
         for block in blocks(source):
             delta = self._delta(block, real)
-            lapack.add_gram(delta, partial, beta=0.0 if partial is not total and rows == 0 else 1.0)
+            self._add_gram(delta, partial, beta=0.0 if partial is not total and rows == 0 else 1.0)
             exact += delta.T @ (delta @ columns)
             rows += len(delta)
             if partial is not total and rows >= _FLUSH_ROWS:
@@ -64,7 +72,22 @@ class HostArithmetic:
         self._scratch.release("gram")  # from here on it belongs to the result
         images = lapack.times_symmetric(total, probes)
         trace = float(np.trace(total))
-        return Gram(images, np.ascontiguousarray(exact.T), trace, lambda: TridiagonalSpectrum(total), total)
+        return Gram(images, np.ascontiguousarray(exact.T), trace, lambda: TridiagonalSpectrum(total, self._both), total)
+
+    def _add_gram(self, delta: Real, gram: Real, *, beta: float) -> None:
+        """gram ← ΔᵀΔ + beta·gram, upper triangle; from so many columns on in two halves of equally many operations."""
+        n = len(gram)
+        if n < LEAST_COLUMNS:
+            lapack.add_gram(delta, gram, beta=beta)
+            return
+        h = middle(n)
+        left, right = delta[:, :h], delta[:, h:]
+
+        def corners() -> None:
+            lapack.add_gram(left, gram[:h, :h], beta=beta)
+            lapack.add_gram(right, gram[h:, h:], beta=beta)
+
+        self._both(corners, lambda: lapack.add_product(left.T, right, gram[:h, h:], beta=beta))
 
     def products(self, source: PanelSource, vectors: Doubles) -> tuple[Doubles, Doubles]:
         """(k, n) ΔᵀΔ·v for each row v of `vectors`, and (k, k) inner products vᵀΔᵀΔ·w, in float64, in one pass."""
@@ -110,26 +133,40 @@ class HostArithmetic:
 
     def merger(self, vh: Vectors, out_dtype: str) -> HostMerger:
         """Two ?gemm per block, the second onto W_base."""
-        return HostMerger(on_host(vh), out_dtype, self._scratch, self._delta)
+        return HostMerger(on_host(vh), out_dtype, self._scratch, self._delta, self._both)
 
     def _delta(self, block: Panel, real: RealType) -> Real:
         """Δ of a block, (rows, n), in the scratch's one place for it; a transposed view for a wide one."""
         stored: Real = self._scratch.array("delta", block.ft.shape, real)
-        difference(block.ft, block.ft_dtype, block.base, block.base_dtype, stored)
+
+        def part(rows: slice) -> None:
+            difference(block.ft[rows], block.ft_dtype, block.base[rows], block.base_dtype, stored[rows])
+
+        _in_halves(part, len(stored), min(stored.shape), self._both)
         return stored.T if block.wide else stored
+
+
+def _in_halves(work: Callable[[slice], None], length: int, cols: int, both: Both) -> None:
+    """Work on all of `length` rows, in two halves if the matrix is large."""
+    if cols < LEAST_COLUMNS:
+        work(slice(0, length))
+        return
+    both(lambda: work(slice(0, middle(length))), lambda: work(slice(middle(length), length)))
 
 
 class HostMerger(Merger):
     """The merge of one matrix on the CPU.
 
     Args:
-        delta: gives Δ of a block, tall, in the scratch's one place for it.
+        delta: gives Δ of a block, tall, in the scratch's one place for it. both: does two halves of a large block.
     """
 
-    def __init__(self, vh: Real, out_dtype: str, scratch: Scratch, delta: Callable[[Panel, RealType], Real]) -> None:
+    def __init__(
+        self, vh: Real, out_dtype: str, scratch: Scratch, delta: Callable[[Panel, RealType], Real], both: Both
+    ) -> None:
         self._real: RealType = np.float32 if out_dtype in ("BF16", "F16") else np.float64
         self._basis: Real = vh.astype(self._real, copy=False)
-        self._out_dtype, self._scratch, self._delta = out_dtype, scratch, delta
+        self._out_dtype, self._scratch, self._delta, self._both = out_dtype, scratch, delta, both
         self._lost = 0.0
 
     @property
@@ -145,25 +182,35 @@ class HostMerger(Merger):
         """Each block with its result, in an array that the next one overwrites."""
         for panel in panels:
             for block in panel.blocks():
-                raw, lost = self._merged(block)
-                self._lost += lost
-                yield block, raw
+                yield block, self._merged(block)
 
-    def _merged(self, block: Panel) -> tuple[Raw, float]:
-        delta = self._delta(block, self._real)
+    def _merged(self, block: Panel) -> Raw:
+        delta, cols = self._delta(block, self._real), self._basis.shape[1]
+        coefficients: Real = self._scratch.array("coefficients", (len(delta), len(self._basis)), self._real)
         merged: Real = self._scratch.array("merged", block.base.shape, self._real)
-        widened(block.base, block.base_dtype, merged)
-        if len(self._basis):
-            coefficients = self._scratch.array("coefficients", (len(delta), len(self._basis)), self._real)
-            np.matmul(delta, self._basis.T, out=coefficients)
-            if block.wide:
-                lapack.add_product(self._basis.T, coefficients.T, merged)
+        same = STORED_TYPE[self._out_dtype] is self._real
+        out: Raw = merged if same else self._scratch.array("out", merged.shape, STORED_TYPE[self._out_dtype])
+        lost: dict[int, float] = {}
+
+        def project(rows: slice) -> None:
+            np.matmul(delta[rows], self._basis.T, out=coefficients[rows])
+
+        def merge(rows: slice) -> None:
+            """Rows as stored: of a wide matrix they are columns of what is tall."""
+            widened(block.base[rows], block.base_dtype, merged[rows])
+            if len(self._basis):
+                left, right = (self._basis.T, coefficients.T) if block.wide else (coefficients, self._basis)
+                lapack.add_product(left[rows], right, merged[rows])
+            if same:
+                lost[rows.start] = 0.0 if np.isfinite(merged[rows]).all() else np.inf
             else:
-                lapack.add_product(coefficients, self._basis, merged)
-        if STORED_TYPE[self._out_dtype] is self._real:
-            return merged, 0.0 if np.isfinite(merged).all() else np.inf
-        out: Raw = self._scratch.array("out", merged.shape, STORED_TYPE[self._out_dtype])
-        return out, narrow(merged, self._out_dtype, out)
+                lost[rows.start] = narrow(merged[rows], self._out_dtype, out[rows])
+
+        if len(self._basis):
+            _in_halves(project, len(delta), cols, self._both)
+        _in_halves(merge, len(merged), cols, self._both)
+        self._lost += sum(lost[start] for start in sorted(lost))
+        return out
 
 
 class TridiagonalSpectrum(Spectrum):
@@ -171,10 +218,11 @@ class TridiagonalSpectrum(Spectrum):
 
     Args:
         gram: (n, n) float64, C upper triangle set; it is overwritten by the reflectors.
+        both: does two halves of many vectors.
     """
 
-    def __init__(self, gram: Doubles) -> None:
-        self._reflectors = gram
+    def __init__(self, gram: Doubles, both: Both = in_turn) -> None:
+        self._reflectors, self._both = gram, both
         self._diagonal, self._off, self._scales = lapack.tridiagonalise(gram)
         self._values = lapack.tridiagonal_values(self._diagonal, self._off)
 
@@ -207,5 +255,5 @@ class TridiagonalSpectrum(Spectrum):
                 vectors = None
         if vectors is None:
             vectors = lapack.tridiagonal_vectors(self._diagonal, self._off, count)
-        householder.rotate_back(self._reflectors, self._scales, vectors)
+        householder.rotate_back(self._reflectors, self._scales, vectors, self._both)
         return vectors

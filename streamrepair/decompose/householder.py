@@ -9,27 +9,41 @@ products (Puglisi 1992).
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrepair.decompose import lapack
+from streamrepair.decompose import halves, lapack
 from streamrepair.decompose.convert import Real
+from streamrepair.decompose.halves import Both, in_turn
 
 _BLOCK = 64
 _LEAST_COLUMNS, _LEAST_VECTORS = 768, 48
 """Below these LAPACK is as quick."""
+_HALVED_VECTORS = 256
+"""Where there are fewer, factors of the reflectors, which each half makes for itself, would tell."""
 
 
-def rotate_back(reflectors: Real, scales: Real, vectors: Real) -> None:
+def rotate_back(reflectors: Real, scales: Real, vectors: Real, both: Both = in_turn) -> None:
     """Each row v of `vectors` ← Q·v, Q the product of `lapack.tridiagonalise`'s reflectors, in place.
 
     Args:
         reflectors: (n, n). scales: (n − 1,). vectors: (k, n), C-contiguous; all of one dtype.
+        both: does two halves of the vectors, where there are enough.
     """
     n = len(reflectors)
     if n < _LEAST_COLUMNS or len(vectors) < _LEAST_VECTORS:
         lapack.rotate_back(reflectors, scales, vectors)
-        return
+    elif n < halves.LEAST_COLUMNS or len(vectors) < _HALVED_VECTORS:
+        _rotate(reflectors, scales, vectors)
+    else:
+        first, second = vectors[: len(vectors) // 2], vectors[len(vectors) // 2 :]
+        both(partial(_rotate, reflectors, scales, first), partial(_rotate, reflectors, scales, second))
+
+
+def _rotate(reflectors: Real, scales: Real, vectors: Real) -> None:
+    n = len(reflectors)
     held = np.empty(_BLOCK * n, reflectors.dtype)
     for start in range((n - 2) // _BLOCK * _BLOCK, -1, -_BLOCK):
         # Q = H₀·H₁·…: the last are applied first. Reflector i is zero up to place i and one at i + 1.

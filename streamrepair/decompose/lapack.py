@@ -106,37 +106,48 @@ def add_gram(panel: Real, gram: Real, *, beta: float) -> None:
     """gram ← panelᵀ·panel + beta·gram, Fortran lower triangle only (?syrk).
 
     Args:
-        panel: (rows, n), C- or F-contiguous.
-        gram: (n, n), C-contiguous, same dtype; its C upper triangle is written.
+        panel: (rows, n), or a stretch of columns of such.
+        gram: (n, n), same dtype, rows contiguous; its C upper triangle is written.
         beta: 0 to overwrite, 1 to accumulate.
     """
     rows, n = panel.shape
     assert gram.shape == (n, n)
-    assert gram.flags.c_contiguous
     assert gram.dtype == panel.dtype
-    if panel.flags.c_contiguous:
-        transpose, leading = b"N", n
-    else:
-        assert panel.flags.f_contiguous
-        transpose, leading = b"T", rows
-    _call("syrk", _LOWER, transpose, n, rows, 1.0, panel, leading, beta, gram, n, like=gram)
+    transposed, leading = _seen(panel)
+    transpose = b"T" if transposed else b"N"
+    _call("syrk", _LOWER, transpose, n, rows, 1.0, panel, leading, beta, gram, _rows_apart(gram), like=gram)
 
 
-def add_product(left: Real, right: Real, out: Real) -> None:
-    """out ← out + left·right (?gemm).
+def add_product(left: Real, right: Real, out: Real, *, beta: float = 1.0) -> None:
+    """out ← beta·out + left·right (?gemm).
 
     Args:
-        left: (rows, k), C- or F-contiguous. right: (k, cols), likewise. out: (rows, cols), C-contiguous.
+        left: (rows, k). right: (k, cols). out: (rows, cols), rows contiguous. Each may be part of a larger array.
     """
     (rows, k), cols = left.shape, right.shape[1]
     assert right.shape[0] == k
     assert out.shape == (rows, cols)
-    assert out.flags.c_contiguous
     # Fortran sees the transposes: outᵀ ← outᵀ + rightᵀ·leftᵀ.
-    right_flag, right_leading = (b"N", cols) if right.flags.c_contiguous else (b"T", k)
-    left_flag, left_leading = (b"N", k) if left.flags.c_contiguous else (b"T", rows)
+    (right_flag, right_leading), (left_flag, left_leading) = (
+        (b"T" if transposed else b"N", leading) for transposed, leading in (_seen(right), _seen(left))
+    )
     operands = (right, right_leading, left, left_leading)
-    _call("gemm", right_flag, left_flag, cols, rows, k, 1.0, *operands, 1.0, out, cols, like=out)
+    _call("gemm", right_flag, left_flag, cols, rows, k, 1.0, *operands, beta, out, _rows_apart(out), like=out)
+
+
+def _seen(array: Real) -> tuple[bool, int]:
+    """Whether a matrix's columns and not its rows are contiguous, and how far apart those are, in elements."""
+    if array.flags.c_contiguous or (not array.flags.f_contiguous and array.strides[1] == array.itemsize):
+        return False, _rows_apart(array)
+    return True, _rows_apart(array.T)
+
+
+def _rows_apart(array: Real) -> int:
+    """Elements from one contiguous row to the next."""
+    if array.flags.c_contiguous:  # the stride of a single row says nothing
+        return max(1, int(array.shape[1]))
+    assert array.strides[1] == array.itemsize
+    return int(array.strides[0] // array.itemsize)
 
 
 def subtract_product(left: Real, right: Real, out: Real) -> None:
@@ -151,9 +162,7 @@ def subtract_product(left: Real, right: Real, out: Real) -> None:
     assert out.shape == (rows, cols)
     assert left.flags.c_contiguous
     assert right.flags.c_contiguous
-    assert out.strides[1] == out.itemsize
-    leading = out.strides[0] // out.itemsize
-    _call("gemm", b"N", b"N", cols, rows, k, -1.0, right, cols, left, k, 1.0, out, leading, like=out)
+    _call("gemm", b"N", b"N", cols, rows, k, -1.0, right, cols, left, k, 1.0, out, _rows_apart(out), like=out)
 
 
 def solve_triangle(upper: Real, rows: Real) -> None:

@@ -12,11 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from streamrepair.decompose.halves import in_turn
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.gpu import own_stream
 from streamrepair.engine.job import Outcome
 from streamrepair.engine.ledger import Ledger
 from streamrepair.engine.plan import Task, Unit
+from streamrepair.engine.spares import Spares
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.timeline import Lane, Timeline
 from streamrepair.engine.worker import Worker, lane_names
@@ -59,11 +61,11 @@ class LocalExecutor:
             InterruptedRunError: stopped on request, after every outcome that was finished has been yielded.
             StreamRepairError: the first failure of a task, likewise.
         """
-        ledger = Ledger(units, room_bytes=self._room_bytes)
+        ledger, spares = Ledger(units, room_bytes=self._room_bytes), Spares(self._lanes.count("cpu"))
         done: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
         threads = [
-            threading.Thread(target=self._work, args=(worker, ledger, do, done), name=name, daemon=True)
-            for worker, name in self._workers(ledger)
+            threading.Thread(target=self._work, args=(worker, spares, do, done), name=name, daemon=True)
+            for worker, name in self._workers(ledger, spares)
         ]
         for thread in threads:
             thread.start()
@@ -73,10 +75,11 @@ class LocalExecutor:
             ledger.close()
             self._part(threads)
 
-    def _workers(self, ledger: Ledger) -> Iterator[tuple[Worker, str]]:
+    def _workers(self, ledger: Ledger, spares: Spares) -> Iterator[tuple[Worker, str]]:
         for number, (device, name) in enumerate(zip(self._lanes, lane_names(self._lanes), strict=True)):
             peers = sum((other == "cpu") == (device == "cpu") for other in self._lanes)
-            yield Worker(number, device, Scratch(), Lane(self._timeline, name), ledger, peers), name
+            both = spares.both if device == "cpu" else in_turn
+            yield Worker(number, device, Scratch(), Lane(self._timeline, name), ledger, peers, both), name
 
     def _part(self, threads: list[threading.Thread]) -> None:
         """See the workers out, so that none writes to a file that is about to be closed."""
@@ -115,21 +118,25 @@ class LocalExecutor:
     def _work(
         self,
         worker: Worker,
-        ledger: Ledger,
+        spares: Spares,
         do: Do,
         done: queue.SimpleQueue[Outcome | BaseException | None],
     ) -> None:
         """One worker's life; it puts its outcomes, at most one failure, and None at its end."""
+        ledger = worker.ledger
         try:
             with own_stream(worker.device):
-                while (unit := self._next(worker, ledger)) is not None:
+                while (unit := self._next(worker)) is not None:
                     try:
                         if self._stop.requested:
                             break  # the collector, which closes the ledger, may be in the middle of a commit
                         for following in ledger.following(worker.place, worker.peers):
                             for task in following.tasks:
                                 self._upcoming(task)
-                        with worker.lane.task(unit.name):
+                        with (
+                            worker.lane.task(unit.name),
+                            spares.at_work() if worker.device == "cpu" else contextlib.nullcontext(),
+                        ):
                             for outcome in do(unit, worker):
                                 done.put(outcome)
                         worker.scratch.settle()
@@ -139,7 +146,7 @@ class LocalExecutor:
             done.put(error)
         done.put(None)
 
-    def _next(self, worker: Worker, ledger: Ledger) -> Unit | None:
+    def _next(self, worker: Worker) -> Unit | None:
         """The worker's next unit; while it waits for one it keeps nothing of the last, which no reservation covers."""
         with contextlib.ExitStack() as waiting:
 
@@ -149,4 +156,4 @@ class LocalExecutor:
 
             self._hold(before_waiting)
         with worker.lane.waiting("memory"):
-            return ledger.take(worker.number, worker.place, before_waiting=worker.scratch.clear)
+            return worker.ledger.take(worker.number, worker.place, before_waiting=worker.scratch.clear)

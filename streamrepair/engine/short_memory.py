@@ -31,14 +31,14 @@ class ReservedHost(HostArithmetic):
     """
 
     def __init__(self, job: Job) -> None:
-        super().__init__(job.scratch)
+        super().__init__(job.scratch, job.worker.both)
         self._job = job
         self._reserved_bytes = job.task.ram_bytes
 
-    def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
+    def gram(self, source: PanelSource, probes: Doubles, precision: Precision, *, into: Doubles | None = None) -> Gram:
         """As on any CPU."""
         self._reserve("gram")
-        return super().gram(source, probes, precision)
+        return super().gram(source, probes, precision, into=into)
 
     def triangular_factor(self, source: PanelSource) -> Doubles:
         """As on any CPU."""

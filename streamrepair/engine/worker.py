@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from streamrepair.checkpoint import direct
+from streamrepair.decompose.halves import Both, in_turn
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.ledger import Ledger
 from streamrepair.engine.schedule import Place
@@ -36,6 +37,8 @@ class Worker:
     ledger: Ledger
     peers: int
     """Workers that take tasks from the same queue, this one included."""
+    both: Both = in_turn
+    """Does two pieces of work on a large matrix."""
     pieces: Pieces = field(default_factory=Pieces)
 
     @property
