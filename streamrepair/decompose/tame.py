@@ -108,7 +108,7 @@ def taming(products: Products, what: Spikes, cut: float) -> Taming:
         products: images under ΔᵀΔ, in float64. cut: τ², or a little more.
 
     Raises:
-        UnresolvedError: the vectors are too far off.
+        UnresolvedError: the vectors are too far off, or the threshold is too near.
     """
     directions = what.rows
     for _ in range(_TRIES):
@@ -120,11 +120,13 @@ def taming(products: Products, what: Spikes, cut: float) -> Taming:
         if moved <= _MOVED * what.mean:
             break
         directions = residuals + values[:, None] * vectors  # their images: a step of subspace iteration
+    if not moved <= _MOVED * what.mean:
+        raise UnresolvedError(f"taking down {len(values)} spikes would move others by {moved / what.mean:.1e}")
     base = 1.5 * max(_CLEAR * cut, what.following)
     # Apart from each other: vectors of values in a cluster are hard to tell.
     targets = base * np.linspace(1.0, 2.0, len(values))
-    if not moved <= _MOVED * what.mean or not (targets < values).all():
-        raise UnresolvedError(f"taking down {len(values)} spikes would move others by {moved / what.mean:.1e}")
+    if not (targets < values).all():
+        raise UnresolvedError(f"{len(values)} spikes lie too near the threshold to be taken down")
     return Taming(values, rows, np.sqrt(targets / values), moved)
 
 
