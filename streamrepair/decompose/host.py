@@ -47,12 +47,11 @@ class HostArithmetic:
         """Who does two pieces of work on a large matrix."""
         return self._both
 
-    def gram(self, source: PanelSource, probes: Doubles, precision: Precision, *, into: Doubles | None = None) -> Gram:
-        """G by ?syrk, block by block in a fixed order; float32 products are summed in float64, in `into` if given."""
+    def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
+        """G by ?syrk, block by block in a fixed order; float32 products are summed in float64."""
         n = source.cols
         real: RealType = np.float32 if precision == "float32" else np.float64
-        total: Doubles = self._scratch.array("gram", (n, n), np.float64) if into is None else into
-        total.fill(0.0)
+        total: Doubles = self._scratch.zeros("gram", (n, n), np.float64)
         partial: Real = self._scratch.zeros("partial", (n, n), real) if precision == "float32" else total
         columns = np.ascontiguousarray(probes.T, real)
         exact = np.zeros((n, len(probes)))

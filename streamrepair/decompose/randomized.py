@@ -28,7 +28,7 @@ from streamrepair.decompose.krylov_search import Search
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.order_statistic import Located, locate
 from streamrepair.decompose.symmetric import Seen, SymmetricPair
-from streamrepair.decompose.truncation import Truncation, UnresolvedError, roots
+from streamrepair.decompose.truncation import LEAST_FLOAT32_VALUE, Truncation, UnresolvedError, roots
 from streamrepair.decompose.windows import rayleigh_ritz
 from streamrepair.spectral.threshold import HardThreshold
 
@@ -103,6 +103,8 @@ def _decided(
         search.settle(rough)
     density = search.density()
     guess = density.at(search.place)
+    if precision == "float32" and guess < LEAST_FLOAT32_VALUE:
+        raise UnresolvedError(f"a median eigenvalue of about {guess:.1e}")
     if not search.bound <= _BLUNTEST * guess:
         raise UnresolvedError(f"bound {search.bound:.1e} against a median eigenvalue of about {guess:.1e}")
     search.settle(search.cut(guess))

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrepair.decompose import certify, householder, lapack, tame, twisted
-from streamrepair.decompose.arithmetic import Gram, Products, on_host
+from streamrepair.decompose import certify, householder, lapack, twisted
+from streamrepair.decompose.arithmetic import Gram, Products
 from streamrepair.decompose.halves import Both, in_turn
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
@@ -135,7 +135,7 @@ class SingleTridiagonal:
 def truncate(
     source: PanelSource, rule: HardThreshold, *, arithmetic: HostArithmetic, gram: Gram, probes: Doubles
 ) -> Truncation:
-    """Decide and factor one delta, given its float32 Gram matrix, which may be overwritten.
+    """Decide and factor one delta, given its float32 Gram matrix.
 
     Raises:
         UnresolvedError: the error is too large for windows of a reasonable width, or values lie too near τ.
@@ -145,8 +145,6 @@ def truncate(
         raise UnresolvedError("this estimator needs more values than the median")
     assert gram.matrix is not None
     matrix = _Matrix(source, rule, gram, probes)
-    if (spikes := tame.spikes(gram, gram.matrix)) is not None:
-        return _tamed(spikes, arithmetic, matrix)
     return _by_windows(*_reduced(matrix, arithmetic.both), arithmetic, matrix)
 
 
@@ -162,38 +160,18 @@ def _reduced(matrix: _Matrix, both: Both) -> tuple[_Basis, Threshold]:
     return _Basis.chosen(form, first, error), first
 
 
-def _tamed(spikes: tame.Spikes, arithmetic: HostArithmetic, matrix: _Matrix) -> Truncation:
-    """The decision for the delta with its spikes taken down; their values and vectors put back in the end."""
-    source, rule, gram, probes = matrix
-    shape, known = (source.rows, source.cols), np.array([spikes.mean**0.5])
-    cut = rule.from_median(known[0], known, *shape).tau ** 2  # the mean lies above the median
-    how = tame.taming(partial(arithmetic.products, source), spikes, cut)
-    lower = tame.TamedArithmetic(arithmetic, how)
-    with np.errstate(over="ignore", invalid="ignore"):
-        tamed = matrix._replace(gram=lower.gram(source, probes, "float32", into=gram.matrix))
-    found = _by_windows(*_reduced(tamed, lower.both), lower, tamed, moved=how.moved)
-    values = np.concatenate([found.values[: source.cols - len(how.values)], roots(how.values)])
-    threshold = rule.estimate(values, *shape)
-    if not threshold.rank_kept == found.threshold.rank_kept >= len(how.values):
-        raise UnresolvedError("a spike that was taken down lies below the threshold")
-    vectors = tame.with_spikes(on_host(found.vh), how.rows)
-    return replace(found, values=values, threshold=threshold, vh=vectors, frob_delta_in=gram.trace**0.5)
-
-
-def _by_windows(
-    basis: _Basis, first: Threshold, arithmetic: HostArithmetic, matrix: _Matrix, moved: float = 0.0
-) -> Truncation:
-    """The decision by the cheapest products that are sharp enough; `moved` is what they may all be off by."""
+def _by_windows(basis: _Basis, first: Threshold, arithmetic: HostArithmetic, matrix: _Matrix) -> Truncation:
+    """The decision by the cheapest products that are sharp enough."""
     source, gram = matrix.source, matrix.gram
     assert gram.matrix is not None
     least = float(np.finfo(np.float32).eps) * gram.trace / source.cols  # likewise
-    slack = max(certify.spectral_bound(gram.images - gram.exact_images), least) + moved
+    slack = max(certify.spectral_bound(gram.images - gram.exact_images), least)
     tries: list[tuple[Products, Slack]] = []
     if slack <= _MOST_SLACK * first.s_median**2:
         tries.append((_by_gram(gram.matrix), Slack(slack, slack)))
     if source.rows >= _TALL * source.cols:
-        tries.append((_by_both(gram.matrix, partial(arithmetic.inner_products, source)), Slack(moved, slack)))
-    tries.append((partial(arithmetic.products, source), Slack(moved, moved)))
+        tries.append((_by_both(gram.matrix, partial(arithmetic.inner_products, source)), Slack(0.0, slack)))
+    tries.append((partial(arithmetic.products, source), Slack(0.0, 0.0)))
     for by in tries[:-1]:
         with suppress(UnresolvedError):  # by more of the delta itself it may be
             return _decided(basis, by, matrix)

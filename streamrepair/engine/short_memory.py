@@ -35,10 +35,10 @@ class ReservedHost(HostArithmetic):
         self._job = job
         self._reserved_bytes = job.task.ram_bytes
 
-    def gram(self, source: PanelSource, probes: Doubles, precision: Precision, *, into: Doubles | None = None) -> Gram:
+    def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
         """As on any CPU."""
         self._reserve("gram")
-        return super().gram(source, probes, precision, into=into)
+        return super().gram(source, probes, precision)
 
     def triangular_factor(self, source: PanelSource) -> Doubles:
         """As on any CPU."""
