@@ -33,6 +33,11 @@ _LEAST_SQUARES = 1e-30
 """Of a piece in float32: single squares below 1e-38 lose digits, 1e5 of them come to less than this."""
 
 
+def power_of_two(value: float) -> float:
+    """The largest one that is no larger than a positive value: a scale by it rounds nothing."""
+    return float(2.0 ** np.floor(np.log2(value)))
+
+
 def widen(raw: Raw, dtype: str, out: Real) -> None:
     """out ← the numbers stored in `raw`, exactly (to float64 all are exact, to float32 all but F64's)."""
     if dtype == "BF16" and out.dtype == np.float32:

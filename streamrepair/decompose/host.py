@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from streamrepair.decompose import certify, householder, lapack, twisted
+from streamrepair.decompose import certify, halves, householder, lapack, twisted
 from streamrepair.decompose.arithmetic import Count, Doubles, Gram, Merger, Precision, Spectrum, Vectors, on_host
 from streamrepair.decompose.convert import STORED_TYPE, Raw, Real, RealType, difference, narrow, widened
-from streamrepair.decompose.halves import LEAST_COLUMNS, Both, in_turn, middle
+from streamrepair.decompose.halves import Both, in_halves, in_turn, middle
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.decompose.scratch import Scratch
 
@@ -76,7 +76,7 @@ class HostArithmetic:
     def _add_gram(self, delta: Real, gram: Real, *, beta: float) -> None:
         """gram ← ΔᵀΔ + beta·gram, upper triangle; from so many columns on in two halves of equally many operations."""
         n = len(gram)
-        if n < LEAST_COLUMNS:
+        if n < halves.LEAST_COLUMNS:
             lapack.add_gram(delta, gram, beta=beta)
             return
         h = middle(n)
@@ -141,16 +141,8 @@ class HostArithmetic:
         def part(rows: slice) -> None:
             difference(block.ft[rows], block.ft_dtype, block.base[rows], block.base_dtype, stored[rows])
 
-        _in_halves(part, len(stored), min(stored.shape), self._both)
+        in_halves(part, len(stored), min(stored.shape), self._both)
         return stored.T if block.wide else stored
-
-
-def _in_halves(work: Callable[[slice], None], length: int, cols: int, both: Both) -> None:
-    """Work on all of `length` rows, in two halves if the matrix is large."""
-    if cols < LEAST_COLUMNS:
-        work(slice(0, length))
-        return
-    both(lambda: work(slice(0, middle(length))), lambda: work(slice(middle(length), length)))
 
 
 class HostMerger(Merger):
@@ -189,7 +181,7 @@ class HostMerger(Merger):
         merged: Real = self._scratch.array("merged", block.base.shape, self._real)
         same = STORED_TYPE[self._out_dtype] is self._real
         out: Raw = merged if same else self._scratch.array("out", merged.shape, STORED_TYPE[self._out_dtype])
-        lost: dict[int, float] = {}
+        lost: list[float] = []  # of one part or two: either order has the same sum
 
         def project(rows: slice) -> None:
             np.matmul(delta[rows], self._basis.T, out=coefficients[rows])
@@ -201,14 +193,14 @@ class HostMerger(Merger):
                 left, right = (self._basis.T, coefficients.T) if block.wide else (coefficients, self._basis)
                 lapack.add_product(left[rows], right, merged[rows])
             if same:
-                lost[rows.start] = 0.0 if np.isfinite(merged[rows]).all() else np.inf
+                lost.append(0.0 if np.isfinite(merged[rows]).all() else np.inf)
             else:
-                lost[rows.start] = narrow(merged[rows], self._out_dtype, out[rows])
+                lost.append(narrow(merged[rows], self._out_dtype, out[rows]))
 
         if len(self._basis):
-            _in_halves(project, len(delta), cols, self._both)
-        _in_halves(merge, len(merged), cols, self._both)
-        self._lost += sum(lost[start] for start in sorted(lost))
+            in_halves(project, len(delta), cols, self._both)
+        in_halves(merge, len(merged), cols, self._both)
+        self._lost += sum(lost)
         return out
 
 

@@ -55,7 +55,7 @@ def _rotate(reflectors: Real, scales: Real, vectors: Real) -> None:
         part = vectors[:, start + 1 :]
         products: Real = part @ rows.T
         _by_factor(rows, scales[start : start + count], products)
-        lapack.subtract_product(products, rows, part)
+        lapack.add_product(products, rows, part, alpha=-1.0)
 
 
 def _by_factor(rows: Real, scales: NDArray[np.float32] | NDArray[np.float64], products: Real) -> None:

@@ -113,13 +113,13 @@ def add_gram(panel: Real, gram: Real, *, beta: float) -> None:
     rows, n = panel.shape
     assert gram.shape == (n, n)
     assert gram.dtype == panel.dtype
-    transposed, leading = _seen(panel)
+    transposed, leading = _orientation(panel)
     transpose = b"T" if transposed else b"N"
     _call("syrk", _LOWER, transpose, n, rows, 1.0, panel, leading, beta, gram, _rows_apart(gram), like=gram)
 
 
-def add_product(left: Real, right: Real, out: Real, *, beta: float = 1.0) -> None:
-    """out ← beta·out + left·right (?gemm).
+def add_product(left: Real, right: Real, out: Real, *, alpha: float = 1.0, beta: float = 1.0) -> None:
+    """out ← beta·out + alpha·left·right (?gemm).
 
     Args:
         left: (rows, k). right: (k, cols). out: (rows, cols), rows contiguous. Each may be part of a larger array.
@@ -129,13 +129,13 @@ def add_product(left: Real, right: Real, out: Real, *, beta: float = 1.0) -> Non
     assert out.shape == (rows, cols)
     # Fortran sees the transposes: outᵀ ← outᵀ + rightᵀ·leftᵀ.
     (right_flag, right_leading), (left_flag, left_leading) = (
-        (b"T" if transposed else b"N", leading) for transposed, leading in (_seen(right), _seen(left))
+        (b"T" if transposed else b"N", leading) for transposed, leading in (_orientation(right), _orientation(left))
     )
     operands = (right, right_leading, left, left_leading)
-    _call("gemm", right_flag, left_flag, cols, rows, k, 1.0, *operands, beta, out, _rows_apart(out), like=out)
+    _call("gemm", right_flag, left_flag, cols, rows, k, alpha, *operands, beta, out, _rows_apart(out), like=out)
 
 
-def _seen(array: Real) -> tuple[bool, int]:
+def _orientation(array: Real) -> tuple[bool, int]:
     """Whether a matrix's columns and not its rows are contiguous, and how far apart those are, in elements."""
     if array.flags.c_contiguous or (not array.flags.f_contiguous and array.strides[1] == array.itemsize):
         return False, _rows_apart(array)
@@ -148,21 +148,6 @@ def _rows_apart(array: Real) -> int:
         return max(1, int(array.shape[1]))
     assert array.strides[1] == array.itemsize
     return int(array.strides[0] // array.itemsize)
-
-
-def subtract_product(left: Real, right: Real, out: Real) -> None:
-    """out ← out − left·right (?gemm).
-
-    Args:
-        left: (rows, k), C-contiguous. right: (k, cols), likewise.
-        out: (rows, cols), the same stretch of each row of a C-ordered array.
-    """
-    (rows, k), cols = left.shape, right.shape[1]
-    assert right.shape[0] == k
-    assert out.shape == (rows, cols)
-    assert left.flags.c_contiguous
-    assert right.flags.c_contiguous
-    _call("gemm", b"N", b"N", cols, rows, k, -1.0, right, cols, left, k, 1.0, out, _rows_apart(out), like=out)
 
 
 def solve_triangle(upper: Real, rows: Real) -> None:

@@ -66,14 +66,13 @@ def _residual(source: PanelSource, basis: Doubles) -> tuple[float, float, float]
     """‖Δ − ΔQQᵀ‖_F, a lower bound of s₁, and ‖Δ‖_F; none of their squares need be a number."""
     residual = norm = 0.0
     lengths = np.zeros(basis.shape[1])  # of ΔQ's columns: Q's are unit vectors
-    negative = np.ascontiguousarray(-basis.T)
     for delta in _deltas(source):
         norm = math.hypot(norm, full.scaled_norm(delta))
         inside: Doubles = delta @ basis
         if delta.flags.c_contiguous:
-            lapack.add_product(inside, negative, delta)
+            lapack.add_product(inside, basis.T, delta, alpha=-1.0)
         else:
-            lapack.add_product(negative.T, inside.T, delta.T)
+            lapack.add_product(basis, inside.T, delta.T, alpha=-1.0)
         residual = math.hypot(residual, full.scaled_norm(delta))
         scale = float(np.abs(inside).max(initial=0.0)) or 1.0
         inside /= scale

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, householder, lapack, twisted
 from streamrepair.decompose.arithmetic import Gram, Products
+from streamrepair.decompose.convert import power_of_two
 from streamrepair.decompose.halves import Both, in_turn
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
@@ -70,8 +71,7 @@ class SingleTridiagonal:
 
     def __init__(self, gram: Doubles, both: Both = in_turn) -> None:
         self._both = both
-        largest = float(gram.diagonal().max())
-        self._scale = 2.0 ** np.floor(np.log2(largest))  # a power of two: the copy rounds, the scale does not
+        self._scale = power_of_two(float(gram.diagonal().max()))
         self._reflectors: Singles = np.empty(gram.shape, np.float32)
         for start in range(0, len(gram), 256):
             np.multiply(
@@ -141,29 +141,17 @@ def truncate(
         UnresolvedError: the error is too large for windows of a reasonable width, or values lie too near τ.
         NumericalError: LAPACK failed, or its answer did not pass the checks.
     """
+    assert gram.matrix is not None
     if rule.sigma != "median":
         raise UnresolvedError("this estimator needs more values than the median")
-    assert gram.matrix is not None
-    matrix = _Matrix(source, rule, gram, probes)
-    return _by_windows(*_reduced(matrix, arithmetic.both), arithmetic, matrix)
-
-
-def _reduced(matrix: _Matrix, both: Both) -> tuple[_Basis, Threshold]:
-    """What the reduction to T gives: vectors, and the threshold by T's values."""
-    source, rule, gram, probes = matrix
-    assert gram.matrix is not None
-    form = SingleTridiagonal(gram.matrix, both)
+    form = SingleTridiagonal(gram.matrix, arithmetic.both)
     error = _factor_error(form, gram, probes)
     first = rule.estimate(roots(form.values), source.rows, source.cols)
     if first.s_median**2 < max(LEAST_FLOAT32_VALUE, 2.0 * error):
         raise UnresolvedError(f"bound {error:.1e} against a median eigenvalue of {first.s_median**2:.1e}")
-    return _Basis.chosen(form, first, error), first
-
-
-def _by_windows(basis: _Basis, first: Threshold, arithmetic: HostArithmetic, matrix: _Matrix) -> Truncation:
-    """The decision by the cheapest products that are sharp enough."""
-    source, gram = matrix.source, matrix.gram
-    assert gram.matrix is not None
+    basis = _Basis.chosen(form, first, error)
+    del form
+    matrix = _Matrix(source, rule, gram, probes)
     least = float(np.finfo(np.float32).eps) * gram.trace / source.cols  # likewise
     slack = max(certify.spectral_bound(gram.images - gram.exact_images), least)
     tries: list[tuple[Products, Slack]] = []

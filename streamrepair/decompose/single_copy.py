@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrepair.decompose.symmetric import Seen, SymmetricPair, deflated
+from streamrepair.decompose.convert import power_of_two
+from streamrepair.decompose.symmetric import Seen, SymmetricPair
 
 Doubles = NDArray[np.float64]
 Singles = NDArray[np.float32]
@@ -27,8 +28,7 @@ class SingleCopy:
     def __init__(self, matrix: SymmetricPair) -> None:
         self._matrix = matrix
         self._array: Singles = np.empty((matrix.size, matrix.size), np.float32)
-        # A power of two: the copy rounds, the scale does not.
-        self._scale = float(2.0 ** np.floor(np.log2(max(matrix.largest_diagonal, np.finfo(np.float64).tiny))))
+        self._scale = power_of_two(max(matrix.largest_diagonal, np.finfo(np.float64).tiny))
         self._filled = False
 
     def times(self, vectors: Doubles) -> Doubles:
@@ -43,10 +43,9 @@ class SingleCopy:
 
     def none_above(self, c: float, values: Doubles, vectors: Doubles, seen: Seen) -> float:
         """As `SymmetricPair.none_above`, by a factor in float32 in place of the copy."""
-        deflation, images = deflated(c, values, vectors, seen)
         if self._filled:
             self._filled = False
             self._array *= np.float32(-self._scale / c)
         else:
             self._matrix.copy(self._array, -1.0 / c)
-        return c * self._matrix.factor_error(self._array, c, deflation, seen.probes, images)
+        return self._matrix.error_above(self._array, c, values, vectors, seen)

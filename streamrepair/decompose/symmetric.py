@@ -124,25 +124,23 @@ class SymmetricPair:
 
         Source: Weyl's inequality, λ_{k+1}(A + B) ≤ λ₁(A) for B of rank k; Rump 2006 for Cholesky as a proof.
         """
-        deflation, images = deflated(c, values, vectors, seen)
         self._factors, self._mirrored = None, False
         self._mirror(-1.0 / c)
-        return c * self.factor_error(self._array, c, deflation, seen.probes, images)
+        return self.error_above(self._array, c, values, vectors, seen)
 
-    def factor_error(self, out: Real, c: float, deflation: Doubles, probes: Doubles, images: Doubles) -> float:
-        """‖LLᵀ − (I − G/c + Σ v·vᵀ)‖₂, L the Cholesky factor of what `out` is made to hold; infinite if there is none.
-
-        Args:
-            out: (n, n), −G/c below the diagonal; overwritten. deflation, images: as `deflated` gives them.
-        """
+    def error_above(self, out: Real, c: float, values: Doubles, vectors: Doubles, seen: Seen) -> float:
+        """`none_above` by a factor in (n, n) `out`, in its precision, which holds −G/c below the diagonal."""
+        # In units of c: what float32 holds of G does not depend on G's scale.
+        rows: Doubles = np.ascontiguousarray(vectors * np.sqrt(values / c)[:, None])
+        images = seen.probes - seen.images / c + (seen.probes @ rows.T) @ rows
         real: RealType = np.float32 if out.dtype == np.float32 else np.float64
         out.flat[:: self.size + 1] = 1.0 - self._diagonal / c
-        rows: Real = deflation.astype(real, copy=False)
-        lapack.add_outer(rows, out)
+        deflation: Real = rows.astype(real, copy=False)
+        lapack.add_outer(deflation, out)
         if not lapack.cholesky(out):
             return np.inf
-        columns: Real = probes.astype(real)
-        return certify.spectral_bound(lapack.times_cholesky(out, columns) - images)
+        columns: Real = seen.probes.astype(real)
+        return c * certify.spectral_bound(lapack.times_cholesky(out, columns) - images)
 
     def _place(self, diagonal: Doubles) -> None:
         self._array.flat[:: self.size + 1] = diagonal
@@ -160,15 +158,6 @@ class SymmetricPair:
                 columns = slice(j, j + _TILE)
                 np.multiply(a[rows, columns].T, factor, out=target[columns, rows], casting="same_kind")
         self._mirrored = target is a and factor == 1.0
-
-
-def deflated(c: float, values: Doubles, vectors: Doubles, seen: Seen) -> tuple[Doubles, Doubles]:
-    """Rows whose Σ v·vᵀ takes Σ θ·v·vᵀ out of −G/c, and (p, n) images of the probes under I − G/c + Σ v·vᵀ.
-
-    In units of c: what float32 holds of G does not depend on G's scale.
-    """
-    rows = np.ascontiguousarray(vectors * np.sqrt(values / c)[:, None])
-    return rows, seen.probes - seen.images / c + (seen.probes @ rows.T) @ rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,7 +40,6 @@ def test_numbers_do_not_depend_on_who_does_a_half(
     source = source.transposed() if turned else source
     whole = _merged(source, HostArithmetic(), dtype)
     monkeypatch.setattr(halves, "LEAST_COLUMNS", 64)
-    monkeypatch.setattr("streamrepair.decompose.host.LEAST_COLUMNS", 64)
     monkeypatch.setattr(householder, "_LEAST_COLUMNS", 64)
     monkeypatch.setattr(householder, "_HALVED_VECTORS", 64)
     in_turn, at_once = (_merged(source, HostArithmetic(both=both), dtype) for both in (halves.in_turn, _at_once))
@@ -55,7 +54,7 @@ def test_numbers_do_not_depend_on_who_does_a_half(
 
 def test_a_half_that_is_not_done_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks see a Gram matrix of which a corner is missing."""
-    monkeypatch.setattr("streamrepair.decompose.host.LEAST_COLUMNS", 64)
+    monkeypatch.setattr(halves, "LEAST_COLUMNS", 64)
     calls: list[int] = []
 
     def forgetful(first: Work, second: Work) -> None:
