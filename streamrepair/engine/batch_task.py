@@ -38,7 +38,10 @@ def run_batch(batch: Batch, around: Surroundings, worker: Worker) -> Iterator[Ou
             record = passed_through(job.task, "copied", "delta is zero", digest)
             yield finished(job, record, None, time.perf_counter() - began)
     differing = [job for job in jobs if job.task.name not in equal]
-    if not all(job.dry for job in differing):
+    if heirs := [job for job in differing if not job.dry]:
+        for job in jobs:
+            if job.dry:
+                heirs[0].spent.add(job.spent)
         # Not imported above: a run that only copies never loads torch.
         from streamrepair.engine.repair_task import repair_batch
 

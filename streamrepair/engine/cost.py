@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from streamrepair.decompose import speed
 from streamrepair.decompose.speed import CPU, CUDA, KEPT_SHARE, Rates, Stages
+from streamrepair.engine.lanes import workers_at
 from streamrepair.engine.memory import MatrixShape
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def estimate_s(units: Sequence[Unit], lanes: Sequence[str], room_bytes: int, cpu
     found = sum(unit.read_once_bytes + unit.out_bytes for unit in units) / DISK_BYTES_PER_S
     for place in ("cpu", "cuda"):
         here = [unit_s for unit, unit_s in zip(units, each_s, strict=True) if unit.place == place]
-        workers = max(1, sum((lane == "cpu") == (place == "cpu") for lane in lanes))
+        workers = max(1, workers_at(lanes, place))
         found = max(found, sum(here) / workers, max(here, default=0.0))
     needs = [(unit.ram_bytes, unit_s) for unit, unit_s in zip(units, each_s, strict=True)]
     return max(found, _in_turns_s(needs, len(lanes), room_bytes))

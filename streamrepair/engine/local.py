@@ -16,12 +16,13 @@ from streamrepair.decompose.halves import in_turn
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.gpu import own_stream
 from streamrepair.engine.job import Outcome
+from streamrepair.engine.lanes import lane_names, workers_at
 from streamrepair.engine.ledger import Ledger
 from streamrepair.engine.plan import Task, Unit
 from streamrepair.engine.spares import Spares
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.timeline import Lane, Timeline
-from streamrepair.engine.worker import Worker, lane_names
+from streamrepair.engine.worker import Worker
 from streamrepair.errors import InterruptedRunError
 
 Do = Callable[[Unit, Worker], Iterable[Outcome]]
@@ -77,7 +78,7 @@ class LocalExecutor:
 
     def _workers(self, ledger: Ledger, spares: Spares) -> Iterator[tuple[Worker, str]]:
         for number, (device, name) in enumerate(zip(self._lanes, lane_names(self._lanes), strict=True)):
-            peers = sum((other == "cpu") == (device == "cpu") for other in self._lanes)
+            peers = workers_at(self._lanes, device)
             both = spares.both if device == "cpu" else in_turn
             yield Worker(number, device, Scratch(), Lane(self._timeline, name), ledger, peers, both), name
 

@@ -19,6 +19,7 @@ from streamrepair.engine import batches, cost, memory, schedule
 from streamrepair.engine.batches import Batch
 from streamrepair.engine.finite import is_searched
 from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, holds, refuse_too_large
+from streamrepair.engine.lanes import workers_at
 from streamrepair.engine.memory import MatrixShape
 from streamrepair.engine.schedule import Place
 from streamrepair.report import Settings
@@ -168,7 +169,7 @@ class Plan:
         found: list[Unit] = []
         for place in ("cpu", "cuda"):
             here = sorted((u for u in self.units if u.place == place), key=lambda u: -u.ram_bytes)
-            found += here[: sum((lane == "cpu") == (place == "cpu") for lane in self.lanes)]
+            found += here[: workers_at(self.lanes, place)]
         return found
 
     @property

@@ -23,6 +23,7 @@ from streamrepair.engine.earlier import finished_report, sound
 from streamrepair.engine.finite import search
 from streamrepair.engine.fit import fits_climb, full_budget
 from streamrepair.engine.job import Outcome, Spent, Surroundings
+from streamrepair.engine.lanes import lane_names
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.nonfinite import NonFiniteInputError, nonfinite_error
 from streamrepair.engine.notices import machine_warnings, plan_warnings, task_warnings
@@ -37,7 +38,7 @@ from streamrepair.engine.task import run_unit
 from streamrepair.engine.timeline import Timeline
 from streamrepair.engine.trace import chrome_trace
 from streamrepair.engine.watcher import Watcher
-from streamrepair.engine.worker import Worker, lane_names
+from streamrepair.engine.worker import Worker
 from streamrepair.engine.workspace import Workspace
 from streamrepair.errors import OutputError
 from streamrepair.report import REPORT_NAME, Report, Session, TensorRecord

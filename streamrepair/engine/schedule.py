@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from streamrepair.engine import cost
+from streamrepair.engine.lanes import workers_at
 
 if TYPE_CHECKING:
     from streamrepair.engine.plan import Task, Unit
@@ -45,8 +46,7 @@ def order(units: Sequence[Unit], lanes: Sequence[str]) -> tuple[Unit, ...]:
     ordered: list[Unit] = []
     places: tuple[Place, ...] = ("cuda", "cpu")
     for place in places:  # two queues, independent of each other
-        workers = sum((lane == "cpu") == (place == "cpu") for lane in lanes)
-        ordered += _ordered([unit for unit in units if unit.place == place], max(1, workers))
+        ordered += _ordered([unit for unit in units if unit.place == place], max(1, workers_at(lanes, place)))
     return tuple(ordered)
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from streamrepair.engine import cost
 from streamrepair.engine.admission import Admission
+from streamrepair.engine.lanes import lane_names, workers_at
 from streamrepair.engine.plan import Unit
-from streamrepair.engine.worker import lane_names
 
 _PIECE_BYTES = 1 << 26
 _MOST_PIECES = 32
@@ -139,7 +139,7 @@ class Simulation:
                 break
             self._note(lane, "wait", "memory", since_s, now_s)
             self._wake(now_s)
-            for following in self._ledger.following(place, sum((d == "cpu") == (place == "cpu") for d in self.lanes)):
+            for following in self._ledger.following(place, workers_at(self.lanes, place)):
                 self._read_ahead(following, now_s)
             now_s = yield from self._unit(lane, unit, now_s)
             self._ledger.give_back(number)

@@ -27,8 +27,12 @@ class Spares:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """A worker has a task of its own, even if it is lent at that moment."""
-        with self._counted():
+        with self._lock:
+            self._free -= 1
+        try:
             yield
+        finally:
+            self._back()
 
     def both(self, first: Work, second: Work) -> None:
         """Two pieces of work, the second by a worker that is free, if there is one.
@@ -36,9 +40,7 @@ class Spares:
         Raises:
             BaseException: the first failure, once both have ended.
         """
-        with self._lock:
-            lent = self._free > 0
-        if not lent:
+        if not self._borrowed():
             first()
             second()
             return
@@ -52,21 +54,24 @@ class Spares:
 
         context = contextvars.copy_context()  # NumPy's warnings are a matter of context
         thread = threading.Thread(target=context.run, args=(aside,), name=f"{threading.current_thread().name} aside")
-        with self._counted():
+        try:
             thread.start()
             try:
                 first()
             finally:
                 thread.join()
+        finally:
+            self._back()
         if failures:
             raise failures[0]
 
-    @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _borrowed(self) -> bool:
+        """Take a free worker; whether there was one. Asked and taken at once: else two could take the same."""
         with self._lock:
-            self._free -= 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._free += 1
+            lent = self._free > 0
+            self._free -= lent
+        return lent
+
+    def _back(self) -> None:
+        with self._lock:
+            self._free += 1

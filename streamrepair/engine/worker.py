@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from streamrepair.checkpoint import direct
@@ -50,8 +49,3 @@ class Worker:
         """Reserve more for the task in hand; False if it cannot be had."""
         with self.lane.waiting_for_more():
             return self.ledger.grow(self.number, more_bytes)
-
-
-def lane_names(lanes: Sequence[str]) -> list[str]:
-    """What each worker is called: a GPU by its name, the CPU's by number."""
-    return [f"cpu {lanes[:i].count('cpu')}" if lane == "cpu" else lane for i, lane in enumerate(lanes)]

@@ -13,8 +13,8 @@ from streamrepair import api
 from streamrepair.checkpoint import osfile
 from streamrepair.engine import commit
 from streamrepair.engine.accounts import Accounts, most_bytes, summed, summed_uses
+from streamrepair.engine.lanes import lane_names
 from streamrepair.engine.statement import statement_bytes
-from streamrepair.engine.worker import lane_names
 from streamrepair.errors import OutputError
 from streamrepair.report import ResourceUse, Session, Timings
 from tests.faults import Kernel, fails, none

@@ -7,7 +7,7 @@ batch that is computed in another composition than planned does not pass.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import torch
 
 from streamrepair.api import Silent
 from streamrepair.checkpoint.layout import open_checkpoint
+from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.write import ShardFile
 from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Precision
 from streamrepair.decompose.device import DeviceArithmetic
@@ -43,12 +44,7 @@ SMALL = {f"layer {i} {name}": shape for name, shape in (("q", (96, 64)), ("up", 
 SHAPES: dict[str, tuple[int, ...]] = {**SMALL, "norm": (64,), "head": (700, 80)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +264,26 @@ def test_a_damaged_member_is_done_again_as_it_was(pair: Pair, tmp_path: Path) ->
     run(plan, tmp_path / "out", lambda: Touchy(seen))
     assert shard_bytes(tmp_path / "out") == before
     assert seen == [len(plan.batches[0].tasks)]
+
+
+def test_what_is_read_for_the_sake_of_others_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of members that are finished: two that differ from BASE, which are decided again, and one that does not."""
+    matrix = matrices(np.random.default_rng(0), (96, 64))[0]
+    pair = strange(tmp_path, {"z equal": (matrix, matrix)})
+    plan, read = planned(pair), list[int]()
+    before = run(plan, tmp_path / "out").timings.bytes_read
+    task = next(task for task in plan.batches[0].tasks if task.name != "z equal")
+    with (tmp_path / "out" / plan.layouts[0].name).open("r+b") as file:
+        file.seek(task.out.start)
+        file.write(b"damaged")
+    original = InputFiles.read_into
+
+    def watched(self: InputFiles, name: Any, offset: int, buffer: memoryview) -> None:
+        read.append(len(buffer))
+        original(self, name, offset, buffer)
+
+    monkeypatch.setattr(InputFiles, "read_into", watched)
+    assert run(plan, tmp_path / "out").timings.bytes_read - before == sum(read)
 
 
 def test_members_that_fine_tuning_did_not_touch_leave_the_batch(

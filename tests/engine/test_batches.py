@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.profiler import ProfilerActivity, profile
@@ -270,10 +269,9 @@ def test_what_further_members_take_on_a_device(shape: tuple[int, int], absent: i
     assert projected - 5 * 12 * n * n <= 2.0 * more
 
 
+@pytest.mark.usefixtures("one_torch_thread")
 def test_what_further_members_take_in_host_memory(tmp_path: Path) -> None:
     """Every pair, read whole; and no more than is reserved, with nearly half of the rank kept."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     half_kept(tmp_path, (1009, 499), ("BF16", "BF16"), copies=7)
     plan = planned(Pair(tmp_path / "base", tmp_path / "ft"))
     (batch,) = plan.batches
@@ -290,5 +288,4 @@ def test_what_further_members_take_in_host_memory(tmp_path: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-        torch.set_num_threads(threads)
     assert 7 * memory.pair_bytes(batch.shape) < peak <= batch.ram_bytes

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
+import time
+from functools import partial
 
 import pytest
 
@@ -61,3 +64,33 @@ def test_both_run_at_the_same_time() -> None:
     spares, met = Spares(2), threading.Barrier(2, timeout=20)
     with spares.at_work():
         spares.both(met.wait, met.wait)
+
+
+def test_two_that_ask_at_once_do_not_get_the_same_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three workers, of which two have tasks and ask in step: one gets the third, the other does all itself."""
+    spares, aside, rounds = Spares(3), list[int](), threading.Barrier(2, timeout=20)
+    original = contextvars.copy_context
+
+    def slow() -> contextvars.Context:
+        """What is done to lend takes so long that the other asks meanwhile."""
+        time.sleep(0.005)
+        return original()
+
+    def work() -> None:
+        with spares.at_work():
+            for number in range(20):
+                rounds.wait()
+                spares.both(rounds.wait, partial(second, number))
+
+    def second(number: int) -> None:
+        if "aside" in threading.current_thread().name:
+            aside.append(number)
+
+    monkeypatch.setattr(contextvars, "copy_context", slow)
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(aside) == list(range(20))
+    assert spares._free == 3
