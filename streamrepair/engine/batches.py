@@ -17,8 +17,8 @@ from streamrepair.engine import memory
 from streamrepair.engine.memory import MatrixShape
 
 if TYPE_CHECKING:
+    from streamrepair.engine.lanes import Place
     from streamrepair.engine.plan import Task, Unit
-    from streamrepair.engine.schedule import Place
 
 MOST_MEMBERS = 32
 """Past that a launch is shared by so many that one more saves nothing."""

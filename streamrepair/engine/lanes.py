@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
+
+Place = Literal["cpu", "cuda"]
+"""The kind of device that a unit is for: any of its workers may take it."""
+PLACES: tuple[Place, ...] = ("cuda", "cpu")
 
 
 def workers_at(lanes: Sequence[str], place: str) -> int:

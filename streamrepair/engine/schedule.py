@@ -10,15 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from streamrepair.engine import cost
-from streamrepair.engine.lanes import workers_at
+from streamrepair.engine.lanes import PLACES, Place, workers_at
 
 if TYPE_CHECKING:
     from streamrepair.engine.plan import Task, Unit
-
-Place = Literal["cpu", "cuda"]
 
 CPU_PAYS = 2.0
 """With `--device cuda,cpu` a matrix goes to the CPU if one core takes at most so many times as long as a GPU: two cores
@@ -44,8 +42,7 @@ def order(units: Sequence[Unit], lanes: Sequence[str]) -> tuple[Unit, ...]:
         units: each with its place. lanes: the device of each worker.
     """
     ordered: list[Unit] = []
-    places: tuple[Place, ...] = ("cuda", "cpu")
-    for place in places:  # two queues, independent of each other
+    for place in PLACES:  # two queues, independent of each other
         ordered += _ordered([unit for unit in units if unit.place == place], max(1, workers_at(lanes, place)))
     return tuple(ordered)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from streamrepair.checkpoint import direct
 from streamrepair.decompose.halves import Both, in_turn
 from streamrepair.decompose.scratch import Scratch
+from streamrepair.engine.lanes import Place
 from streamrepair.engine.ledger import Ledger
-from streamrepair.engine.schedule import Place
 from streamrepair.engine.timeline import Lane
 
 

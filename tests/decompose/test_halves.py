@@ -45,7 +45,8 @@ def test_numbers_do_not_depend_on_who_does_a_half(
     in_turn, at_once = (_merged(source, HostArithmetic(both=both), dtype) for both in (halves.in_turn, _at_once))
     for one, other in zip(in_turn, at_once, strict=True):
         np.testing.assert_array_equal(one, other)
-    np.testing.assert_allclose(in_turn[0], whole[0], rtol=1e-5, atol=1e-5 * whole[0][-1])
+    # Values are roots of eigenvalues, whose error is one share of the largest: a small one's root may be all error.
+    np.testing.assert_allclose(in_turn[0] ** 2, whole[0] ** 2, rtol=0, atol=3e-6 * whole[0][-1] ** 2)
     differing = np.count_nonzero(in_turn[2] != whole[2])
     if dtype == "BF16":
         assert differing <= 1e-3 * whole[2].size

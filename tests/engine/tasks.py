@@ -5,9 +5,9 @@ from __future__ import annotations
 from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.pairing import Pairing, Side
 from streamrepair.engine import cost, memory
+from streamrepair.engine.lanes import Place
 from streamrepair.engine.memory import MatrixShape
 from streamrepair.engine.plan import Task
-from streamrepair.engine.schedule import Place
 
 Shape = tuple[int, ...]
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamrepair.engine.admission import Admission
+from streamrepair.engine.lanes import Place
 from streamrepair.engine.ledger import Ledger
 from streamrepair.engine.plan import Task
-from streamrepair.engine.schedule import Place
 from tests.engine.tasks import bf16_task
 
 ROOM = 100

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamrepair.engine import cost, schedule
+from streamrepair.engine.lanes import Place
 from streamrepair.engine.plan import Task
-from streamrepair.engine.schedule import Place
 from streamrepair.engine.simulate import Simulated, Simulation
 from tests.engine.tasks import bf16_task
 
