@@ -177,7 +177,7 @@ class ResourceUse(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     busy_s: float
-    """Computing; for files, at work."""
+    """Computing, for others too; for files, at work."""
     waiting_s: dict[str, float]
     """Waiting for what: read, write (its own writes, and a disk that is behind), memory."""
     idle_s: float

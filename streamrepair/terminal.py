@@ -143,7 +143,7 @@ def _print_memory(plan: Plan) -> None:
             f"; per GPU {format_bytes(plan.vram_projected_bytes)} projected, "
             f"{format_bytes(plan.vram_allowed_bytes)} allowed"
         )
-    if plan.side_by_side < plan.workers:
+    if plan.side_by_side < len(plan.at_once):
         line += (
             f": room for {plan.side_by_side} of the largest at once, for one per worker with --ram "
             f"{_whole_mb(plan.ram_unhindered_bytes)}"

@@ -21,6 +21,11 @@ def in_turn(first: Work, second: Work) -> None:
     second()
 
 
+def is_cut(cols: int) -> bool:
+    """Whether a matrix with so many columns on its short side is large enough."""
+    return cols >= LEAST_COLUMNS
+
+
 def middle(length: int) -> int:
     """Where to cut: at a multiple of 64, so that both halves keep whole cache lines."""
     return length // 2 // 64 * 64
@@ -28,7 +33,7 @@ def middle(length: int) -> int:
 
 def in_halves(work: Callable[[slice], object], length: int, cols: int, both: Both) -> None:
     """Work on all of `length` rows, in two halves if the matrix, `cols` on its short side, is large."""
-    if cols < LEAST_COLUMNS:
+    if not is_cut(cols):
         work(slice(0, length))
         return
     both(lambda: work(slice(0, middle(length))), lambda: work(slice(middle(length), length)))

@@ -76,7 +76,7 @@ class HostArithmetic:
     def _add_gram(self, delta: Real, gram: Real, *, beta: float) -> None:
         """gram ← ΔᵀΔ + beta·gram, upper triangle; from so many columns on in two halves of equally many operations."""
         n = len(gram)
-        if n < halves.LEAST_COLUMNS:
+        if not halves.is_cut(n):
             lapack.add_gram(delta, gram, beta=beta)
             return
         h = middle(n)

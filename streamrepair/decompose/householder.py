@@ -35,7 +35,7 @@ def rotate_back(reflectors: Real, scales: Real, vectors: Real, both: Both = in_t
     n = len(reflectors)
     if n < _LEAST_COLUMNS or len(vectors) < _LEAST_VECTORS:
         lapack.rotate_back(reflectors, scales, vectors)
-    elif n < halves.LEAST_COLUMNS or len(vectors) < _HALVED_VECTORS:
+    elif not halves.is_cut(n) or len(vectors) < _HALVED_VECTORS:
         _rotate(reflectors, scales, vectors)
     else:
         first, second = vectors[: len(vectors) // 2], vectors[len(vectors) // 2 :]

@@ -5,14 +5,13 @@ With this machine's speeds where they were measured: no number of a result depen
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 from streamrepair.decompose import speed
+from streamrepair.decompose.halves import is_cut
 from streamrepair.decompose.speed import CPU, CUDA, KEPT_SHARE, Rates, Stages
-from streamrepair.engine.lanes import workers_at
+from streamrepair.engine.lanes import PLACES, workers_at
 from streamrepair.engine.memory import MatrixShape
 
 if TYPE_CHECKING:
@@ -73,27 +72,39 @@ def seconds(unit: Unit, place: str, cpu: Rates = CPU) -> float:
 def estimate_s(units: Sequence[Unit], lanes: Sequence[str], room_bytes: int, cpu: Rates = CPU) -> float:
     """About how long units take together: the slowest of the CPU's workers, the GPUs, the files, and the memory.
 
+    CPU workers that are held back by memory, or have no more to do, are lent to those with a large matrix.
+
     Args:
         lanes: the device of each worker. room_bytes: what units may hold together. cpu: speeds of one of the CPU's
             workers.
     """
     each_s = [seconds(unit, unit.place, cpu) for unit in units]
+    cpus = workers_at(lanes, "cpu")
+    helped_s = [_helped_s(unit, cpu) if cpus > 1 else unit_s for unit, unit_s in zip(units, each_s, strict=True)]
     found = sum(unit.read_once_bytes + unit.out_bytes for unit in units) / DISK_BYTES_PER_S
-    for place in ("cpu", "cuda"):
-        here = [unit_s for unit, unit_s in zip(units, each_s, strict=True) if unit.place == place]
+    for place in PLACES:
+        here = [i for i, unit in enumerate(units) if unit.place == place]
         workers = max(1, workers_at(lanes, place))
-        found = max(found, sum(here) / workers, max(here, default=0.0))
-    needs = [(unit.ram_bytes, unit_s) for unit, unit_s in zip(units, each_s, strict=True)]
-    return max(found, _in_turns_s(needs, len(lanes), room_bytes))
+        found = max(found, sum(each_s[i] for i in here) / workers, max((helped_s[i] for i in here), default=0.0))
+    needs = [unit.ram_bytes for unit in units]
+    for k in range(1, len(lanes)):
+        found = max(found, _in_turns_s(needs, helped_s if k <= cpus // 2 else each_s, k, room_bytes))
+    return found
 
 
-def _in_turns_s(units: Sequence[tuple[int, float]], workers: int, room_bytes: int) -> float:
+def _helped_s(unit: Unit, cpu: Rates) -> float:
+    """Seconds of a unit, by one of the CPU's workers and, where it is cut in halves, one that has nothing to do."""
+    alone = stages(unit, unit.place, cpu)
+    shape = unit.tasks[0].shape
+    if unit.place != "cpu" or shape is None or not is_cut(shape.cols):
+        return alone.total_s
+    return alone.total_s - (alone.gram_s + alone.merge_s) / 2
+
+
+def _in_turns_s(needs: Sequence[int], each_s: Sequence[float], k: int, room_bytes: int) -> float:
     """What memory alone makes it: of units that need more than a (k + 1)-th of the room only k run at once.
 
     Args:
-        units: bytes and seconds of each.
+        needs: bytes of each unit. each_s: its seconds.
     """
-    neediest = sorted(units, key=lambda unit: -unit[0])
-    needs = [-ram_bytes for ram_bytes, _ in neediest]
-    until_s = [0.0, *accumulate(unit_s for _, unit_s in neediest)]
-    return max((until_s[bisect_left(needs, -(room_bytes // (k + 1)))] / k for k in range(1, workers)), default=0.0)
+    return sum(unit_s for need, unit_s in zip(needs, each_s, strict=True) if need > room_bytes // (k + 1)) / k

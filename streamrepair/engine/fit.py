@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from streamrepair.decompose.halves import is_cut
 from streamrepair.engine import memory
 from streamrepair.errors import BudgetError, shown
 from streamrepair.units import format_bytes
@@ -105,20 +109,40 @@ def _refusal(task: Task, option: str, need_bytes: int, allowed_bytes: int) -> st
 def affordable_lanes(units: Sequence[Unit], devices: Sequence[str], workers: int, room: Room) -> tuple[str, ...]:
     """The device of each worker: every GPU, then the CPU's; as many as leave room for the largest unit.
 
-    And for at least as much work as stacks. A GPU that has to go is the last one, CPU workers go before it.
+    And for at least as much work as stacks. A GPU that has to go is the last one, CPU workers go before it. Of those
+    there is one for each unit, and one to lend to each that has a matrix large enough to be cut in halves.
     """
     left_bytes = room.ram_bytes - room.fixed_bytes
     largest = max((unit.ram_bytes for unit in units), default=0)
     most = min((left_bytes - largest) // memory.WORKER_BYTES, left_bytes // memory.WORKER_BYTES // 2)
-    on_cpu = sum(unit.place == "cpu" for unit in units)
-    on_gpus = len(units) - on_cpu
+    cpu_units = [unit for unit in units if unit.place == "cpu"]
+    on_cpu, on_gpus = len(cpu_units), len(units) - len(cpu_units)
+    to_lend = sum(task.shape is not None and is_cut(task.shape.cols) for unit in cpu_units for task in unit.tasks)
     gpus = gpus_of(devices)[: max(1, on_gpus)] if on_gpus else ()
     if on_gpus and on_cpu:
         gpus = gpus[: max(1, most - 1)]
     elif on_gpus:
         gpus = gpus[: max(1, most)]
-    cpus = min(workers, on_cpu, max(1, most - len(gpus))) if on_cpu else 0
+    cpus = min(workers, on_cpu + to_lend, max(1, most - len(gpus))) if on_cpu else 0
     return (*gpus, *["cpu"] * cpus) or ("cpu",)
+
+
+def most_at_once(needs: Sequence[Sequence[int]], counts: Sequence[int], room_bytes: int) -> int:
+    """The most that units can hold together, to a 4096th of the room, of those that fit it together; rounded up.
+
+    Args:
+        needs: bytes of each unit, by place. counts: how many of a place's run at once.
+    """
+    step = max(1, room_bytes // 4096)
+    reached = 1  # a bit for each sum, in steps, each need rounded down
+    for each, count in zip(needs, counts, strict=True):
+        by_number = [reached] + [0] * count  # of units taken
+        for need, times in Counter(need // step for need in each if need <= room_bytes).items():
+            for _ in range(min(times, count)):
+                for taken in range(count, 0, -1):
+                    by_number[taken] |= by_number[taken - 1] << need
+        reached = functools.reduce(operator.or_, by_number) & ((1 << room_bytes // step + 1) - 1)
+    return min(room_bytes, (reached.bit_length() - 1 + sum(counts)) * step)
 
 
 def fits_climb(plan: Plan, backend: str) -> Mapping[str, bool]:

@@ -62,11 +62,13 @@ class LocalExecutor:
             InterruptedRunError: stopped on request, after every outcome that was finished has been yielded.
             StreamRepairError: the first failure of a task, likewise.
         """
-        ledger, spares = Ledger(units, room_bytes=self._room_bytes), Spares(self._lanes.count("cpu"))
+        ledger = Ledger(units, room_bytes=self._room_bytes)
+        lanes = [Lane(self._timeline, name) for name in lane_names(self._lanes)]
+        spares = Spares([lane for lane, device in zip(lanes, self._lanes, strict=True) if device == "cpu"])
         done: queue.SimpleQueue[Outcome | BaseException | None] = queue.SimpleQueue()
         threads = [
-            threading.Thread(target=self._work, args=(worker, spares, do, done), name=name, daemon=True)
-            for worker, name in self._workers(ledger, spares)
+            threading.Thread(target=self._work, args=(worker, spares, do, done), name=worker.lane.name, daemon=True)
+            for worker in self._workers(lanes, ledger, spares)
         ]
         for thread in threads:
             thread.start()
@@ -76,11 +78,10 @@ class LocalExecutor:
             ledger.close()
             self._part(threads)
 
-    def _workers(self, ledger: Ledger, spares: Spares) -> Iterator[tuple[Worker, str]]:
-        for number, (device, name) in enumerate(zip(self._lanes, lane_names(self._lanes), strict=True)):
-            peers = workers_at(self._lanes, device)
+    def _workers(self, lanes: Sequence[Lane], ledger: Ledger, spares: Spares) -> Iterator[Worker]:
+        for number, (device, lane) in enumerate(zip(self._lanes, lanes, strict=True)):
             both = spares.both if device == "cpu" else in_turn
-            yield Worker(number, device, Scratch(), Lane(self._timeline, name), ledger, peers, both), name
+            yield Worker(number, device, Scratch(), lane, ledger, workers_at(self._lanes, device), both)
 
     def _part(self, threads: list[threading.Thread]) -> None:
         """See the workers out, so that none writes to a file that is about to be closed."""
@@ -136,7 +137,7 @@ class LocalExecutor:
                                 self._upcoming(task)
                         with (
                             worker.lane.task(unit.name),
-                            spares.at_work() if worker.device == "cpu" else contextlib.nullcontext(),
+                            spares.at_work(worker.lane) if worker.device == "cpu" else contextlib.nullcontext(),
                         ):
                             for outcome in do(unit, worker):
                                 done.put(outcome)

@@ -18,10 +18,9 @@ from streamrepair.decompose.speed import CPU, Rates
 from streamrepair.engine import batches, cost, memory, schedule
 from streamrepair.engine.batches import Batch
 from streamrepair.engine.finite import is_searched
-from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, holds, refuse_too_large
-from streamrepair.engine.lanes import workers_at
+from streamrepair.engine.fit import Room, affordable_lanes, fitted, gpus_of, holds, most_at_once, refuse_too_large
+from streamrepair.engine.lanes import PLACES, Place, workers_at
 from streamrepair.engine.memory import MatrixShape
-from streamrepair.engine.schedule import Place
 from streamrepair.report import Settings
 
 _WHOLE_BYTES = 1 << 26
@@ -143,8 +142,12 @@ class Plan:
 
     @property
     def ram_projected_bytes(self) -> int:
-        """Projected peak of the process."""
-        return min(self.ram_unhindered_bytes, self.ram_allowed_bytes)
+        """Projected peak of the process: with the neediest units that the budget lets run together."""
+        if self.ram_unhindered_bytes <= self.ram_allowed_bytes:
+            return self.ram_unhindered_bytes
+        needs = [[unit.ram_bytes for unit in self.units if unit.place == place] for place in PLACES]
+        counts = [workers_at(self.lanes, place) for place in PLACES]
+        return self.ram_allowed_bytes - self.room_bytes + most_at_once(needs, counts, self.room_bytes)
 
     @property
     def ram_unhindered_bytes(self) -> int:
@@ -167,7 +170,7 @@ class Plan:
     def at_once(self) -> list[Unit]:
         """The neediest units that can run together."""
         found: list[Unit] = []
-        for place in ("cpu", "cuda"):
+        for place in PLACES:
             here = sorted((u for u in self.units if u.place == place), key=lambda u: -u.ram_bytes)
             found += here[: workers_at(self.lanes, place)]
         return found

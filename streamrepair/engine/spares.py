@@ -7,32 +7,36 @@ from __future__ import annotations
 
 import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from streamrepair.decompose.halves import Work
+from streamrepair.engine.timeline import LENT, Lane
 
 
 class Spares:
-    """How many of the CPU's workers are at work, or are lent.
+    """Which of the CPU's workers are at work, and which are lent.
 
     Args:
-        workers: of the CPU.
+        lanes: of the CPU's workers.
     """
 
-    def __init__(self, workers: int) -> None:
-        self._free = workers
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = tuple(lanes)
+        self._at_work: set[Lane] = set()
+        self._lent: set[Lane] = set()
         self._lock = threading.Lock()
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
+    def at_work(self, lane: Lane) -> Iterator[None]:
         """A worker has a task of its own, even if it is lent at that moment."""
         with self._lock:
-            self._free -= 1
+            self._at_work.add(lane)
         try:
             yield
         finally:
-            self._back()
+            with self._lock:
+                self._at_work.remove(lane)
 
     def both(self, first: Work, second: Work) -> None:
         """Two pieces of work, the second by a worker that is free, if there is one.
@@ -40,7 +44,8 @@ class Spares:
         Raises:
             BaseException: the first failure, once both have ended.
         """
-        if not self._borrowed():
+        lane = self._borrowed()
+        if lane is None:
             first()
             second()
             return
@@ -48,12 +53,13 @@ class Spares:
 
         def aside() -> None:
             try:
-                second()
+                with lane.lent():
+                    second()
             except BaseException as error:  # it is the caller's
                 failures.append(error)
 
         context = contextvars.copy_context()  # NumPy's warnings are a matter of context
-        thread = threading.Thread(target=context.run, args=(aside,), name=f"{threading.current_thread().name} aside")
+        thread = threading.Thread(target=context.run, args=(aside,), name=lane.name + LENT)
         try:
             thread.start()
             try:
@@ -61,17 +67,19 @@ class Spares:
             finally:
                 thread.join()
         finally:
-            self._back()
+            with self._lock:
+                self._lent.remove(lane)
         if failures:
             raise failures[0]
 
-    def _borrowed(self) -> bool:
-        """Take a free worker; whether there was one. Asked and taken at once: else two could take the same."""
-        with self._lock:
-            lent = self._free > 0
-            self._free -= lent
-        return lent
+    def _borrowed(self) -> Lane | None:
+        """Take a worker that is free, if there is one. Asked and taken at once: else two could take the same.
 
-    def _back(self) -> None:
+        One that went on to a task of its own while it was lent is two threads: as long as it is, another stays free.
+        """
         with self._lock:
-            self._free += 1
+            if len(self._at_work) + len(self._lent) >= len(self._lanes):
+                return None
+            lane = next(lane for lane in self._lanes if lane not in self._at_work and lane not in self._lent)
+            self._lent.add(lane)
+        return lane

@@ -19,6 +19,8 @@ from streamrepair.report import ResourceUse
 Wait = Literal["read", "write", "memory"]
 FILES = "files"
 """The track of all reads, writes and syncs together."""
+LENT = " lent"
+"""What the track of what a worker does for others is called, after its lane."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,15 +28,15 @@ class Span:
     """Something that took time."""
 
     track: str
-    """Who did it: a lane, a lane's reader, or the committer."""
+    """Who did it: a lane, a lane's reader, a lane while it is lent, or the committer."""
     kind: str
-    """task, member (of a batch, inside the batch's task), read, write, memory, sync."""
+    """task, member (of a batch, inside the batch's task), lent, read, write, memory, sync."""
     name: str
     start_s: float
     end_s: float
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Timeline:
     """What happened in a run; safe to share between threads.
 
@@ -68,6 +70,8 @@ class Timeline:
                     self._active -= 1
                     self._busy_s += end_s - self._active_since_s if self._active == 0 else 0.0
                 self._totals[track][kind] += end_s - start_s
+                for lane, what, seconds in self._meanwhile(track, kind, start_s, end_s):
+                    self._totals[lane][f"lent, {what}"] += seconds
                 if self.keep:
                     self.spans.append(Span(track, kind, name, start_s - self.began_s, end_s - self.began_s))
 
@@ -78,22 +82,41 @@ class Timeline:
                 self._active_since_s = span[2]
             self._active += file
 
+    def _meanwhile(self, track: str, kind: str, start_s: float, end_s: float) -> Iterator[tuple[str, str, float]]:
+        """What goes on in the lane that is lent, or is lent in the lane where this goes on: lane, what, seconds.
+
+        Asked when a span ends, so that of two that overlap the first to end sees the other.
+        """
+        lane = track.removesuffix(LENT)
+        for other_track, other, other_start_s in self._open.values():
+            if other_track != track and other_track.removesuffix(LENT) == lane:
+                yield lane, other if kind == "lent" else kind, end_s - max(start_s, other_start_s)
+
     def uses(self, lanes: list[str], wall_s: float) -> tuple[ResourceUse, ...]:
         """Each lane and the files: seconds busy, waiting, idle, of the wall time; what goes on now counts up to now."""
         with self._lock:
             now_s = time.perf_counter()
             sums = {lane: defaultdict(float, self._totals[lane]) for lane in lanes}
+            lent = {lane: self._totals[lane + LENT]["lent"] for lane in lanes}
             for track, kind, start_s in self._open.values():
                 if track in sums:
                     sums[track][kind] += now_s - start_s
+                elif (lane := track.removesuffix(LENT)) in lent:
+                    lent[lane] += now_s - start_s
+                    for _, what, seconds in self._meanwhile(track, kind, start_s, now_s):
+                        sums[lane][f"lent, {what}"] += seconds
             files_s = self._busy_s + (now_s - self._active_since_s if self._active else 0.0)
         found = []
         for lane, totals in sums.items():
-            waits = {kind: round(totals[kind], 4) for kind in ("read", "write", "memory")}
-            waits["write"] = round(totals["write"] + totals["unsynced"], 4)
-            busy_s = max(0.0, totals["task"] - totals["read"] - totals["write"] - totals["more memory"])
-            waits["memory"] = round(totals["memory"] + totals["more memory"], 4)
-            found.append(_use(lane, busy_s, waits, wall_s))
+            busy_s = totals["task"] - totals["read"] - totals["write"] - totals["more memory"]
+            busy_s += lent[lane] - totals["lent, task"]
+            waits = {
+                "read": totals["read"],
+                "write": totals["write"] + totals["unsynced"] - totals["lent, unsynced"],
+                "memory": totals["memory"] - totals["lent, memory"] + totals["more memory"],
+            }
+            waits = {kind: round(max(0.0, seconds), 4) for kind, seconds in waits.items()}
+            found.append(_use(lane, max(0.0, busy_s), waits, wall_s))
         return (*found, _use(FILES, files_s, {}, wall_s))
 
 
@@ -116,6 +139,10 @@ class Lane:
     def member(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A member of a batch, from its merge on; the batch is the task."""
         return self.timeline.span(self.name, "member", name)
+
+    def lent(self) -> contextlib.AbstractContextManager[None]:
+        """The worker, which waits for memory or has no more to do, does a piece of another's task."""
+        return self.timeline.span(self.name + LENT, "lent", "half of another's task")
 
     def waiting(self, kind: Wait) -> contextlib.AbstractContextManager[None]:
         """The worker waits for a panel that is being read, or for memory to start."""

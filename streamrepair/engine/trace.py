@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import msgspec
 
-from streamrepair.engine.timeline import Timeline
+from streamrepair.engine.timeline import LENT, Timeline
 
 _PROCESS = 1
 
 
 def chrome_trace(timeline: Timeline, lanes: list[str]) -> bytes:
-    """The trace as JSON: a track for each lane, below it its reader, and one for commits."""
-    tracks = [track for lane in lanes for track in (lane, f"{lane} reader")]
+    """The trace as JSON: a track for each lane, below it its reader and what it does for others; one for commits."""
+    tracks = [track for lane in lanes for track in (lane, f"{lane} reader", lane + LENT)]
     tracks += sorted({span.track for span in timeline.spans} - set(tracks))
     number = {track: i for i, track in enumerate(tracks, 1)}
     events: list[dict[str, object]] = [_named("process_name", 0, "streamrepair")]

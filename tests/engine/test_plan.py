@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from streamrepair import api, units
+from streamrepair.engine.fit import most_at_once
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import BudgetError, UsageError
 from streamrepair.report import Settings
@@ -130,6 +134,38 @@ def test_workers_are_as_many_as_leave_room_for_the_largest_task(pair: Pair) -> N
 def test_there_are_no_more_workers_than_tensors(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, {"a": (64, 64), "b": (64, 64)})
     assert api.plan(pair.base, pair.ft, workers=16).workers == 2
+
+
+def test_a_lone_large_matrix_gets_a_second_worker_that_does_half_of_it(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"large": (2048, 2048)})
+    alone, lone = (api.plan(pair.base, pair.ft, workers=workers) for workers in (1, 16))
+    assert (alone.workers, lone.workers, lone.side_by_side) == (1, 2, 1)
+    assert lone.estimated_s < alone.estimated_s
+    reports = [
+        api.repair(pair.base, pair.ft, tmp_path / f"out{workers}", workers=workers, ram="2GB") for workers in (1, 2)
+    ]
+    assert [use.name for use in reports[1].utilisation] == ["cpu 0", "cpu 1", "files"]
+    assert reports[1].utilisation[1].busy_s > 0
+    assert shard_bytes(tmp_path / "out1") == shard_bytes(tmp_path / "out2")
+
+
+@given(
+    needs=st.lists(st.lists(st.integers(1, 10**7), max_size=4), min_size=2, max_size=2),
+    counts=st.lists(st.integers(1, 3), min_size=2, max_size=2),
+    room=st.integers(1, 3 * 10**7),
+)
+def test_what_runs_together_is_projected_at_its_largest_sum(
+    needs: list[list[int]], counts: list[int], room: int
+) -> None:
+    """Against every choice of units, some of which miss the room by less than the sums are known to."""
+    sums = [
+        {sum(chosen) for number in range(count + 1) for chosen in combinations(each, number)}
+        for each, count in zip(needs, counts, strict=True)
+    ]
+    both, slack = {one + other for one in sums[0] for other in sums[1]}, sum(counts) * (1 + room / 4096)
+    found = most_at_once(needs, counts, room)
+    assert max(total for total in both if total <= room) <= found <= room
+    assert found <= max(total for total in both if total <= room + slack) + slack
 
 
 def test_large_wide_matrices_are_read_in_columns_where_memory_is_short(tmp_path: Path) -> None:

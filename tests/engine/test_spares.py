@@ -10,6 +10,13 @@ from functools import partial
 import pytest
 
 from streamrepair.engine.spares import Spares
+from streamrepair.engine.timeline import Lane, Timeline
+
+
+def _spares(workers: int) -> tuple[Spares, list[Lane]]:
+    timeline = Timeline()
+    lanes = [Lane(timeline, f"cpu {number}") for number in range(workers)]
+    return Spares(lanes), lanes
 
 
 def _threads_of(spares: Spares) -> tuple[str, str]:
@@ -25,24 +32,39 @@ def _threads_of(spares: Spares) -> tuple[str, str]:
 
 def test_the_second_piece_goes_aside_only_where_a_worker_is_free() -> None:
     here = threading.current_thread().name
-    spares = Spares(2)
-    with spares.at_work():
-        assert _threads_of(spares) == (here, f"{here} aside")
-        with spares.at_work():
+    spares, lanes = _spares(2)
+    with spares.at_work(lanes[0]):
+        assert _threads_of(spares) == (here, "cpu 1 lent")
+        with spares.at_work(lanes[1]):
             assert _threads_of(spares) == (here, here)
-        assert _threads_of(spares) == (here, f"{here} aside")
-    alone = Spares(1)
-    with alone.at_work():
+        assert _threads_of(spares) == (here, "cpu 1 lent")
+    alone, lanes = _spares(1)
+    with alone.at_work(lanes[0]):
         assert _threads_of(alone) == (here, here)
 
 
 def test_a_worker_is_lent_to_one_at_a_time() -> None:
-    spares, names = Spares(3), list[tuple[str, str]]()
-    with spares.at_work(), spares.at_work():
+    (spares, lanes), names = _spares(3), list[tuple[str, str]]()
+    with spares.at_work(lanes[0]), spares.at_work(lanes[2]):
         spares.both(lambda: names.append(_threads_of(spares)), lambda: None)
         names.append(_threads_of(spares))
     here = threading.current_thread().name
-    assert names == [(here, here), (here, f"{here} aside")]
+    assert names == [(here, here), (here, "cpu 1 lent")]
+
+
+def test_one_that_goes_on_to_its_own_task_while_it_is_lent_is_two_threads() -> None:
+    """Three workers: of the two without a task one is lent, then gets a task; the third is not lent beside both."""
+    (spares, lanes), names = _spares(3), list[tuple[str, str]]()
+    here = threading.current_thread().name
+
+    def first() -> None:
+        with spares.at_work(lanes[1]):
+            names.append(_threads_of(spares))
+        names.append(_threads_of(spares))
+
+    with spares.at_work(lanes[0]):
+        spares.both(first, lambda: None)
+    assert names == [(here, here), (here, "cpu 2 lent")]
 
 
 @pytest.mark.parametrize("free", [0, 1])
@@ -52,23 +74,23 @@ def test_a_failure_in_either_is_the_callers_and_the_worker_is_returned(failing: 
         if number == failing:
             raise KeyError(number)
 
-    spares = Spares(1 + free)
-    with spares.at_work():
+    spares, lanes = _spares(1 + free)
+    with spares.at_work(lanes[0]):
         for _ in range(3):
             with pytest.raises(KeyError):
                 spares.both(lambda: work(0), lambda: work(1))
-        assert (spares._free > 0) == bool(free)
+        assert (_threads_of(spares)[1] == "cpu 1 lent") == bool(free)
 
 
 def test_both_run_at_the_same_time() -> None:
-    spares, met = Spares(2), threading.Barrier(2, timeout=20)
-    with spares.at_work():
+    (spares, lanes), met = _spares(2), threading.Barrier(2, timeout=20)
+    with spares.at_work(lanes[0]):
         spares.both(met.wait, met.wait)
 
 
 def test_two_that_ask_at_once_do_not_get_the_same_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three workers, of which two have tasks and ask in step: one gets the third, the other does all itself."""
-    spares, aside, rounds = Spares(3), list[int](), threading.Barrier(2, timeout=20)
+    (spares, lanes), aside, rounds = _spares(3), list[int](), threading.Barrier(2, timeout=20)
     original = contextvars.copy_context
 
     def slow() -> contextvars.Context:
@@ -76,21 +98,20 @@ def test_two_that_ask_at_once_do_not_get_the_same_worker(monkeypatch: pytest.Mon
         time.sleep(0.005)
         return original()
 
-    def work() -> None:
-        with spares.at_work():
+    def work(lane: Lane) -> None:
+        with spares.at_work(lane):
             for number in range(20):
                 rounds.wait()
                 spares.both(rounds.wait, partial(second, number))
 
     def second(number: int) -> None:
-        if "aside" in threading.current_thread().name:
+        if threading.current_thread().name == "cpu 2 lent":
             aside.append(number)
 
     monkeypatch.setattr(contextvars, "copy_context", slow)
-    threads = [threading.Thread(target=work) for _ in range(2)]
+    threads = [threading.Thread(target=work, args=(lane,)) for lane in lanes[:2]]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert sorted(aside) == list(range(20))
-    assert spares._free == 3
