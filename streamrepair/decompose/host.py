@@ -96,17 +96,22 @@ class HostArithmetic:
             inner += lifted.T @ lifted
         return images, inner
 
-    def inner_products(self, source: PanelSource, vectors: Doubles) -> Doubles:
-        """(k, k) inner products vᵀΔᵀΔ·w of the rows of (k, n) `vectors`, in float64, in one pass."""
+    def inner_products(self, source: PanelSource, vectors: Doubles, precision: Precision) -> Doubles:
+        """(k, k) inner products vᵀΔᵀΔ·w of the rows of (k, n) `vectors`, in one pass.
+
+        In float32 that is the precision of Δ·v; lengths and angles of those are always summed in float64.
+        """
         inner = np.zeros((len(vectors), len(vectors)))
-        for _, lifted in self._lifted(source, vectors):
-            inner += lifted.T @ lifted
+        for _, lifted in self._lifted(source, vectors.astype(precision, copy=False)):
+            lengths = lifted.astype(np.float64, copy=False)
+            inner += lengths.T @ lengths
         return inner
 
-    def _lifted(self, source: PanelSource, vectors: Doubles) -> Iterator[tuple[Doubles, Doubles]]:
-        """Δ of each block, and its products with the rows of `vectors`, (rows, k)."""
+    def _lifted(self, source: PanelSource, vectors: Real) -> Iterator[tuple[Real, Real]]:
+        """Δ of each block, in the precision of `vectors`, and its products with their rows, (rows, k)."""
+        real: RealType = np.float32 if vectors.dtype == np.float32 else np.float64
         for block in blocks(source):
-            delta = self._delta(block, np.float64)
+            delta = self._delta(block, real)
             yield delta, delta @ vectors.T
 
     def triangular_factor(self, source: PanelSource) -> Doubles:

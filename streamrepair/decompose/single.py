@@ -54,6 +54,8 @@ _ORTHONORMALITY = 2e-5
 _RESIDUAL = 2e-5
 _MOST_SLACK = 1e-5
 """Error of G, in units of the median eigenvalue, up to which it serves in place of another pass over Δ."""
+_MOST_MEASURED = 4e-4
+"""Likewise, up to which float32 products of Δ are tried: they and G differ on windows by a 25th to a 40th of it."""
 _TALL = 2
 """Rows per column from which products with G and Δ together are worth it."""
 _LITTLE_MIXING = 0.25 * MOST_MIXING
@@ -157,8 +159,11 @@ def truncate(
     tries: list[tuple[Products, Slack]] = []
     if slack <= _MOST_SLACK * first.s_median**2:
         tries.append((_by_gram(gram.matrix), Slack(slack, slack)))
+    inner = partial(arithmetic.inner_products, source)
+    if slack <= _MOST_MEASURED * first.s_median**2:
+        tries.append((_by_both(gram.matrix, partial(inner, precision="float32")), Slack(least, slack, held=True)))
     if source.rows >= _TALL * source.cols:
-        tries.append((_by_both(gram.matrix, partial(arithmetic.inner_products, source)), Slack(0.0, slack)))
+        tries.append((_by_both(gram.matrix, partial(inner, precision="float64")), Slack(0.0, slack)))
     tries.append((partial(arithmetic.products, source), Slack(0.0, 0.0)))
     for by in tries[:-1]:
         with suppress(UnresolvedError):  # by more of the delta itself it may be

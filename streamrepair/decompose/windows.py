@@ -46,6 +46,9 @@ class Slack(NamedTuple):
     """Of the inner products, which give the Ritz values."""
     residuals: float
     """Of the images."""
+    held: bool = False
+    """Whether the inner products were made apart from the images, and are taken to be off by what they differ from
+    those by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class Windows:
     residuals: Doubles
     """(w, w) inner products of the residuals ΔᵀΔ·y − θ·y."""
     slack: Slack
+    apart: float
+    """How far Ritz values may be off, relative, because their inner products are."""
     outside: Doubles
     """Values of T at the other places, ascending."""
     blunt: float
@@ -104,12 +109,13 @@ class Windows:
         """
         nearest = self._distance(value)
         here = np.abs(self.values - value) <= nearest
+        products = self.slack.values + self.apart * value
         if not here.any():
-            return self.slack.values
+            return products
         size = float(np.linalg.eigvalsh(self.residuals[np.ix_(here, here)])[-1]) ** 0.5 + self.slack.residuals
         gap = nearest - self._margin(value, unsure)
         off = min(size, size * size / gap) if gap > 0.0 else size
-        return float(self.slack.values + off)
+        return float(products + off)
 
     def _distance(self, value: float) -> float:
         """From the nearest value of T outside."""
@@ -119,7 +125,7 @@ class Windows:
         """‖Δ*′ − Δ*‖/‖Δ*‖ to expect of what Ritz vectors on either side of τ² have of each other.
 
         As `truncation.mixing` has it. Both errors are taken as spread: that of the products over n places, that of the
-        span over those of the windows.
+        span, and of inner products in it, over those of the windows.
         """
         n, w = self.vectors.shape[1], len(self.values)
         each = self.slack.values / (2.0 * n**0.5) + (self.error(cut) - self.slack.values) / w**0.5
@@ -147,7 +153,21 @@ def ritz(products: Products, slack: Slack, rows: Real, outside: Doubles, blunt: 
     if not np.linalg.norm(overlap - np.eye(len(overlap))) <= _PARALLEL:
         raise UnresolvedError("vectors of the tridiagonal form are nearly parallel: its values are clustered")
     values, vectors, residuals = rayleigh_ritz(products, vectors)
-    return Windows(values, vectors, residuals @ residuals.T, slack, outside, blunt)
+    apart = _apart(values, residuals @ vectors.T) if slack.held else 0.0
+    return Windows(values, vectors, residuals @ residuals.T, slack, apart, outside, blunt)
+
+
+def _apart(values: Doubles, difference: Doubles) -> float:
+    """Largest relative change of eigenvalues Θ by E: ‖Θ^(−½)·E·Θ^(−½)‖₂ (Ostrowski).
+
+    Args:
+        difference: E, in the basis of the Ritz vectors: there the images' inner products less Θ.
+    """
+    if not values[0] > 0.0:
+        return np.inf
+    scales = 1.0 / np.sqrt(values)
+    scaled = scales[:, None] * difference * scales
+    return float(np.linalg.norm(scaled, 2)) if np.isfinite(scaled).all() else np.inf
 
 
 def rayleigh_ritz(products: Products, rows: Doubles) -> tuple[Doubles, Doubles, Doubles]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from streamrepair.decompose import certify, lapack, single, twisted
-from streamrepair.decompose.arithmetic import Doubles
+from streamrepair.decompose.arithmetic import Doubles, Precision
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import Truncation, UnresolvedError
@@ -22,15 +22,15 @@ class _Counting(HostArithmetic):
     def __init__(self) -> None:
         super().__init__()
         self.full: list[int] = []
-        self.inner: list[int] = []
+        self.inner: list[Precision] = []
 
     def products(self, source: PanelSource, vectors: Doubles) -> tuple[Doubles, Doubles]:
         self.full.append(len(vectors))
         return super().products(source, vectors)
 
-    def inner_products(self, source: PanelSource, vectors: Doubles) -> Doubles:
-        self.inner.append(len(vectors))
-        return super().inner_products(source, vectors)
+    def inner_products(self, source: PanelSource, vectors: Doubles, precision: Precision) -> Doubles:
+        self.inner.append(precision)
+        return super().inner_products(source, vectors, precision)
 
 
 def _truncated(source: ArraySource, arithmetic: HostArithmetic | None = None) -> Truncation:
@@ -76,12 +76,36 @@ def test_a_gap_at_the_threshold_needs_no_vectors_there() -> None:
     assert met.full[0] > 24 + 16
 
 
-def test_a_tall_delta_is_multiplied_once() -> None:
-    """Its Gram matrix, too blunt for the values, serves for the residuals."""
+@pytest.mark.parametrize("rows", [300, 1500])
+def test_a_delta_is_multiplied_once_in_float32(rows: int) -> None:
+    """Its Gram matrix, too blunt for the values, serves for the residuals, and to hold the products against."""
     arithmetic = _Counting()
-    found = _truncated(fine_tuned(low_rank_plus_noise(1500, 300, rank=40), "BF16"), arithmetic)
+    found = _truncated(fine_tuned(low_rank_plus_noise(rows, 300, rank=30), "BF16"), arithmetic)
     assert found.threshold.rank_kept > 0
-    assert (arithmetic.full, len(arithmetic.inner)) == ([], 1)
+    assert (arithmetic.full, arithmetic.inner) == ([], ["float32"])
+
+
+@pytest.mark.parametrize("fault", ["a part is missing", "off by 1e-4", "nan"])
+def test_wrong_products_in_float32_are_caught_and_float64_decides(fault: str) -> None:
+    class Faulty(_Counting):
+        def inner_products(self, source: PanelSource, vectors: Doubles, precision: Precision) -> Doubles:
+            inner = super().inner_products(source, vectors, precision)
+            if precision == "float32" and fault == "nan":
+                inner[3, 3] = np.nan
+            elif precision == "float32":
+                inner *= 0.99 if "missing" in fault else 1.0 + 1e-4
+            return inner
+
+    source = fine_tuned(low_rank_plus_noise(900, 300, rank=30), "BF16")
+    right, arithmetic = _truncated(source), Faulty()
+    if fault == "nan":
+        with pytest.raises(NumericalError, match="not finite"):
+            _truncated(source, arithmetic)
+        return
+    found = _truncated(source, arithmetic)
+    assert arithmetic.inner == ["float32", "float64"]
+    assert found.threshold.rank_kept == right.threshold.rank_kept
+    assert found.threshold.s_median == pytest.approx(right.threshold.s_median, rel=1e-6)
 
 
 @pytest.mark.parametrize("off", [1e-3, 1e-4, 3e-5, -3e-5, -1e-4, -1e-3])
@@ -139,8 +163,10 @@ def test_wrong_values_are_caught(factor: float, monkeypatch: pytest.MonkeyPatch)
 def test_more_values_kept_than_foretold_are_none_without_vectors() -> None:
     """A large scale multiplies what float32 has the median off by; a value between the two thresholds has no vector."""
     n, rule = 300, HardThreshold(scale=30.0)
-    seen = set()
-    for seed in range(12):
+    seen: set[str] = set()
+    for seed in range(80):  # which of them shows it is a matter of rounding
+        if {"decided", "values"} <= seen:
+            break
         s = np.sort(np.random.default_rng(seed).uniform(0.5, 1.5, n))
         s[-16:] = np.geomspace(1.2, 1.3, 16) * rule.estimate(s, n, n).tau
         for _ in range(3):  # the median does not depend on it

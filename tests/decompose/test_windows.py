@@ -70,6 +70,47 @@ def test_what_is_claimed_of_a_place_is_so(seed: int, off: float, span_noise: flo
         assert abs(value - values[place]) <= bound + 1e-13
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    off=st.floats(1e-6, 3.0),
+    slack=st.sampled_from([1e-6, 1e-4, 1e-3]),
+    share=st.floats(0.0, 0.5),
+    shape=st.sampled_from(["even", "random", "pairs", "cluster"]),
+)
+@settings(max_examples=100, deadline=None)
+def test_inner_products_made_apart_are_off_by_what_they_differ_from_those_of_the_images_by(
+    seed: int, off: float, slack: float, share: float, shape: str
+) -> None:
+    """Where the images are the worse ones, and what is wrong with either has nothing to do with the other.
+
+    Window vectors of a value a thousand times the others have errors in proportion: they spoil no bound of the others.
+    """
+    values = np.r_[_values(shape, seed)[:-1], 2e3]
+    exact = _symmetric(values, seed)
+    t, vectors = np.linalg.eigh(exact + _disturbance(off / N, seed))
+    places = np.r_[np.arange(MIDDLE - WIDTH // 2, MIDDLE + WIDTH // 2), N - 1]
+    scales = np.sqrt(values)  # the errors of products Δ·v are in proportion to their lengths
+    images = exact + _disturbance(slack, seed + 1)
+    q = np.linalg.eigh(exact)[1]
+    inner = exact + (q * scales) @ _disturbance(share * slack, seed + 2) @ (q * scales).T
+    by = Slack(0.0, slack, held=True)
+    windows = ritz(lambda x: (x @ images, x @ inner @ x.T), by, vectors[:, places].T, np.delete(t, places), off / N)
+    assert windows.apart < 4.0 * slack
+    for place in (MIDDLE - 4, MIDDLE, MIDDLE + 3):
+        try:
+            value, bound = windows.place(place)
+        except UnresolvedError:
+            continue
+        assert abs(value - values[place]) <= bound + 1e-13
+
+
+def test_inner_products_that_are_not_of_a_square_bound_nothing() -> None:
+    rows = np.eye(N)[:4]
+    for inner in (-np.eye(4), np.diag([0.0, 1.0, 1.0, 1.0])):
+        windows = ritz(lambda x, inner=inner: (x, inner), Slack(0.0, 0.0, held=True), rows, np.ones(N - 4), 0.0)
+        assert windows.apart == windows.error(2.0) == np.inf
+
+
 @pytest.mark.parametrize("shape", ["even", "random", "pairs", "cluster"])
 def test_and_claims_are_made(shape: str) -> None:
     """Whatever the values are like, where T is off by no more than half of their mean distance."""
@@ -123,6 +164,6 @@ def test_rows_that_span_less_than_they_are_many_are_no_windows() -> None:
 def test_the_bound_is_by_the_distance_that_is_left() -> None:
     """A residual of 1e-2, a value outside at 0.11 of which 0.1 are unsure: 1e-4 over what is left, not over all."""
     residuals = np.array([[1e-4]])
-    windows = Windows(np.array([1.0]), np.eye(1, 5), residuals, Slack(0.0, 0.0), np.array([1.11]), 0.08)
+    windows = Windows(np.array([1.0]), np.eye(1, 5), residuals, Slack(0.0, 0.0), 0.0, np.array([1.11]), 0.08)
     assert windows.error(1.0, 0.02) == pytest.approx(1e-2)
     assert windows.error(1.0) == pytest.approx(1e-4 / (0.11 - 0.08 - 1e-5), rel=1e-6)
