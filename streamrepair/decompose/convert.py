@@ -41,7 +41,9 @@ def power_of_two(value: float) -> float:
 def widen(raw: Raw, dtype: str, out: Real) -> None:
     """out ← the numbers stored in `raw`, exactly (to float64 all are exact, to float32 all but F64's)."""
     if dtype == "BF16" and out.dtype == np.float32:
-        np.left_shift(raw, _HALF_BITS, out=out.view(np.uint32), dtype=np.uint32)
+        bits = out.view(np.uint32)
+        bits[...] = raw  # an eighth quicker than a shift that casts
+        np.left_shift(bits, _HALF_BITS, out=bits)
     elif dtype == "BF16":
         out[...] = np.left_shift(raw, _HALF_BITS, dtype=np.uint32).view(np.float32)
     else:

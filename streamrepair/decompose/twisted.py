@@ -47,22 +47,19 @@ def _batch(diagonal: Doubles, off: Doubles, values: Doubles) -> Doubles:
     twist = pivots[:, 0] + pivots[::-1, 1]
     twist -= shifted[:, 0]  # γᵢ = d⁺ᵢ + d⁻ᵢ − (dᵢ − λ)
     at = np.argmin(np.abs(twist, out=twist), axis=0)
-    # From the twist outwards a row is the last one's times −off/d⁺ on the way up and −off/d⁻ on the way down; zero
-    # where the twist is still to come. Now [j, 0] is row n − 1 − j, on the way up.
+    # From the twist outwards a row is the last one's times −off/d⁺ on the way up and −off/d⁻ on the way down, and one
+    # until the twist is reached. Now [j, 0] is row n − 1 − j, on the way up.
     begin = np.stack([n - 1 - at, at])
     multipliers = pivots[-2::-1] if n > 1 else pivots[:0]
     np.divide(-_from_both_ends(off)[::-1], multipliers, out=multipliers)
-    np.copyto(multipliers, 0.0, where=np.arange(n - 1)[:, None, None] < begin)
+    np.copyto(multipliers, 1.0, where=np.arange(n - 1)[:, None, None] < begin)
     z = shifted
-    z[0] = begin == 0
-    begins = set(begin.ravel().tolist())
-    for j, (multiplier, last, row) in enumerate(zip(multipliers, z[:-1], z[1:], strict=True), 1):
+    z[0] = 1.0
+    for multiplier, last, row in zip(multipliers, z[:-1], z[1:], strict=True):
         np.multiply(multiplier, last, out=row)
-        if j in begins:
-            np.add(row, begin == j, out=row)
     found = twist
-    np.add(z[::-1, 0], z[:, 1], out=found)
-    found[at, np.arange(k)] = 1.0  # both halves have it
+    np.copyto(found, z[:, 1])
+    np.copyto(found, z[::-1, 0], where=np.arange(n)[:, None] <= at)
     found /= np.linalg.norm(found, axis=0)
     return found.T
 
