@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from streamrepair.decompose.halves import Work
+from streamrepair.decompose.halves import Work, in_turn
 
 
 class Spares:
@@ -41,8 +41,7 @@ class Spares:
             BaseException: the first failure, once both have ended.
         """
         if not self._borrowed():
-            first()
-            second()
+            in_turn(first, second)
             return
         failures: list[BaseException] = []
 
@@ -56,11 +55,14 @@ class Spares:
         thread = threading.Thread(target=context.run, args=(aside,), name=f"{threading.current_thread().name} aside")
         try:
             thread.start()
-            try:
-                first()
-            finally:
-                thread.join()
+        except RuntimeError:  # the system has no more threads, which is no failure of the work
+            self._back()
+            in_turn(first, second)
+            return
+        try:
+            first()
         finally:
+            thread.join()
             self._back()
         if failures:
             raise failures[0]
