@@ -141,7 +141,8 @@ class HostArithmetic:
         def part(rows: slice) -> None:
             difference(block.ft[rows], block.ft_dtype, block.base[rows], block.base_dtype, stored[rows])
 
-        in_halves(part, len(stored), min(stored.shape), self._both)
+        cols = stored.shape[0 if block.wide else 1]
+        in_halves(part, len(stored), cols, self._both)
         return stored.T if block.wide else stored
 
 
