@@ -139,8 +139,10 @@ def test_wrong_values_are_caught(factor: float, monkeypatch: pytest.MonkeyPatch)
 def test_more_values_kept_than_foretold_are_none_without_vectors() -> None:
     """A large scale multiplies what float32 has the median off by; a value between the two thresholds has no vector."""
     n, rule = 300, HardThreshold(scale=30.0)
-    seen = set()
-    for seed in range(12):
+    seen: set[str] = set()
+    for seed in range(40):  # which of them meet what is sought is a matter of the processor's rounding
+        if {"decided", "values"} <= seen:
+            break
         s = np.sort(np.random.default_rng(seed).uniform(0.5, 1.5, n))
         s[-16:] = np.geomspace(1.2, 1.3, 16) * rule.estimate(s, n, n).tau
         for _ in range(3):  # the median does not depend on it
