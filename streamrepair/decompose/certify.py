@@ -5,8 +5,8 @@ A backend's answer is used only when these pass. They cost O(n²) per probe wher
 - *Gram error*: for probes X with independent ±1 entries, E‖EX‖² per probe is ‖E‖_F² with E = G − ΔᵀΔ (Hutchinson 1990).
 - *Factor error*: the same with E = G − Q·T·Qᵀ (or V·Λ·Vᵀ), which covers every eigenvalue at once: by Weyl, no ordered
   eigenvalue is off by more than ‖E‖₂.
-- *Count*: a Sturm sequence on T at τ² counts the values above it independently of the eigenvalue solver (Sylvester);
-  where there is no T, see `cholesky_count`.
+- *Median* and *count*: Sturm sequences on T, on either side of λ_med and at τ², count the values above independently of
+  the eigenvalue solver (Sylvester), whose values Q·T·Qᵀ does not hold; where there is no T, see `cholesky_count`.
 - *Vectors*: ‖VᵀV − I‖ in full, and the residual VᵀG − ΛVᵀ on the probes.
 
 Source: Hutchinson 1990; Halko, Martinsson & Tropp 2011, section 4.3 (a posteriori bounds from random probes);
@@ -28,6 +28,8 @@ ORTHONORMALITY = 1e-8
 RESIDUAL = 1e-10
 FACTOR = 1e-10
 _AT_ONCE = 512
+_COUNTING = 4.0
+"""What a Sturm sequence's own rounding may move, in units of ε·λ_max."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,26 @@ def orthonormality(vectors: Vectors) -> float:
     product = vectors @ vectors.T
     product.flat[:: len(vectors) + 1] -= product.dtype.type(1.0)
     return float(np.sqrt(np.einsum("ij,ij->i", product, product).max()))
+
+
+def check_place(
+    diagonal: NDArray[np.float64], off: NDArray[np.float64], values: NDArray[np.float64], place: int
+) -> None:
+    """Hold that the eigenvalue of a symmetric tridiagonal matrix with `place` others below it is the one given.
+
+    Two Sturm counts, on either side of it, at what a backward stable solver may be off by.
+
+    Args:
+        values: (n,) eigenvalues as the solver has them, ascending.
+
+    Raises:
+        NumericalError: it is another one.
+    """
+    n, value, largest = len(values), float(values[place]), float(np.abs(values[[0, -1]]).max())
+    off_by = solver_bound(largest, n) + _COUNTING * float(np.finfo(np.float64).eps) * largest
+    off_by += float(np.finfo(np.float64).tiny)
+    if not (sturm_count(diagonal, off, value - off_by) >= n - place > sturm_count(diagonal, off, value + off_by)):
+        raise NumericalError(f"eigenvalue {place} of {n} is not {value:.6g}, as counts on either side of it find")
 
 
 def check_count(counted: int, expected: int, close: int) -> None:

@@ -146,7 +146,8 @@ class HostArithmetic:
         def part(rows: slice) -> None:
             difference(block.ft[rows], block.ft_dtype, block.base[rows], block.base_dtype, stored[rows])
 
-        in_halves(part, len(stored), min(stored.shape), self._both)
+        cols = stored.shape[0 if block.wide else 1]
+        in_halves(part, len(stored), cols, self._both)
         return stored.T if block.wide else stored
 
 
@@ -215,12 +216,16 @@ class TridiagonalSpectrum(Spectrum):
     Args:
         gram: (n, n) float64, C upper triangle set; it is overwritten by the reflectors.
         both: does two halves of many vectors.
+
+    Raises:
+        NumericalError: LAPACK failed, or the median is not T's.
     """
 
     def __init__(self, gram: Doubles, both: Both = in_turn) -> None:
         self._reflectors, self._both = gram, both
         self._diagonal, self._off, self._scales = lapack.tridiagonalise(gram)
         self._values = lapack.tridiagonal_values(self._diagonal, self._off)
+        certify.check_place(self._diagonal, self._off, self._values, (len(gram) - 1) // 2)
 
     @property
     def values(self) -> Doubles:

@@ -35,6 +35,8 @@ Doubles = NDArray[np.float64]
 
 SKEW = 1e-5
 """Relative change of T's eigenvalues by reflectors that are orthogonal to float32 only (Ostrowski)."""
+_ROUNDING = 1e-12
+"""Of inner products in float64, in units of the largest value; up to 5e-15 was met."""
 _PARALLEL = 0.1
 """‖XXᵀ − I‖_F up to which approximate vectors span as many dimensions as they are."""
 
@@ -152,7 +154,7 @@ def ritz(products: Products, slack: Slack, rows: Real, outside: Doubles, blunt: 
     overlap = vectors @ vectors.T
     if not np.linalg.norm(overlap - np.eye(len(overlap))) <= _PARALLEL:
         raise UnresolvedError("vectors of the tridiagonal form are nearly parallel: its values are clustered")
-    values, vectors, residuals = rayleigh_ritz(products, vectors)
+    values, vectors, residuals = rayleigh_ritz(products, vectors, slack=np.inf if slack.held else slack.residuals)
     apart = _apart(values, residuals @ vectors.T) if slack.held else 0.0
     return Windows(values, vectors, residuals @ residuals.T, slack, apart, outside, blunt)
 
@@ -170,11 +172,15 @@ def _apart(values: Doubles, difference: Doubles) -> float:
     return float(np.linalg.norm(scaled, 2)) if np.isfinite(scaled).all() else np.inf
 
 
-def rayleigh_ritz(products: Products, rows: Doubles) -> tuple[Doubles, Doubles, Doubles]:
+def rayleigh_ritz(products: Products, rows: Doubles, *, slack: float = 0.0) -> tuple[Doubles, Doubles, Doubles]:
     """Ritz values, ascending, of a matrix in the span of (w, n) independent rows; (w, n) Ritz vectors and residuals.
 
+    Args:
+        slack: how far images may be from those of the matrix that the inner products are of.
+
     Raises:
-        NumericalError: products are not finite.
+        NumericalError: products are not finite, or the inner products are not those of the images: a value's error is
+            then no longer the square of its residual.
     """
     frame: Doubles = np.ascontiguousarray(np.linalg.qr(rows.T)[0].T)
     images, inner = products(frame)
@@ -182,4 +188,8 @@ def rayleigh_ritz(products: Products, rows: Doubles) -> tuple[Doubles, Doubles, 
         raise NumericalError("products with the delta are not finite")
     values, mix = np.linalg.eigh(inner)
     vectors = mix.T @ frame
-    return values, vectors, mix.T @ images - values[:, None] * vectors
+    residuals: Doubles = mix.T @ images - values[:, None] * vectors
+    within = float(np.linalg.norm(residuals @ vectors.T, axis=1).max())  # of Ritz vectors nothing
+    if not within <= 2.0 * slack + _ROUNDING * float(np.abs(values).max()):
+        raise NumericalError(f"inner products of vectors differ from those with their images by {within:.1e}")
+    return values, vectors, residuals

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from streamrepair.decompose.halves import Work
+from streamrepair.decompose.halves import Work, in_turn
 from streamrepair.engine.timeline import LENT, Lane
 
 
@@ -46,8 +46,7 @@ class Spares:
         """
         lane = self._borrowed()
         if lane is None:
-            first()
-            second()
+            in_turn(first, second)
             return
         failures: list[BaseException] = []
 
@@ -61,7 +60,9 @@ class Spares:
         context = contextvars.copy_context()  # NumPy's warnings are a matter of context
         thread = threading.Thread(target=context.run, args=(aside,), name=lane.name + LENT)
         try:
-            thread.start()
+            if not _started(thread):
+                in_turn(first, second)
+                return
             try:
                 first()
             finally:
@@ -83,3 +84,12 @@ class Spares:
             lane = next(lane for lane in self._lanes if lane not in self._at_work and lane not in self._lent)
             self._lent.add(lane)
         return lane
+
+
+def _started(thread: threading.Thread) -> bool:
+    """Start a thread; False where the system has no more of them, which is no failure of the work."""
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True

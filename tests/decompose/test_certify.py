@@ -133,6 +133,26 @@ def test_sturm_counts_agree_with_eigvalsh(n: int, seed: int, grade: float) -> No
             assert certify.sturm_count(diagonal, off, float(shift)) == np.count_nonzero(values > shift)
 
 
+@pytest.mark.parametrize("n", [1, 2, 3, 40, 300])
+@pytest.mark.parametrize("kind", ["graded", "equal", "split", "noise"])
+def test_a_place_is_held_to_what_a_stable_solver_may_be_off_by(n: int, kind: str) -> None:
+    rng = np.random.default_rng(n)
+    s = {
+        "graded": np.geomspace(1e-8, 1.0, n),
+        "equal": np.ones(n),
+        "split": np.r_[np.ones(n - n // 2), [1e6] * (n // 2)],
+    }
+    delta = with_spectrum(s.get(kind, np.sort(np.abs(rng.standard_normal(n)))), n)
+    diagonal, off, _ = lapack.tridiagonalise(delta.T @ delta)
+    values, place = lapack.tridiagonal_values(diagonal, off), (n - 1) // 2
+    certify.check_place(diagonal, off, values, place)
+    for shift in (-1.0, 1.0):
+        wrong = values.copy()
+        wrong[place] += shift * 10.0 * (certify.solver_bound(values[-1], n) + 4e-16 * values[-1])
+        with pytest.raises(NumericalError, match="as counts on either side of it find"):
+            certify.check_place(diagonal, off, wrong, place)
+
+
 def test_sturm_survives_a_zero_pivot_and_a_split_matrix() -> None:
     """A shift that is a diagonal entry makes the first pivot zero."""
     assert certify.sturm_count(np.array([1.0, 1.0]), np.array([1.0]), 1.0) == 1

@@ -53,6 +53,24 @@ def test_numbers_do_not_depend_on_who_does_a_half(
     assert in_turn[3] == pytest.approx(whole[3], rel=1e-3)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_deltas_are_halved_by_the_matrix_however_few_rows_a_block_has(
+    turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past 4096 columns a block has fewer than `LEAST_COLUMNS` rows."""
+    monkeypatch.setattr(halves, "LEAST_COLUMNS", 290)
+    cut: list[int] = []
+
+    def counting(first: Work, second: Work) -> None:
+        cut.append(1)
+        halves.in_turn(first, second)
+
+    source = fine_tuned(low_rank_plus_noise(2048 + 100, 300, 3), "F32")  # two blocks
+    source = source.transposed() if turned else source
+    HostArithmetic(both=counting).inner_products(source, np.ones((1, 300)))
+    assert len(cut) == 2
+
+
 def test_a_half_that_is_not_done_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The checks see a Gram matrix of which a corner is missing."""
     monkeypatch.setattr(halves, "LEAST_COLUMNS", 64)

@@ -259,6 +259,32 @@ def test_fast_does_not_guess_inside_a_gap_of_the_spectrum() -> None:
     _check(source, truncation)
 
 
+@pytest.mark.parametrize(
+    "levels", [(0.7, 0.8, 0.9, 1.0), (0.9, 1.0), (1.0, 1.003)], ids=["four levels", "two levels", "nearly one"]
+)
+@pytest.mark.parametrize("blur", [0.0, 5e-3])
+def test_fast_does_not_guess_between_levels(levels: tuple[float, ...], blur: float) -> None:
+    """Nodes lie near each other, but on places with many values each, and the median is on one of them."""
+    rng = np.random.default_rng(0)
+    for m in (300, 700):
+        s = np.repeat(levels, 300 // len(levels)) * (1.0 + blur * rng.standard_normal(300))
+        s[:4] *= 6.0
+        source = from_delta(with_spectrum(np.sort(s), m), "F64")
+        found = ladder.decompose(
+            source, RULE, arithmetic=HostArithmetic(), backend="randomized", estimate="fast", sharp=True
+        )
+        low, high = found.interval or (0.0, np.inf)
+        exact = RULE.estimate(np.sort(s), m, 300)
+        assert low <= exact.tau <= high
+        assert abs(found.threshold.rank_kept - exact.rank_kept) <= found.within
+
+
+def test_fast_does_guess_in_noise() -> None:
+    for m in (300, 500, 1500):
+        source = _gapped(m=m)
+        assert _alone(source, "fast").interval is not None
+
+
 @pytest.mark.parametrize("backend", ["auto", "gram", "randomized", "full"])
 @pytest.mark.parametrize("sharp", [True, False])
 @pytest.mark.parametrize("factor", [1e-100, 1e100])

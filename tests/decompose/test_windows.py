@@ -155,6 +155,26 @@ def test_what_is_not_finite_is_an_error() -> None:
             ritz(lambda x: (x, np.full((4, 4), np.inf)), Slack(0.0, 0.0), spoilt, np.ones(N - 4), 0.0)
 
 
+@pytest.mark.parametrize("slack", [0.0, 1e-6])
+def test_inner_products_of_something_else_are_caught(slack: float) -> None:
+    """A residual of the values that they give is no measure of these values' error."""
+    exact = _symmetric(_values("random", 0), 0)
+    t, vectors = np.linalg.eigh(exact)
+    places = np.arange(MIDDLE - 12, MIDDLE + 12)
+    for off in (0.0, 0.5 * slack, 1e-4):
+        wrong = np.zeros((len(places), len(places)))
+        wrong[5, 5] = off
+
+        def products(x: Doubles, wrong: Doubles = wrong) -> tuple[Doubles, Doubles]:
+            return x @ exact, x @ exact @ x.T + wrong
+
+        if off > slack:
+            with pytest.raises(NumericalError, match="inner products"):
+                ritz(products, Slack(0.0, slack), vectors[:, places].T, np.delete(t, places), 1e-6)
+        else:
+            ritz(products, Slack(0.0, slack), vectors[:, places].T, np.delete(t, places), 1e-6)
+
+
 def test_rows_that_span_less_than_they_are_many_are_no_windows() -> None:
     rows = np.eye(N)[[0, 1, 2, 2]]
     with pytest.raises(UnresolvedError, match="parallel"):

@@ -82,6 +82,21 @@ def test_a_failure_in_either_is_the_callers_and_the_worker_is_returned(failing: 
         assert (_threads_of(spares)[1] == "cpu 1 lent") == bool(free)
 
 
+def test_where_no_thread_can_be_started_one_does_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on threads is no failure of the work."""
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    (spares, lanes), done = _spares(2), list[int]()
+    with spares.at_work(lanes[0]):
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        spares.both(lambda: done.append(1), lambda: done.append(2))
+        assert done == [1, 2]
+        monkeypatch.undo()
+        assert _threads_of(spares)[1] == "cpu 1 lent"
+
+
 def test_both_run_at_the_same_time() -> None:
     (spares, lanes), met = _spares(2), threading.Barrier(2, timeout=20)
     with spares.at_work(lanes[0]):
