@@ -20,6 +20,9 @@ _LEAST_KEPT = 0.02
 """Where it would not be quicker for so few it is not tried."""
 _LEAST_COLUMNS = 256
 """Below this a basis is no smaller than the matrix."""
+_LEAST_FAST_COLUMNS = 512
+"""Likewise: the start block is the same for all matrices of that n, and one that is unlucky with diagonal deltas would
+have its interval for τ miss with most of them."""
 _IN_VAIN = 0.25
 """By how much it has to be quicker: most matrices keep more, and to find that out costs 0.3 of 5 seconds at 4096²."""
 
@@ -30,7 +33,8 @@ MOST_BATCHED_COLUMNS = 1024
 @cache
 def krylov_share(backend: Backend, estimate: Estimate, cols: int) -> float:
     """Share of the rank up to which `randomized` does a matrix with `cols` columns on its short side; 0: not tried."""
-    if backend not in ("auto", "randomized") or cols < _LEAST_COLUMNS:
+    least = _LEAST_COLUMNS if estimate == "exact" else _LEAST_FAST_COLUMNS
+    if backend not in ("auto", "randomized") or cols < least:
         return 0.0
     if backend == "randomized":
         return MOST_KEPT

@@ -33,7 +33,8 @@ def middle(length: int) -> int:
 
 def in_halves(work: Callable[[slice], object], length: int, cols: int, both: Both) -> None:
     """Work on all of `length` rows, in two halves if the matrix, `cols` on its short side, is large."""
-    if not is_cut(cols):
+    cut = middle(length) if is_cut(cols) else 0
+    if cut == 0:
         work(slice(0, length))
         return
-    both(lambda: work(slice(0, middle(length))), lambda: work(slice(middle(length), length)))
+    both(lambda: work(slice(0, cut)), lambda: work(slice(cut, length)))

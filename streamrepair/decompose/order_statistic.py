@@ -140,7 +140,7 @@ def _surroundings(lanczos: BlockLanczos, ritz: Ritz, steps: int) -> tuple[Double
         known = len(order) if sound[order].all() else int(np.argmin(sound[order]))
         sides.append(order[: min(known, count + 2 * _BEYOND)])
     above, below = sides
-    if len(above if steps > 0 else below) < count:
+    if len(above if steps > 0 else below) < count:  # one on the way is not known well enough: the wanted one alone
         above, below = (np.array([count - 1]), below[:0]) if steps > 0 else (above[:0], np.array([len(sound) - count]))
         count = 1
     places = np.concatenate([below[::-1], above])

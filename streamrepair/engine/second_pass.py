@@ -9,10 +9,11 @@ import msgspec
 import numpy as np
 
 from streamrepair.checkpoint.write import digest_text, new_digest
-from streamrepair.decompose.arithmetic import Arithmetic, Merger
+from streamrepair.decompose.arithmetic import Arithmetic, Merger, Vectors
 from streamrepair.decompose.convert import Raw
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
+from streamrepair.decompose.spot_check import SpotCheck, WrongMergeError
 from streamrepair.decompose.truncation import Truncation
 from streamrepair.engine import cost
 from streamrepair.engine.copying import copy
@@ -79,24 +80,33 @@ def _merged(
 ) -> _Merged:
     """The second pass, done; anew on the CPU if a device fails in a way that it does not see to itself."""
     try:
-        merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype))
+        merged = _Merged(job, view, arithmetic.merger(truncation.vh, job.task.out.dtype), truncation.vh)
         try:
             merged.run()
-        except RuntimeError:
+        except RuntimeError as error:
             if isinstance(arithmetic, HostArithmetic):
                 raise
-            merged = _Merged(job, view, host.merger(truncation.vh, job.task.out.dtype))
+            left = f"merge: {str(error).partition(chr(10))[0]}"
+            merged = _Merged(job, view, host.merger(truncation.vh, job.task.out.dtype), truncation.vh, left=(left,))
             merged.run()
+    except WrongMergeError as error:
+        name = shown(job.task.name)
+        raise NumericalError(f"tensor {name}: {error}: the processor or its BLAS library is at fault") from error
     except NumericalError as error:
         raise failed(job, error) from error
     return merged
 
 
 class _Merged:
-    """The second pass over a matrix: W_base + Δ* block by block, rounded once, written, digested."""
+    """The second pass over a matrix: W_base + Δ* block by block, rounded once, spot-checked, written, digested.
 
-    def __init__(self, job: Job, view: MatrixView, merger: Merger) -> None:
-        self._job, self._view, self._merger = job, view, merger
+    Args:
+        vh: what the merger has. left: why it is not the first that tried.
+    """
+
+    def __init__(self, job: Job, view: MatrixView, merger: Merger, vh: Vectors, *, left: tuple[str, ...] = ()) -> None:
+        self._job, self._view, self._merger, self._left = job, view, merger, left
+        self._spots = SpotCheck(vh, job.task.out.dtype)
         # Column blocks are not consecutive in the file: such a tensor's digest is taken from the file afterwards.
         self._running = None if view.wide and view.panel_rows < view.rows else new_digest()
         self.digest = ""
@@ -104,8 +114,8 @@ class _Merged:
 
     @property
     def climbed(self) -> tuple[str, ...]:
-        """Why a device was left half-way, if it was."""
-        return self._merger.climbed
+        """Why a device was left, if it was."""
+        return self._left + self._merger.climbed
 
     def lost(self) -> float:
         """‖round(W_base + Δ*) − (W_base + Δ*)‖_F².
@@ -127,13 +137,16 @@ class _Merged:
 
         Raises:
             NumericalError: a device failed, and the CPU has no room for its work.
+            WrongMergeError: a value is not that of W_base + Δ*; nothing of its block is written.
         """
+        panels = self._spots.watched(self._view.panels())
         if self._view.wide:
-            for panel in self._view.panels():
+            for panel in panels:
                 self._write_columns(panel)
                 self._tell(panel)
         else:
-            for block, rounded in self._merger.merged(self._view.panels()):
+            for block, rounded in self._merger.merged(panels):
+                self._spots.check(block, rounded)
                 self._write(block.start * self._view.cols * rounded.itemsize, rounded)
                 self._tell(block)
         if self._running is None:
@@ -150,6 +163,7 @@ class _Merged:
         """A stretch of each stored row of a wide tensor; all of it at once if the panel is the whole tensor."""
         rounded: Raw | None = None
         for block, merged in self._merger.merged([panel]):
+            self._spots.check(block, merged)
             if rounded is None:
                 rounded = self._job.scratch.array("gathered", (self._view.cols, panel.rows), merged.dtype)
             start = block.start - panel.start

@@ -67,7 +67,7 @@ def test_deltas_are_halved_by_the_matrix_however_few_rows_a_block_has(
 
     source = fine_tuned(low_rank_plus_noise(2048 + 100, 300, 3), "F32")  # two blocks
     source = source.transposed() if turned else source
-    HostArithmetic(both=counting).inner_products(source, np.ones((1, 300)))
+    HostArithmetic(both=counting).inner_products(source, np.ones((1, 300)), "float64")
     assert len(cut) == 2
 
 

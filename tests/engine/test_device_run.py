@@ -11,12 +11,13 @@ import torch
 
 from streamrepair import api
 from streamrepair.checkpoint.layout import open_checkpoint
+from streamrepair.decompose import lapack
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.rates import Rates
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
-from streamrepair.errors import BudgetError
+from streamrepair.errors import BudgetError, NumericalError
 from streamrepair.report import Report, Settings
 from streamrepair.units import parse_bytes
 from tests.engine.test_run import _check
@@ -60,6 +61,26 @@ def _smallest_budget(pair: Pair) -> int:
     with pytest.raises(BudgetError) as refusal:
         _plan(pair, 1_000_000)
     return parse_bytes(str(refusal.value).rpartition(" ")[2])
+
+
+@pytest.mark.parametrize("arithmetic", ["device", "both"])
+def test_a_device_that_adds_wrongly_is_caught_and_the_cpu_merges(
+    arithmetic: str, pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the CPU does too, the run fails naming the tensor: nothing of it is passed off as repaired."""
+    right = _repaired(pair, tmp_path / "right")
+    original = torch.Tensor.addmm_
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda out, *factors: original(out, *factors).mul_(1.1))
+    if arithmetic == "both":
+        monkeypatch.setattr(lapack, "add_product", lambda *_, **__: None)
+        with pytest.raises(NumericalError, match=r"tensor .* where W_base"):
+            _repaired(pair, tmp_path / "out")
+        return
+    report = _repaired(pair, tmp_path / "out")
+    _check(pair, tmp_path / "out", report)
+    for name in ("tall", "wide", "square"):
+        assert report.tensors[name].climbed[-1].startswith("merge: the result has")
+        assert report.tensors[name].rank_kept == right.tensors[name].rank_kept
 
 
 def test_a_repair_on_a_device_is_the_textbooks(pair: Pair, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""A few rows of every merge, computed once more and held against what is about to be written.
+
+Certificates are about what is kept; that the product of it with the delta, the sum and the rounding were carried out is
+seen here, whatever carried them out. A row in 128 costs less than a hundredth of the merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamrepair.decompose.arithmetic import Vectors, on_host
+from streamrepair.decompose.convert import Raw, Real, difference, widen
+from streamrepair.decompose.operator import Panel
+
+STRIDE = 128
+"""Rows of which one is computed again; another one of each, so that no place in a kernel's tile is left out."""
+_ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-52}
+"""Half a unit in the last place or more, relative; of F64 the rounding of the sum."""
+_LEAST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149, "F64": 2.0**-1074}
+_LARGEST = {"BF16": 3.38e38, "F16": 65_504.0, "F32": 3.402e38, "F64": 1.797e308}
+_PRODUCTS = {"BF16": 1e-5, "F16": 1e-5, "F32": 1e-12, "F64": 1e-12}
+"""Rounding of Δ·Vᵀ·V in the precision that it is merged in, in units of the norm of Δ's row."""
+
+
+class WrongMergeError(RuntimeError):
+    """Values are not those of W_base + Δ*."""
+
+
+class _Rows(NamedTuple):
+    """Rows of a panel, (r, n), as stored: copies, upright where the panel is wide."""
+
+    places: NDArray[np.intp]
+    base: Raw
+    base_dtype: str
+    ft: Raw
+    ft_dtype: str
+
+
+class SpotCheck:
+    """Watches the panels that a merge takes, and holds its results against some of their rows.
+
+    Args:
+        vh: (k, n) kept vectors, of any device. out_dtype: what results are stored as.
+    """
+
+    def __init__(self, vh: Vectors, out_dtype: str) -> None:
+        self._vh, self._out_dtype = vh, out_dtype
+        self._basis: Real | None = None
+        self._watched: list[_Rows] = []
+
+    def watched(self, panels: Iterable[Panel]) -> Iterator[Panel]:
+        """The panels, of whose rows some are remembered: a merge may be behind when their memory holds others."""
+        for panel in panels:
+            places = sampled(panel.start, panel.start + panel.rows)
+            base, ft = (stored.T if panel.wide else stored for stored in (panel.base, panel.ft))
+            here = places - panel.start
+            self._watched.append(_Rows(places, base[here], panel.base_dtype, ft[here], panel.ft_dtype))
+            yield panel
+
+    def check(self, block: Panel, merged: Raw) -> None:
+        """Hold a block's result, as stored, against the rows of it that are remembered.
+
+        Raises:
+            WrongMergeError: a value is off by more than its rounding.
+        """
+        upright = merged.T if block.wide else merged
+        self._watched = [rows for rows in self._watched if rows.places[-1] >= block.start]
+        for rows in self._watched:
+            here = (rows.places >= block.start) & (rows.places < block.start + block.rows)
+            if here.any():
+                places, base, ft = rows.places[here], rows.base[here], rows.ft[here]
+                self._hold(rows._replace(places=places, base=base, ft=ft), upright[places - block.start])
+
+    def _hold(self, rows: _Rows, merged: Raw) -> None:
+        if self._basis is None:
+            self._basis = on_host(self._vh)
+        basis, dtype = self._basis, self._out_dtype
+        found, expected, delta = np.empty(merged.shape), np.empty(merged.shape), np.empty(merged.shape, basis.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            difference(rows.ft, rows.ft_dtype, rows.base, rows.base_dtype, delta)
+            widen(rows.base, rows.base_dtype, expected)
+            expected += (delta @ basis.T) @ basis
+            widen(merged, dtype, found)
+            norms = np.linalg.norm(delta.astype(np.float64, copy=False), axis=1, keepdims=True)
+            allowed = _ROUNDING[dtype] * np.abs(expected) + _LEAST[dtype] + _PRODUCTS[dtype] * norms
+            right = np.abs(found - expected) <= allowed
+        # What overflows is seen, and said otherwise, where rounding errors are summed.
+        if wrong := np.argwhere(~right & (np.abs(expected) < _LARGEST[dtype])).tolist():
+            row, column = wrong[0]
+            raise WrongMergeError(
+                f"the result has {found[row, column]:.6g} in row {rows.places[row]} where W_base + Δ* is "
+                f"{expected[row, column]:.6g}"
+            )
+
+
+def sampled(start: int, stop: int) -> NDArray[np.intp]:
+    """The rows from `start` to `stop` that are computed again: one of every `STRIDE`, and the last."""
+    stretches = np.arange(start // STRIDE, -(-stop // STRIDE))
+    places = stretches * STRIDE + stretches * 61 % STRIDE
+    return np.unique(np.append(places[(places >= start) & (places < stop)], stop - 1))
