@@ -42,8 +42,9 @@ class SingleCopy:
         return images
 
     def none_above(self, c: float, values: Doubles, vectors: Doubles, seen: Seen) -> float:
-        """As `SymmetricPair.none_above`, by a factor in float32 in place of the copy, which is not to be used again."""
+        """As `SymmetricPair.none_above`, by a factor in float32 in place of the copy."""
         if self._filled:
+            self._filled = False
             self._array *= np.float32(-self._scale / c)
         else:
             self._matrix.copy(self._array, -1.0 / c)

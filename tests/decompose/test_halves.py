@@ -65,7 +65,7 @@ def test_deltas_are_halved_by_the_matrix_however_few_rows_a_block_has(
         cut.append(1)
         halves.in_turn(first, second)
 
-    source = fine_tuned(low_rank_plus_noise(2048 + 100, 300, 3), "F32")  # two blocks
+    source = fine_tuned(low_rank_plus_noise(2048 + 200, 300, 3), "F32")  # two blocks
     source = source.transposed() if turned else source
     HostArithmetic(both=counting).inner_products(source, np.ones((1, 300)), "float64")
     assert len(cut) == 2
