@@ -31,7 +31,7 @@ from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.overlap import refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Unit
-from streamrepair.engine.side_files import check_path_beside
+from streamrepair.engine.side_files import check_apart, check_path_beside
 from streamrepair.engine.statement import fingerprint, make_report, shard_index, statement_bytes
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import run_unit
@@ -108,6 +108,7 @@ def execute(
     refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
     for option, path in beside.items():
         check_path_beside(option, path, out)
+    check_apart(beside)
     beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
     budget.reset_peak()
     gpu.cap_memory(plan.gpus, plan.vram_allowed_bytes)
