@@ -127,15 +127,35 @@ def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, 
         OutputError: one cannot be written.
     """
     for name in names:
-        data = wholefile.read_whole(checkpoint.folder / name, _LARGEST_BYTES)
-        if name == "config.json" and dtype is not None:
-            data = _with_dtype(data, dtype)
+        data = _content(checkpoint, name, dtype)
         target = out / name
         if target.parent != out:
             osfile.make_folder(target.parent)
             if not target.parent.resolve().is_relative_to(out.resolve()):
                 raise OutputError(f"{refusals.shown_path(target.parent)}: leads out of OUT by a link: remove the link")
         wholefile.write_atomic(target, data)
+
+
+def differing(checkpoint: Checkpoint, out: Path, *, dtype: str | None) -> tuple[str, ...]:
+    """The sidecars that are there in `out` and are not what `copy_sidecars` would make of them now.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    there = (name for name in sidecars(checkpoint) if (out / name).exists())
+    return tuple(name for name in there if not _is_copy(out / name, _content(checkpoint, name, dtype)))
+
+
+def _is_copy(path: Path, data: bytes) -> bool:
+    try:
+        return wholefile.read_whole(path, _LARGEST_BYTES) == data
+    except InputError:
+        return False
+
+
+def _content(checkpoint: Checkpoint, name: str, dtype: str | None) -> bytes:
+    data = wholefile.read_whole(checkpoint.folder / name, _LARGEST_BYTES)
+    return _with_dtype(data, dtype) if name == "config.json" and dtype is not None else data
 
 
 def _with_dtype(data: bytes, dtype: str) -> bytes:
