@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 
 from streamrepair.engine import timeline
-from streamrepair.engine.timeline import Lane, Timeline
+from streamrepair.engine.timeline import Lane, Span, Timeline
+from streamrepair.engine.trace import chrome_trace
 
 
 def test_busy_waiting_and_idle_add_up_to_the_wall_time_in_the_middle_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,3 +29,17 @@ def test_busy_waiting_and_idle_add_up_to_the_wall_time_in_the_middle_of_a_task(m
     assert (worker.busy_s, worker.waiting_s, worker.idle_s) == (3, {"read": 4, "write": 5, "memory": 0}, 2)
     assert (files.busy_s, files.idle_s) == (5, 9)
     assert kept.uses(["cpu 0"], clock[0] - 100) == (worker, files)
+
+
+def test_a_trace_is_made_in_little_more_memory_than_it_takes() -> None:
+    """A run of a hundred thousand small tensors has a million events; its end is no time to run out of memory."""
+    kept = Timeline(keep=True)
+    kept.spans.extend(Span("cpu 0", "task", f"layers.{i}.weight", i / 7, (i + 1) / 7) for i in range(20_000))
+    tracemalloc.start()
+    try:
+        trace = chrome_trace(kept, ["cpu 0"])
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [event["name"] for event in json.loads(trace)["traceEvents"]][-1] == "layers.19999.weight"
+    assert peak_bytes < 3 * len(trace)
