@@ -20,15 +20,14 @@ _SUFFIXES = (
     ".codes",
     ".vocab",
     ".merges",
-    ".tsv",
     ".tokenizer",
     ".yaml",
     ".yml",
     ".cpp",
     ".cu",
 )
-_PATTERNS = (*(f"*{suffix}" for suffix in _SUFFIXES), "*.model.v[0-9]*")
-"""The last is Mistral's: tokenizer.model.v3, tokenizer.model.v7m1."""
+_PATTERNS = (*(f"*{suffix}" for suffix in _SUFFIXES), "*vocab*.tsv", "*.model.v[0-9]*")
+"""Other tables are data that models are trained on. The last is Mistral's: tokenizer.model.v3, tokenizer.model.v7m1."""
 _NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _LEFT_OUT = re.compile(
     r"(\.safetensors\.index\.json|(pytorch_model|tf_model|flax_model).*\.index\.json"

@@ -53,7 +53,7 @@ def test_what_loading_needs_is_copied_byte_for_byte_and_nothing_else(ft: Path, t
 
 def test_what_might_be_needed_and_is_not_copied_is_told_of(ft: Path) -> None:
     """Weights of a part in a folder of its own, pickled vocabularies: not training's state, pictures or the README."""
-    missed = ("2_Dense/model.safetensors", "mel_filters.npz", "vocab.pkl", "voices/a.npy")
+    missed = ("2_Dense/model.safetensors", "data/train.tsv", "mel_filters.npz", "vocab.pkl", "voices/a.npy")
     for name in (
         *missed,
         "stray.safetensors",
