@@ -41,7 +41,7 @@ from streamrepair.cli_options import (
     Workers,
     whole_number,
 )
-from streamrepair.console import fill_standard_descriptors, printing, stop_on_signals, widen_columns
+from streamrepair.console import allow_open_files, fill_standard_descriptors, printing, stop_on_signals, widen_columns
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import (
     DamageError,
@@ -215,6 +215,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     fill_standard_descriptors()
+    allow_open_files()
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal cannot show must not end the run.
         with contextlib.suppress(AttributeError, OSError):

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from streamrepair.cli_options import MEANS, NUMBERS, OUTPUT, Device, Json
+from streamrepair.cli_options import MEANS, NUMBERS, OUTPUT, Device, Json, whole_number
 from streamrepair.console import printing
-from streamrepair.errors import NumericalError, shown
+from streamrepair.errors import NumericalError, UsageError, shown
 
 Shapes = Annotated[
     list[str] | None,
@@ -34,7 +34,8 @@ ShapesOf = Annotated[
     str | None, Parameter(help="Take the shapes of this checkpoint's matrices; with FT, of those a repair computes.")
 ]
 Threads = Annotated[
-    int | None, Parameter(group=MEANS, help="Most threads of the reference. Default: one per processor.")
+    int | None,
+    Parameter(group=MEANS, converter=whole_number, help="Most threads of the reference. Default: one per processor."),
 ]
 
 
@@ -50,7 +51,9 @@ def bench(
     backend: Backends = None,
     device: Device = "auto",
     threads: Threads = None,
-    repeats: Annotated[int, Parameter(group=MEANS, help="Timed runs of each; the median counts.")] = 3,
+    repeats: Annotated[
+        int, Parameter(group=MEANS, converter=whole_number, help="Timed runs of each; the median counts.")
+    ] = 3,
     calibrate: Annotated[
         bool,
         Parameter(
@@ -64,6 +67,9 @@ def bench(
 ) -> int:
     """Time the backends on this device, on synthetic deltas, against torch.linalg.svd in memory and float64."""
     if calibrate:
+        given = {"BASE": base, "--shape": shape, "--spectrum": spectrum, "--backend": backend, "--plot": plot}
+        if idle := [name for name, value in given.items() if value is not None]:
+            raise UsageError(f"{idle[0]} means nothing with --calibrate, which only measures speeds: leave it out")
         return _calibrated(json=json)
     from streamrepair.benchmark import plot as chart
     from streamrepair.benchmark.cases import make_cases

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -14,6 +15,7 @@ from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import InterruptedRunError, OutputError, StreamRepairError
 
 _LEAST_COLUMNS = 40
+_OPEN_FILES = 1 << 16  # some four for each shard; checkpoints of hundreds of shards exist
 
 
 def fill_standard_descriptors() -> None:
@@ -33,6 +35,15 @@ def widen_columns() -> None:
     """Let the help be laid out for so many columns at least: in one or two its layout never ends, in none it fails."""
     if shutil.get_terminal_size().columns < _LEAST_COLUMNS or os.environ.get("COLUMNS", "").strip() == "0":
         os.environ["COLUMNS"] = str(_LEAST_COLUMNS)
+
+
+def allow_open_files() -> None:
+    """As many descriptors as the system lets this process have: a run holds every shard of both sides and of OUT."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager

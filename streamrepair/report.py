@@ -244,7 +244,9 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
             changed = sorted(
                 p for p in before_files.keys() | now_files.keys() if before_files.get(p) != now_files.get(p)
             )
-            found += [f"{side} file {shown(p)} was {before_files.get(p)}, is {now_files.get(p)}" for p in changed[:3]]
+            for p in changed[:3]:
+                before, now = (files.get(p, "none of its files") for files in (before_files, now_files))
+                found.append(f"{side} file {shown(p)} was {before}, is {now}")
             if len(changed) > 3:
                 found.append(f"and {len(changed) - 3} more files of {side}")
         return found

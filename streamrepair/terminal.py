@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import json
 import math
+import re
 import sys
 import time
 from collections import Counter
@@ -96,8 +99,11 @@ class Bar:
 
 
 def print_json(value: object) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(value)).decode() + "\n")
+    """One JSON document on stdout, in ASCII where stdout is not UTF-8: its own escapes (\\xe9) are none of JSON's."""
+    text = msgspec.json.format(msgspec.json.encode(value)).decode()
+    if codecs.lookup(sys.stdout.encoding or "ascii").name != "utf-8":
+        text = re.sub(r"[^\x00-\x7f]", lambda found: json.dumps(found[0])[1:-1], text)  # they stand in strings only
+    sys.stdout.write(text + "\n")
     sys.stdout.flush()
 
 

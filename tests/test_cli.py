@@ -59,6 +59,26 @@ def test_json_goes_to_stdout_and_all_else_to_stderr(pair: Pair, tmp_path: Path) 
     assert json.loads(result.out) == json.loads((tmp_path / "out" / "streamrepair.json").read_text())
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_json_is_json_whatever_the_encoding_of_standard_output(tmp_path: Path, encoding: str) -> None:
+    """Python's escapes for what an encoding lacks, \\xe9 and \\U0001f600, are none of JSON's."""
+    name = "é.模型.😀"
+    for side in ("base", "ft"):
+        write_split(tmp_path / side, {name: np.ones((64, 64), np.float32)}, 1)
+    script = f"PYTHONIOENCODING={encoding} $SR $1 $2 $3 --json"
+    result = _shell(script, tmp_path / "base", tmp_path / "ft", tmp_path / "out")
+    assert result.status == 0, result.err
+    assert list(json.loads(result.out)["tensors"]) == [name]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    """The system's default is a soft limit, low for checkpoints of hundreds of shards; the process may raise it."""
+    pair = write_pair(tmp_path, {f"w{i}": (32, 32) for i in range(40)}, shards=(40, 40))
+    result = _shell("ulimit -Sn 64; $SR $1 $2 $3 --quiet", pair.base, pair.ft, tmp_path / "out")
+    assert result == Result(0, "", "")
+    assert run("verify", tmp_path / "out").status == 0
+
+
 def test_quiet_silences_warnings_but_not_errors(pair: Pair, tmp_path: Path) -> None:
     (pair.ft / "stray.safetensors").write_bytes(b"")
     assert run(pair.base, pair.ft, tmp_path / "out", "--quiet") == Result(0, "", "")

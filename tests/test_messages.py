@@ -106,6 +106,13 @@ def _other_input(case: Case) -> None:
     case.run()
 
 
+def _moved_input(case: Case) -> None:
+    os.utime(case.base / "model.safetensors", ns=(0, 1000))
+    case.run()
+    case.base = case.base.rename(case.top / "moved")
+    case.run()
+
+
 class Touching(api.Silent):
     """A watcher that touches a file when the work begins."""
 
@@ -190,6 +197,10 @@ CASES: list[tuple[Callable[[Case], object], int, str]] = [
     (_other_input, 3, "OUT T/out holds a run that differs from this one: BASE file T/base/model.safetensors was 6408 "
      "bytes, mtime 1000, header add1fa4ce9712a30, is 6408 bytes, mtime 2000, header add1fa4ce9712a30: repeat the "
      "earlier command, name another OUT, or start anew with --overwrite"),
+    (_moved_input, 3, "OUT T/out holds a run that differs from this one: BASE file T/base/model.safetensors was 6408 "
+     "bytes, mtime 1000, header add1fa4ce9712a30, is none of its files; BASE file T/moved/model.safetensors was none "
+     "of its files, is 6408 bytes, mtime 1000, header add1fa4ce9712a30: repeat the earlier command, name another "
+     "OUT, or start anew with --overwrite"),
     (_changing_input, 3, "T/base/model.safetensors: changed while it was being read (6408 bytes, mtime 1000 → 6408 "
      "bytes, mtime 2000): nothing may write to the inputs during a run; run again with --overwrite"),
     (_inside, 3, "OUT T/base/out is, lies in, or contains BASE T/base: name another folder"),
@@ -200,6 +211,12 @@ CASES: list[tuple[Callable[[Case], object], int, str]] = [
      "device); " + SAME.format("free space")),
     (lambda c: c.run_with("posix_fallocate", 1, errno.ENOSPC), 5, f"{P}{FIRST}.partial: 6248 bytes cannot be reserved "
      "(No space left on device); free space or choose another OUT"),
+    (lambda c: c.run_with("posix_fallocate", 1, errno.EFBIG), 5, f"{P}{FIRST}.partial: 6248 bytes cannot be reserved "
+     "(File too large); raise the limit on the size of files (ulimit -f) or choose another OUT"),
+    (lambda c: c.run_with("open", 1, errno.EMFILE), 3, "BASE: T/base/model.safetensors: cannot be read (Too many open "
+     "files); raise the limit on open files (ulimit -n)"),
+    (lambda c: c.run_with("fsync", 1, errno.ENFILE), 1, "T: could not be synced (Too many open files in system); "
+     + SAME.format("raise the limit on open files (ulimit -n)")),
     (lambda c: c.run_with("preadv", 3, errno.EIO), 3, "T/base/model.safetensors: read of 6144 bytes at 168 failed "
      "(Input/output error): check the disk it lies on, then run the same command again"),
     (lambda c: c.run_with("makedirs", 1, errno.EROFS), 1, "T/out: could not be created (Read-only file system); "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from streamrepair.checkpoint.beside import hub_patterns
 from streamrepair.errors import InputError, shown
 
 # No part begins with a dot: "../model" is a path that does not exist, not a question for the Hub.
 _ID = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
-_FETCHED = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 _LONGEST_WHY = 600  # the client says first what it did, then what was wrong
 
 
@@ -30,7 +30,7 @@ def fetched(given: str) -> Path:
         from huggingface_hub import snapshot_download
 
         # fnmatch's * crosses "/": the second list keeps the shards of subfolders (original/, onnx/) out.
-        patterns, unwanted = _FETCHED, ["*/*.safetensors"]
+        patterns, unwanted = ["*.safetensors", *hub_patterns()], ["*/*.safetensors"]
         return Path(
             snapshot_download(
                 parts["repo"], revision=parts["revision"], allow_patterns=patterns, ignore_patterns=unwanted

@@ -217,9 +217,10 @@ def allocate(fd: int, size_bytes: int, path: Path) -> None:
         os.ftruncate(fd, size_bytes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            remedy = "raise the limit on the size of files (ulimit -f)" if error.errno == errno.EFBIG else "free space"
             raise DiskSpaceError(
                 f"{shown_path(path)}: {size_bytes} bytes cannot be reserved ({error.strerror}); "
-                "free space or choose another OUT"
+                f"{remedy} or choose another OUT"
             ) from error
         raise OutputError(f"{shown_path(path)}: cannot be allocated ({error.strerror})") from error
 

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from streamrepair.errors import InputError, OutputError, shown
 
+_TOO_MANY = (errno.EMFILE, errno.ENFILE)
 _REMEDIES = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free space"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space"),
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f) or name another OUT",
+    **dict.fromkeys(_TOO_MANY, "raise the limit on open files (ulimit -n)"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), "name another OUT"),
 }
@@ -33,7 +36,8 @@ def reading(path: Path) -> Iterator[None]:
     except InputError as error:
         raise InputError(f"{shown_path(path)}: {error}") from error
     except OSError as error:
-        raise InputError(f"{shown_path(path)}: cannot be read ({error.strerror}); check the path and mode") from error
+        remedy = _REMEDIES[error.errno] if error.errno in _TOO_MANY else "check the path and mode"
+        raise InputError(f"{shown_path(path)}: cannot be read ({error.strerror}); {remedy}") from error
 
 
 @contextlib.contextmanager

@@ -9,35 +9,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from streamrepair.checkpoint import osfile, refusals, wholefile
+from streamrepair.checkpoint.beside import is_missed, is_wanted
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.errors import InputError, OutputError
 from streamrepair.report import REPORT_NAME
 
-_SUFFIXES = (
-    ".json",
-    ".jinja",
-    ".txt",
-    ".model",
-    ".py",
-    ".tiktoken",
-    ".spm",
-    ".bpe",
-    ".vocab",
-    ".merges",
-    ".yaml",
-    ".yml",
-)
-_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
-_LEFT_OUT = re.compile(
-    r"(\.safetensors\.index\.json|(pytorch_model|tf_model|flax_model).*\.index\.json"
-    r"|streamrepair\.json|dghard_repair\.json|trainer_state\.json|adapter_config\.json|.*results\.json)\Z"
-)
 _DEEPEST = 3
 _LARGEST_BYTES = 1 << 28
 
@@ -50,7 +31,20 @@ def sidecars(checkpoint: Checkpoint) -> tuple[str, ...]:
     Raises:
         InputError: the folder cannot be listed.
     """
-    return tuple(sorted(name for name, regular in _found(checkpoint) if regular))
+    return tuple(sorted(name for name, regular in _found(checkpoint) if regular and _is_carried(name)))
+
+
+def not_carried(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Files below a checkpoint's folder that are not copied though loading might need them, sorted.
+
+    Raises:
+        InputError: the folder cannot be listed.
+    """
+    return tuple(sorted(name for name, regular in _found(checkpoint) if regular and not _is_carried(name)))
+
+
+def _is_carried(path: str) -> bool:
+    return is_wanted(path.rpartition("/")[2])
 
 
 def left_beside(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -65,7 +59,10 @@ def left_beside(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 
 def _found(checkpoint: Checkpoint) -> Iterator[tuple[str, bool]]:
-    """Relative paths, and whether there is a regular file; of a folder that cannot be listed its own."""
+    """Relative paths of what is carried along or missed, and whether there is a regular file.
+
+    Of a folder that cannot be listed its own.
+    """
     folder = checkpoint.folder
     if checkpoint.whole_folder or stat.S_ISREG(_mode(folder / "config.json")):
         yield from _walk(folder, "", 1)
@@ -91,8 +88,10 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, bool]]:
                 own = name.startswith(("checkpoint-", "runs", "original", "onnx")) or _is_result(folder / name)
                 if depth < _DEEPEST and not own:
                     yield from _walk(folder / name, f"{prefix}{name}/", depth + 1)
-            elif _wanted(name) and not stat.S_ISDIR(mode := _mode(folder / name)):
+            elif is_wanted(name) and not stat.S_ISDIR(mode := _mode(folder / name)):
                 yield prefix + name, stat.S_ISREG(mode)
+            elif is_missed(prefix + name) and stat.S_ISREG(_mode(folder / name)):
+                yield prefix + name, True
 
 
 def _mode(path: Path) -> int:
@@ -106,12 +105,6 @@ def _is_result(folder: Path) -> bool:
     with contextlib.suppress(OSError):  # what cannot be looked into is told of when it is listed
         return (folder / ".streamrepair").is_dir() or (folder / REPORT_NAME).is_file()
     return False
-
-
-def _wanted(name: str) -> bool:
-    if _LEFT_OUT.search(name):
-        return False
-    return name.endswith(_SUFFIXES) or name.upper().startswith(_NAMES)
 
 
 def check_sidecars(checkpoint: Checkpoint) -> int:
@@ -134,15 +127,35 @@ def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, 
         OutputError: one cannot be written.
     """
     for name in names:
-        data = wholefile.read_whole(checkpoint.folder / name, _LARGEST_BYTES)
-        if name == "config.json" and dtype is not None:
-            data = _with_dtype(data, dtype)
+        data = _content(checkpoint, name, dtype)
         target = out / name
         if target.parent != out:
             osfile.make_folder(target.parent)
             if not target.parent.resolve().is_relative_to(out.resolve()):
                 raise OutputError(f"{refusals.shown_path(target.parent)}: leads out of OUT by a link: remove the link")
         wholefile.write_atomic(target, data)
+
+
+def differing(checkpoint: Checkpoint, out: Path, *, dtype: str | None) -> tuple[str, ...]:
+    """The sidecars that are there in `out` and are not what `copy_sidecars` would make of them now.
+
+    Raises:
+        InputError: one cannot be read.
+    """
+    there = (name for name in sidecars(checkpoint) if (out / name).exists())
+    return tuple(name for name in there if not _is_copy(out / name, _content(checkpoint, name, dtype)))
+
+
+def _is_copy(path: Path, data: bytes) -> bool:
+    try:
+        return wholefile.read_whole(path, _LARGEST_BYTES) == data
+    except InputError:
+        return False
+
+
+def _content(checkpoint: Checkpoint, name: str, dtype: str | None) -> bytes:
+    data = wholefile.read_whole(checkpoint.folder / name, _LARGEST_BYTES)
+    return _with_dtype(data, dtype) if name == "config.json" and dtype is not None else data
 
 
 def _with_dtype(data: bytes, dtype: str) -> bytes:

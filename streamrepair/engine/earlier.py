@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
 
 from streamrepair.checkpoint import wholefile
-from streamrepair.checkpoint.sidecars import sidecars
+from streamrepair.checkpoint.refusals import shown_path
+from streamrepair.checkpoint.sidecars import differing, sidecars
 from streamrepair.checkpoint.write import ShardFile
 from streamrepair.engine.plan import Plan
-from streamrepair.engine.statement import shard_index
+from streamrepair.engine.statement import shard_index, stated_dtype
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.workspace import Workspace
 from streamrepair.errors import InputError, OutputError, shown
 from streamrepair.report import REPORT_NAME, Report, TensorRecord
+
+_LISTED = 5
 
 
 def sound(
@@ -69,6 +72,19 @@ def finished_report(plan: Plan, workspace: Workspace, done: Mapping[str, TensorR
     if any(report.tensors.get(name) != record for name, record in done.items()):
         return None
     return report
+
+
+def other_sidecars(plan: Plan, out: Path) -> Iterator[str]:
+    """What a person should know of a finished result's sidecars that are not FT's: changed here, or there since.
+
+    They are left: who changed them here meant it.
+
+    Raises:
+        InputError: one of FT's cannot be read.
+    """
+    if names := differing(plan.ft, out, dtype=stated_dtype(plan)):
+        listed = ", ".join(shown_path(out / name) for name in names[:_LISTED])
+        yield f"no copies of FT's: {listed}: to have FT's, remove them and run the same command again"
 
 
 def _index_is_whole(plan: Plan, out: Path) -> bool:

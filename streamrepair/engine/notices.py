@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 
+from streamrepair.checkpoint.beside import kind_of
 from streamrepair.checkpoint.pairing import NOT_IN_BASE, Selection, is_of_no_kind
-from streamrepair.checkpoint.sidecars import left_beside
+from streamrepair.checkpoint.sidecars import left_beside, not_carried, sidecars
 from streamrepair.engine.job import Outcome
 from streamrepair.engine.plan import Plan
-from streamrepair.errors import shown
+from streamrepair.errors import InputError, shown
 from streamrepair.units import counted, format_bytes
 
 _FEW = 8
+_LISTED = 5
 
 
 def plan_warnings(plan: Plan) -> list[str]:
@@ -42,11 +45,26 @@ def plan_warnings(plan: Plan) -> list[str]:
         if n := len(checkpoint.unindexed):
             found.append(f"{side}: {counted(n, 'tensor')} {_are(n)} in its shards but not in its index")
         if checkpoint.stray_files:
-            found.append(f"{side}: ignored weight files {', '.join(map(shown, checkpoint.stray_files[:5]))}")
-    if left := left_beside(plan.ft):
-        listed = ", ".join(map(shown, left[:5]))
-        found.append(f"FT: left out beside the weights, being neither regular files nor readable folders: {listed}")
-    return found
+            found.append(f"{side}: ignored weight files {', '.join(map(shown, checkpoint.stray_files[:_LISTED]))}")
+    return [*found, *_of_files_beside(plan)]
+
+
+def _of_files_beside(plan: Plan) -> Iterator[str]:
+    """What lies beside FT's weights and does not come along, and what does not lie there."""
+    broken = left_beside(plan.ft)
+    if broken:
+        listed = ", ".join(map(shown, broken[:_LISTED]))
+        yield f"FT: left out beside the weights, being neither regular files nor readable folders: {listed}"
+    if left := not_carried(plan.ft):
+        more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
+        listed = ", ".join(map(shown, left[:_LISTED])) + more
+        yield f"FT: not copied beside the weights: {listed}: copy what loading needs"
+    found = {kind_of(name) for name in (*sidecars(plan.ft), *broken)}
+    with contextlib.suppress(InputError):  # what lies beside BASE is not needed
+        beside_base = {kind: name for name in reversed(sidecars(plan.base)) if (kind := kind_of(name)) is not None}
+        for kind, name in sorted(beside_base.items()):
+            if kind not in found:
+                yield f"FT has no {kind} beside its weights, and OUT will have none; BASE has {shown(name)}"
 
 
 def _of_selection(plan: Plan) -> Iterator[str]:

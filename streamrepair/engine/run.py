@@ -19,7 +19,7 @@ from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine import budget, gpu, limits
 from streamrepair.engine.backlog import Backlog
 from streamrepair.engine.commit import Committer
-from streamrepair.engine.earlier import finished_report, sound
+from streamrepair.engine.earlier import finished_report, other_sidecars, sound
 from streamrepair.engine.finite import search
 from streamrepair.engine.fit import fits_climb, full_budget
 from streamrepair.engine.job import Outcome, Spent, Surroundings
@@ -31,8 +31,8 @@ from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.overlap import refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Unit
-from streamrepair.engine.side_files import check_path_beside
-from streamrepair.engine.statement import fingerprint, make_report, shard_index, statement_bytes
+from streamrepair.engine.side_files import check_apart, check_path_beside
+from streamrepair.engine.statement import fingerprint, make_report, shard_index, stated_dtype, statement_bytes
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import run_unit
 from streamrepair.engine.timeline import Timeline
@@ -108,6 +108,7 @@ def execute(
     refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
     for option, path in beside.items():
         check_path_beside(option, path, out)
+    check_apart(beside)
     beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
     budget.reset_peak()
     gpu.cap_memory(plan.gpus, plan.vram_allowed_bytes)
@@ -143,6 +144,8 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     finished = finished_report(plan, run.workspace, done)
     if finished is not None:
         run.watcher.note("nothing to do: the result is whole")
+        for message in other_sidecars(plan, run.workspace.out):
+            run.warn(message)
         run.workspace.finish()
         _write_copy(finished, report_path)
         return finished
@@ -294,7 +297,7 @@ def _write_beside(run: _Run) -> tuple[str, ...]:
     """Sidecars first, the index last: it is what makes loaders see a sharded checkpoint."""
     plan, out = run.plan, run.workspace.out
     names = sidecars(plan.ft)
-    copy_sidecars(plan.ft, names, out, dtype="float32" if plan.settings.out_dtype == "float32" else None)
+    copy_sidecars(plan.ft, names, out, dtype=stated_dtype(plan))
     if plan.ft.index_name is not None:
         wholefile.write_atomic(out / plan.ft.index_name, shard_index(plan))
     return names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from streamrepair.errors import UsageError, shown
@@ -23,6 +24,19 @@ def check_path_beside(option: str, path: Path, out: Path) -> None:
         _check(option, name, path, out)
     except OSError as error:
         raise UsageError(f"{name} cannot be looked up ({error.strerror}): name another place") from error
+
+
+def check_apart(beside: Mapping[str, Path]) -> None:
+    """Refuse two options that name one file: the later would take the place of the earlier.
+
+    Raises:
+        UsageError: they do.
+    """
+    places: dict[Path, str] = {}
+    for option, path in beside.items():
+        first = places.setdefault(path.absolute().parent.resolve() / path.name, option)
+        if first != option:
+            raise UsageError(f"{first} and {option} are both {shown(str(path))}: name two files")
 
 
 def _check(option: str, name: str, path: Path, out: Path) -> None:

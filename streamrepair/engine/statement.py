@@ -56,6 +56,11 @@ def shard_index(plan: Plan) -> bytes:
     return (json.dumps(index, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def stated_dtype(plan: Plan) -> str | None:
+    """What the result's config.json is to state as the weights' dtype; None for what FT's states."""
+    return "float32" if plan.settings.out_dtype == "float32" else None
+
+
 def statement_bytes(plan: Plan) -> int:
     """At most so many bytes are index, journal, accounts and report, the latter's temporary copy included."""
     names = sum(len(shard.header_bytes) for shard in (*plan.base.shards, *plan.ft.shards))

@@ -6,6 +6,8 @@ metadata events ("M") that name the tracks.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import msgspec
 
 from streamrepair.engine.timeline import LENT, Timeline
@@ -18,25 +20,32 @@ def chrome_trace(timeline: Timeline, lanes: list[str]) -> bytes:
     tracks = [track for lane in lanes for track in (lane, f"{lane} reader", lane + LENT)]
     tracks += sorted({span.track for span in timeline.spans} - set(tracks))
     number = {track: i for i, track in enumerate(tracks, 1)}
-    events: list[dict[str, object]] = [_named("process_name", 0, "streamrepair")]
+    # One by one: a run of many small tensors has millions of events, and as objects they are several times as large.
+    text, encoder = bytearray(b'{"displayTimeUnit":"ms","traceEvents":['), msgspec.json.Encoder()
+    for event in _events(timeline, number):
+        encoder.encode_into(event, text, -1)
+        text += b","
+    text[-1:] = b"]}"
+    return bytes(text)
+
+
+def _events(timeline: Timeline, number: Mapping[str, int]) -> Iterator[dict[str, object]]:
+    yield _named("process_name", 0, "streamrepair")
     for track, i in number.items():
-        events.append(_named("thread_name", i, track))
-        events.append({"name": "thread_sort_index", "ph": "M", "pid": _PROCESS, "tid": i, "args": {"sort_index": i}})
+        yield _named("thread_name", i, track)
+        yield {"name": "thread_sort_index", "ph": "M", "pid": _PROCESS, "tid": i, "args": {"sort_index": i}}
     # A span that encloses others comes before them: some readers nest by order where starts are equal.
     for span in sorted(timeline.spans, key=lambda span: (span.start_s, -span.end_s)):
         start_us = round(span.start_s * 1e6, 3)
-        events.append(
-            {
-                "name": span.name or span.kind,
-                "cat": span.kind,
-                "ph": "X",
-                "ts": start_us,
-                "dur": max(0.0, round(span.end_s * 1e6 - start_us, 3)),
-                "pid": _PROCESS,
-                "tid": number[span.track],
-            }
-        )
-    return msgspec.json.encode({"traceEvents": events, "displayTimeUnit": "ms"})
+        yield {
+            "name": span.name or span.kind,
+            "cat": span.kind,
+            "ph": "X",
+            "ts": start_us,
+            "dur": max(0.0, round(span.end_s * 1e6 - start_us, 3)),
+            "pid": _PROCESS,
+            "tid": number[span.track],
+        }
 
 
 def _named(what: str, track: int, name: str) -> dict[str, object]:

@@ -146,7 +146,15 @@ def test_the_command_prints_json_and_draws(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(["--shape", "96by64"], "96by64"), (["--backend", "quick"], "quick"), (["--plot", "c.png"], "c.png")],
+    [
+        (["--shape", "96by64"], "96by64"),
+        (["--backend", "quick"], "quick"),
+        (["--plot", "c.png"], "c.png"),
+        (["--shape", "96x64", "--repeats", "1.5"], "--repeats: expected a whole number, not '1.5'"),
+        (["--shape", "96x64", "--threads", "1.5"], "--threads: expected a whole number, not '1.5'"),
+        (["--calibrate", "--plot", "c.svg"], "--plot means nothing with --calibrate"),
+        (["--calibrate", "base"], "BASE means nothing with --calibrate"),
+    ],
 )
 def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], word: str, tmp_path: Path) -> None:
     done = _bench(*arguments, cwd=tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import huggingface_hub
@@ -14,6 +15,7 @@ import pytest
 from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
 from streamrepair.errors import InputError
 from tests.builders import bf16, write_index, write_safetensors, write_sharded
+from tests.checkpoint.test_sidecars import CARRIED
 
 ONE = {"b": np.zeros((2, 3), dtype=np.float32), "a": np.ones(5, dtype=np.float16)}
 TWO = {"d": bf16([[1.0, 2.0]]), "c": np.zeros((), dtype=np.int64)}
@@ -205,8 +207,10 @@ def test_a_hub_id_is_fetched_without_pickles(
     assert (checkpoint.given, checkpoint.folder, checkpoint.whole_folder) == (given, folder, True)
     [(asked_repo, asked_revision, patterns)] = asked
     assert (asked_repo, asked_revision) == (repo, revision)
-    assert "*.safetensors" in patterns
-    assert not any(pattern.endswith((".bin", ".pt", ".pth", ".pkl", "*")) for pattern in patterns)
+    fetched = ("model-00001-of-00002.safetensors", "LICENSE.txt", *CARRIED)
+    assert [name for name in fetched if not any(fnmatchcase(name, pattern) for pattern in patterns)] == []
+    pickles = ("model.bin", "optimizer.pt", "consolidated.00.pth", "vocab.pkl", "model.ckpt")
+    assert not any(fnmatchcase(name, pattern) for name in pickles for pattern in patterns)
 
 
 def test_what_the_hub_client_says_is_not_cut_before_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

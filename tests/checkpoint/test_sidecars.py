@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 
 from streamrepair.checkpoint.layout import open_checkpoint
-from streamrepair.checkpoint.sidecars import copy_sidecars, left_beside, sidecars
+from streamrepair.checkpoint.sidecars import copy_sidecars, left_beside, not_carried, sidecars
 from streamrepair.errors import InputError, OutputError
 from tests.builders import write_safetensors, write_sharded
 
 CARRIED = (
-    "LICENSE", "added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt",
-    "modeling_custom.py", "preprocessor_config.json", "special_tokens_map.json", "templates/tool_use.jinja",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json",
+    "LICENSE", "added_tokens.json", "bpe.codes", "chat_template.jinja", "config.json", "entity_vocab.tsv",
+    "generation_config.json", "kernel.cu", "merges.txt", "modeling_custom.py", "preprocessor_config.json",
+    "prophetnet.tokenizer", "source.spm", "special_tokens_map.json", "templates/tool_use.jinja", "tokenizer.json",
+    "tokenizer.model", "tokenizer.model.v7m1", "tokenizer_config.json", "vocab.json",
 )  # fmt: skip
 LEFT = (
     ".gitattributes", ".cache/x.json", "README.md", "adapter_config.json", "all_results.json",
@@ -48,6 +49,22 @@ def test_what_loading_needs_is_copied_byte_for_byte_and_nothing_else(ft: Path, t
     """No weights and no index: those are the run's own."""
     assert sidecars(open_checkpoint(ft, side="FT")) == CARRIED
     assert _copied(ft, tmp_path / "out") == {name: (ft / name).read_bytes() for name in CARRIED}
+
+
+def test_what_might_be_needed_and_is_not_copied_is_told_of(ft: Path) -> None:
+    """Weights of a part in a folder of its own, pickled vocabularies: not training's state, pictures or the README."""
+    missed = ("2_Dense/model.safetensors", "data/train.tsv", "mel_filters.npz", "vocab.pkl", "voices/a.npy")
+    for name in (
+        *missed,
+        "stray.safetensors",
+        "adapter/adapter_model.safetensors",
+        "assets/a.PNG",
+        "global_step5/x.pt",
+    ):
+        (ft / name).parent.mkdir(exist_ok=True)
+        (ft / name).write_bytes(b"")
+    assert not_carried(open_checkpoint(ft, side="FT")) == missed
+    assert sidecars(open_checkpoint(ft, side="FT")) == CARRIED
 
 
 def test_custom_code_is_not_executed(ft: Path, tmp_path: Path) -> None:

@@ -88,3 +88,33 @@ def test_a_folder_beside_the_weights_that_cannot_be_listed_is_told_of(
     monkeypatch.setattr(sidecars, "os", Kernel(("scandir",), fails(1, errno.EACCES)))
     with pytest.raises(InputError, match="cannot be listed"):
         plan_warnings(planned)
+
+
+def test_what_is_not_copied_beside_the_weights_is_told_of(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {"w": SIDE}, shards=(1, 1))
+    (pair.ft / "2_Dense").mkdir()
+    for name in ("2_Dense/model.safetensors", *(f"voice{i}.npy" for i in range(6))):
+        (pair.ft / name).write_bytes(b"")
+    few = "2_Dense/model.safetensors, voice0.npy, voice1.npy, voice2.npy, voice3.npy"
+    said = f"FT: not copied beside the weights: {few} and 2 more: copy what loading needs"
+    assert _told(pair.base, pair.ft) == [said]
+    assert api.repair(pair.base, pair.ft, tmp_path / "out").warnings == (said,)
+
+
+def test_a_tokenizer_that_only_base_has_is_told_of(tmp_path: Path) -> None:
+    """Trainers save none unless they are given it: OUT would not load, and nobody would know before."""
+    pair = write_pair(tmp_path, {"w": SIDE}, shards=(1, 1))
+    (pair.ft / "tokenizer.json").unlink()
+    (pair.ft / "images").mkdir()
+    (pair.ft / "images" / "tokenizer.json").write_text("{}")
+    said = "FT has no tokenizer beside its weights, and OUT will have none; BASE has tokenizer.json"
+    assert _told(pair.base, pair.ft) == [said]
+    (pair.ft / "tokenizer.model.v3").write_text("")
+    assert _told(pair.base, pair.ft) == []
+    (pair.ft / "config.json").rename(pair.ft / "other.json")
+    said = "FT has no config.json beside its weights, and OUT will have none; BASE has config.json"
+    assert _told(pair.base, pair.ft) == [said]
+    weights = pair.ft / "model.safetensors"
+    assert len(_told(pair.base, weights)) == 2, "named as a file, without a config.json, it has no neighbours at all"
+    (pair.base / "config.json").unlink()
+    assert _told(pair.base / "model.safetensors", weights) == []

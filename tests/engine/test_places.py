@@ -61,6 +61,14 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(pair: Pair, 
     assert not (tmp_path / "out").exists()
 
 
+def test_report_and_trace_in_one_file_are_refused(pair: Pair, tmp_path: Path) -> None:
+    """The report took the trace's place, or the trace the report's, and nothing was said."""
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UsageError, match=r"--report and --trace are both .*name two files"):
+        api.repair(pair.base, pair.ft, tmp_path / "out", report=tmp_path / "a.json", trace=tmp_path / "link" / "a.json")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("where", ["n" * 300, "n" * 300 + "/report.json"])
 def test_a_report_that_cannot_be_looked_up_is_refused(pair: Pair, tmp_path: Path, where: str) -> None:
     for option in ("report", "trace"):

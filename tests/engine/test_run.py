@@ -731,6 +731,30 @@ def test_a_missing_sidecar_or_report_is_written_again(tmp_path: Path) -> None:
         assert (out / name).exists()
 
 
+def test_a_sidecar_that_is_not_fts_any_more_is_told_of(tmp_path: Path) -> None:
+    """FT's tokenizer was mended, or OUT's emptied: the result was called whole and no more said."""
+    pair = write_pair(tmp_path, {"w": (64, 64)}, shards=(1, 1))
+    out = tmp_path / "out"
+
+    def told() -> list[str]:
+        watcher = Recorder()
+        api.repair(pair.base, pair.ft, out, watcher=watcher, out_dtype="float32")
+        return watcher.warnings
+
+    assert told() == []
+    assert told() == [], "config.json has another dtype than FT's, as it must"
+    (pair.ft / "tokenizer.json").write_text("mended")
+    (out / "config.json").write_text("")
+    config, tokenizer = out / "config.json", out / "tokenizer.json"
+    assert told() == [
+        f"no copies of FT's: {config}, {tokenizer}: to have FT's, remove them and run the same command again"
+    ]
+    tokenizer.unlink()
+    config.unlink()
+    assert told() == []
+    assert tokenizer.read_text() == "mended"
+
+
 def test_overwrite_begins_anew_and_takes_the_earlier_runs_files_only(tmp_path: Path) -> None:
     pair = write_pair(tmp_path / "one", {"w": (64, 64), "v": (50, 64)}, shards=(1, 2))
     other = write_pair(tmp_path / "two", {"w": (64, 64)}, shards=(1, 1), seed=1)

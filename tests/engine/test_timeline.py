@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
 
 from streamrepair.engine import timeline
-from streamrepair.engine.timeline import Lane, Timeline
+from streamrepair.engine.timeline import Lane, Span, Timeline
+from streamrepair.engine.trace import chrome_trace
 
 
 def test_busy_waiting_and_idle_add_up_to_the_wall_time_in_the_middle_of_a_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,3 +62,17 @@ def test_a_worker_that_is_lent_is_busy_and_does_not_wait(monkeypatch: pytest.Mon
         clock[0] += 1000
         assert seen() == (1133, 2, 0, 200)
     assert seen() == (1133, 2, 0, 200)
+
+
+def test_a_trace_is_made_in_little_more_memory_than_it_takes() -> None:
+    """A run of a hundred thousand small tensors has a million events; its end is no time to run out of memory."""
+    kept = Timeline(keep=True)
+    kept.spans.extend(Span("cpu 0", "task", f"layers.{i}.weight", i / 7, (i + 1) / 7) for i in range(20_000))
+    tracemalloc.start()
+    try:
+        trace = chrome_trace(kept, ["cpu 0"])
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [event["name"] for event in json.loads(trace)["traceEvents"]][-1] == "layers.19999.weight"
+    assert peak_bytes < 3 * len(trace)
