@@ -214,6 +214,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Each worker, then the files, over all sessions; one that had fewer workers counts for those that it had."""
     sidecars: tuple[str, ...]
     """Files copied from FT beside the weights."""
+    sidecar_digests: dict[str, str] = {}
+    """File → digest of the copy; none in reports of earlier versions."""
     headers: dict[str, str]
     """Shard → digest of its header."""
     warnings: tuple[str, ...]

@@ -7,9 +7,10 @@ numbers against the inputs, `mend` puts right what is found here.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,7 @@ import msgspec
 from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.checkpoint.headers import ShardHeader, read_header
 from streamrepair.checkpoint.layout import Checkpoint, joined_digest, open_checkpoint
-from streamrepair.checkpoint.write import digest_range
+from streamrepair.checkpoint.write import digest_file, digest_range
 from streamrepair.errors import DamageError, InputError, shown
 from streamrepair.report import REPORT_FORMAT, REPORT_NAME, Report, TensorRecord, restored
 
@@ -79,7 +80,7 @@ def verify(out: Path, *, deep: bool = False, sample: int = 5) -> Verified:
     shards, damage = _shards(out, report)
     damage += [*_structure(report, shards), *_records(report), *_beside(out, report)]
     checkpoint = None if damage else _indexed(out, damage)
-    damage += _digests(report, shards)
+    damage += [*_digests(report, shards), *_sidecar_digests(out, report)]
     checks: tuple[DeepCheck, ...] = ()
     if deep and checkpoint is not None:
         from streamrepair.deep import recompute
@@ -221,15 +222,32 @@ def _digests(report: Report, shards: list[ShardHeader]) -> list[Damage]:
         if entry.name in report.tensors and report.tensors[entry.name].digest is not None
     ]
 
-    def check(job: tuple[ShardHeader, str, int, int]) -> Damage | None:
+    def check(job: tuple[ShardHeader, str, int, int]) -> list[Damage]:
         shard, name, start, nbytes = job
-        try:
+
+        def digest() -> str:
             with osfile.opened_input(shard.path) as (fd, _):
-                found = digest_range(fd, start, nbytes, shard.path)
-        except InputError as error:
-            return Damage(name, str(error))
-        expected = report.tensors[name].digest
-        return None if found == expected else Damage(name, f"digest {found}, the report has {expected}")
+                return digest_range(fd, start, nbytes, shard.path)
+
+        return list(_differing(name, report.tensors[name].digest, digest))
 
     with ThreadPoolExecutor(_READERS) as pool:
-        return [damage for damage in pool.map(check, jobs) if damage is not None]
+        return [damage for found in pool.map(check, jobs) for damage in found]
+
+
+def _sidecar_digests(out: Path, report: Report) -> Iterator[Damage]:
+    for name, expected in report.sidecar_digests.items():
+        path = out / restored(name)
+        if path.is_file():
+            yield from _differing(name, expected, partial(digest_file, path))
+
+
+def _differing(where: str, expected: str | None, digest: Callable[[], str]) -> Iterator[Damage]:
+    """What is wrong with bytes whose digest is to be the report's."""
+    try:
+        found = digest()
+    except InputError as error:
+        yield Damage(where, str(error))
+        return
+    if found != expected:
+        yield Damage(where, f"digest {found}, the report has {expected}")

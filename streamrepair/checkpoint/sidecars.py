@@ -16,6 +16,7 @@ from pathlib import Path
 from streamrepair.checkpoint import osfile, refusals, wholefile
 from streamrepair.checkpoint.beside import is_missed, is_wanted
 from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.checkpoint.write import digest_text, new_digest
 from streamrepair.errors import InputError, OutputError
 from streamrepair.report import REPORT_NAME
 
@@ -116,8 +117,8 @@ def check_sidecars(checkpoint: Checkpoint) -> int:
     return sum(wholefile.check_readable(checkpoint.folder / name, _LARGEST_BYTES) for name in sidecars(checkpoint))
 
 
-def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, dtype: str | None) -> None:
-    """Copy sidecars into `out`, each whole or not at all.
+def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, dtype: str | None) -> dict[str, str]:
+    """Copy sidecars into `out`, each whole or not at all; the digests of what was written.
 
     Args:
         dtype: what config.json is to state as the weights' dtype, or None to leave it.
@@ -126,6 +127,7 @@ def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, 
         InputError: one cannot be read.
         OutputError: one cannot be written.
     """
+    digests = {}
     for name in names:
         data = _content(checkpoint, name, dtype)
         target = out / name
@@ -134,6 +136,10 @@ def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, 
             if not target.parent.resolve().is_relative_to(out.resolve()):
                 raise OutputError(f"{refusals.shown_path(target.parent)}: leads out of OUT by a link: remove the link")
         wholefile.write_atomic(target, data)
+        digest = new_digest()
+        digest.update(data)
+        digests[name] = digest_text(digest)
+    return digests
 
 
 def differing(checkpoint: Checkpoint, out: Path, *, dtype: str | None) -> tuple[str, ...]:

@@ -247,6 +247,16 @@ def digest_range(fd: int, start: int, nbytes: int, path: Path) -> str:
     return digest_text(digest)
 
 
+def digest_file(path: Path) -> str:
+    """The same of a whole file.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with osfile.opened_input(path) as (fd, status):
+        return digest_range(fd, 0, status.st_size, path)
+
+
 def new_digest() -> xxhash.xxh3_128:
     """An empty running digest."""
     return xxhash.xxh3_128()

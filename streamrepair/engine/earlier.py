@@ -10,13 +10,13 @@ import msgspec
 from streamrepair.checkpoint import wholefile
 from streamrepair.checkpoint.refusals import shown_path
 from streamrepair.checkpoint.sidecars import differing, sidecars
-from streamrepair.checkpoint.write import ShardFile
+from streamrepair.checkpoint.write import ShardFile, digest_file
 from streamrepair.engine.plan import Plan
 from streamrepair.engine.statement import shard_index, stated_dtype
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.workspace import Workspace
 from streamrepair.errors import InputError, OutputError, shown
-from streamrepair.report import REPORT_NAME, Report, TensorRecord
+from streamrepair.report import REPORT_NAME, Report, TensorRecord, restored
 
 _LISTED = 5
 
@@ -58,8 +58,14 @@ def _reads_as(shard: ShardFile, name: str, digest: str | None) -> bool:
         return False
 
 
-def finished_report(plan: Plan, workspace: Workspace, done: Mapping[str, TensorRecord]) -> Report | None:
-    """The report of an earlier run that this one has nothing to add to."""
+def finished_report(
+    plan: Plan, workspace: Workspace, done: Mapping[str, TensorRecord], *, mending: bool
+) -> Report | None:
+    """The report of an earlier run that this one has nothing to add to.
+
+    Args:
+        mending: sidecars, too, are to be what the report has.
+    """
     out = workspace.out
     whole = all(shard.sealed for shard in workspace.shards)
     whole = whole and all((out / name).exists() for name in sidecars(plan.ft)) and _index_is_whole(plan, out)
@@ -71,7 +77,17 @@ def finished_report(plan: Plan, workspace: Workspace, done: Mapping[str, TensorR
         return None
     if any(report.tensors.get(name) != record for name, record in done.items()):
         return None
+    if mending and any(not _has(out / restored(name), digest) for name, digest in report.sidecar_digests.items()):
+        return None
     return report
+
+
+def _has(path: Path, digest: str) -> bool:
+    """Whether a file's bytes have a digest; one that cannot be read has none."""
+    try:
+        return digest_file(path) == digest
+    except InputError:
+        return False
 
 
 def other_sidecars(plan: Plan, out: Path) -> Iterator[str]:

@@ -58,6 +58,8 @@ class _Run:
     """Those of no single tensor's work: its own stand in its record, so that they survive an interruption."""
     timeline: Timeline
     arithmetic: Callable[[str, Scratch], Arithmetic] | None
+    mending: bool
+    """Whether it is to put right a finished result."""
     spent: Spent = field(default_factory=Spent)
     began: float = field(default_factory=time.perf_counter)
     began_cpu: float = field(default_factory=time.process_time)
@@ -116,7 +118,8 @@ def execute(
     free_bytes = limits.free_bytes()
     workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=lets_go(plan, free_bytes))
     timeline = Timeline(keep=trace is not None)
-    run = _Run(plan, workspace, stop, watcher, free_bytes, InputFiles(), NumericThreads(), [], timeline, arithmetic)
+    files, threads, mending = InputFiles(), NumericThreads(), finished is not None
+    run = _Run(plan, workspace, stop, watcher, free_bytes, files, threads, [], timeline, arithmetic, mending)
     try:
         journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
@@ -141,7 +144,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         run.watcher.warn(message)
     done = sound(run.workspace.shards, journalled, stop=run.stop, warn=run.warn)
     run.watcher.begin(plan, sum(t.out.nbytes for t in plan.tasks if t.name in done))
-    finished = finished_report(plan, run.workspace, done)
+    finished = finished_report(plan, run.workspace, done, mending=run.mending)
     if finished is not None:
         run.watcher.note("nothing to do: the result is whole")
         for message in other_sidecars(plan, run.workspace.out):
@@ -175,9 +178,9 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         cache.close()
     run.stop.check_at_once()  # from here on it is a matter of moments
     unchanged()
-    names = _write_beside(run)
+    copied = _write_beside(run)
     run.record_session()
-    report = make_report(plan, committer.records, run.workspace.accounts.sessions, sidecars=names)
+    report = make_report(plan, committer.records, run.workspace.accounts.sessions, sidecars=copied)
     wholefile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
     run.workspace.finish()
     _write_copy(report, report_path)
@@ -293,11 +296,10 @@ def _unchanged_check(run: _Run) -> Callable[[], None]:
     return lambda: run.files.check_unchanged(shards)
 
 
-def _write_beside(run: _Run) -> tuple[str, ...]:
-    """Sidecars first, the index last: it is what makes loaders see a sharded checkpoint."""
+def _write_beside(run: _Run) -> dict[str, str]:
+    """Sidecars first, the index last: it is what makes loaders see a sharded checkpoint; the sidecars' digests."""
     plan, out = run.plan, run.workspace.out
-    names = sidecars(plan.ft)
-    copy_sidecars(plan.ft, names, out, dtype=stated_dtype(plan))
+    digests = copy_sidecars(plan.ft, sidecars(plan.ft), out, dtype=stated_dtype(plan))
     if plan.ft.index_name is not None:
         wholefile.write_atomic(out / plan.ft.index_name, shard_index(plan))
-    return names
+    return digests

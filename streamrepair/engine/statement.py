@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.engine.accounts import most_bytes, summed, summed_uses
@@ -74,12 +74,12 @@ def make_report(
     records: Mapping[str, TensorRecord],
     sessions: list[Session],
     *,
-    sidecars: Sequence[str],
+    sidecars: Mapping[str, str],
 ) -> Report:
     """The report of a run whose every tensor has its record.
 
     Args:
-        sessions: all that led to this result, the present one last.
+        sessions: all that led to this result, the present one last. sidecars: digest of each.
     """
     tensors = {name: records[name] for layout in plan.layouts for name in layout.entries}
     for pairing in plan.dropped:
@@ -107,6 +107,7 @@ def make_report(
         sessions=len(sessions),
         utilisation=summed_uses(sessions),
         sidecars=tuple(map(storable, sidecars)),
+        sidecar_digests={storable(name): digest for name, digest in sidecars.items()},
         headers={layout.name: layout.header_digest for layout in plan.layouts},
         warnings=(
             *plan_warnings(plan),

@@ -100,6 +100,19 @@ def test_what_lies_beside_the_weights_is_written_again(out: Path, started: list[
     assert ((out / name).read_bytes(), started) == (content, [])
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"{} "])
+def test_a_damaged_sidecar_is_copied_again(out: Path, pair: Pair, started: list[str], content: bytes) -> None:
+    """Even if FT's is damaged likewise: then it is what FT has, and the report says so."""
+    tokenizer = out / "tokenizer.json"
+    expected = tokenizer.read_bytes()
+    for source in (expected, content):
+        (pair.ft / "tokenizer.json").write_bytes(source)
+        tokenizer.write_bytes(content)
+        result = api.verify(out, repair=True)
+        assert (result.damage, [d.where for d in result.mended]) == ((), ["tokenizer.json"])
+        assert (tokenizer.read_bytes(), started) == (source, [])
+
+
 @pytest.mark.parametrize("content", [b"{", b'{"weight_map": {}}', b""])
 @pytest.mark.parametrize("by", ["verify --repair", "repair"])
 def test_a_damaged_index_is_written_again(out: Path, pair: Pair, started: list[str], content: bytes, by: str) -> None:

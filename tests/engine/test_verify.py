@@ -138,6 +138,24 @@ def test_a_missing_sidecar(out: Path) -> None:
     assert _found(out) == {"tokenizer.json": "copied from FT by the run, now missing"}
 
 
+@pytest.mark.parametrize("content", [b"", b"{}  "])
+def test_a_sidecar_that_is_not_the_copy_that_was_made(out: Path, content: bytes) -> None:
+    (out / "tokenizer.json").write_bytes(content)
+    (what,) = _found(out).values()
+    assert what.startswith("digest xxh3-128:")
+    assert len(api.verify(out, deep=True, sample=1).deep) == 1
+
+
+def test_a_report_without_digests_of_sidecars(out: Path) -> None:
+    """As earlier versions wrote them."""
+    path = out / "streamrepair.json"
+    report = json.loads(path.read_text())
+    assert report.pop("sidecar_digests").keys() == {"config.json", "tokenizer.json"}
+    path.write_text(json.dumps(report))
+    (out / "tokenizer.json").write_bytes(b"")
+    assert _found(out) == {}
+
+
 def _edited(out: Path, change: dict[str, object] | None, name: str = "b") -> None:
     path = out / "streamrepair.json"
     report = json.loads(path.read_text())
