@@ -51,7 +51,7 @@ def _is_carried(path: str) -> bool:
 def left_beside(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What is named as a sidecar and is no file, sorted: links that lead nowhere or in circles, FIFOs, devices.
 
-    And folders (with a slash at the end) that cannot be listed.
+    And folders (with a slash at the end) that cannot be listed, or that a link leads to.
 
     Raises:
         InputError: the folder cannot be listed.
@@ -84,14 +84,18 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, bool]]:
             name = entry.name
             if name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):
+            mode = _mode(folder / name)
+            if stat.S_ISDIR(mode):
                 # checkpoint-500 and the like are whole checkpoints of their own, and so is what we made, or are making.
                 own = name.startswith(("checkpoint-", "runs", "original", "onnx")) or _is_result(folder / name)
                 if depth < _DEEPEST and not own:
-                    yield from _walk(folder / name, f"{prefix}{name}/", depth + 1)
-            elif is_wanted(name) and not stat.S_ISDIR(mode := _mode(folder / name)):
+                    if entry.is_symlink():  # it may lead anywhere, and round in circles
+                        yield f"{prefix}{name}/", False
+                    else:
+                        yield from _walk(folder / name, f"{prefix}{name}/", depth + 1)
+            elif is_wanted(name):
                 yield prefix + name, stat.S_ISREG(mode)
-            elif is_missed(prefix + name) and stat.S_ISREG(_mode(folder / name)):
+            elif is_missed(prefix + name) and stat.S_ISREG(mode):
                 yield prefix + name, True
 
 
