@@ -103,13 +103,15 @@ def _calibrated(*, json: bool) -> int:
     from streamrepair.units import format_bytes
 
     found = rates.measure()
-    kept = rates.save(found)
     with printing():
         if json:
             print_json(found)
         else:
             products = f"{found.float32_flops_per_s / 1e9:.0f} and {found.float64_flops_per_s / 1e9:.0f} GFLOP/s"
             reads = f"{format_bytes(found.cache_bytes_per_s)}/s and {format_bytes(found.memory_bytes_per_s)}/s"
-            print(f"one thread: products in float32 and float64 {products}; from cache and memory {reads}")
+            print(f"one thread: products in float32 and float64 {products}; from cache and memory {reads}", flush=True)
+    kept = rates.save(found)
+    if not json:
+        with printing():
             print(f"kept in {shown(str(kept))}: `plan` predicts by it on this machine", flush=True)
     return 0

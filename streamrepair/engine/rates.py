@@ -17,7 +17,7 @@ import msgspec
 
 from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.decompose.speed import CPU, Rates
-from streamrepair.errors import InputError
+from streamrepair.errors import InputError, OutputError
 from streamrepair.version import __version__
 
 if TYPE_CHECKING:
@@ -60,11 +60,21 @@ def load() -> Rates | None:
 
 
 def save(rates: Rates) -> Path:
-    """Keep a measurement; returns where."""
-    target = path()
-    osfile.make_folder(target.parent)
+    """Keep a measurement; returns where.
+
+    Raises:
+        OutputError: there is no home folder, or the cache folder cannot be written.
+    """
     measured = Measured(machine=machine(), version=__version__, rates=rates)
-    wholefile.write_atomic(target, msgspec.json.format(msgspec.json.encode(measured)))
+    try:
+        target = path()
+        osfile.make_folder(target.parent)
+        wholefile.write_atomic(target, msgspec.json.format(msgspec.json.encode(measured)))
+    except (OutputError, RuntimeError) as error:  # RuntimeError: no home folder
+        why = str(error).partition(";")[0]
+        raise OutputError(
+            f"{why}; the speeds are not kept: let XDG_CACHE_HOME name a folder to keep them in"
+        ) from error
     return target
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -125,9 +126,10 @@ def test_a_chart_that_could_not_be_written_is_refused_first(tmp_path: Path) -> N
             check_target(path)
 
 
-def _bench(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def _bench(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "streamrepair", "bench", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+    env = {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False, env=env)
 
 
 def test_the_command_prints_json_and_draws(tmp_path: Path) -> None:
@@ -142,6 +144,15 @@ def test_the_command_prints_json_and_draws(tmp_path: Path) -> None:
     assert done.stderr.splitlines() == ["1 of 1: 96x64 heavy"]
     ElementTree.parse(tmp_path / "chart.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["chart.svg"]
+
+
+def test_speeds_that_cannot_be_kept_are_shown_all_the_same(tmp_path: Path) -> None:
+    (tmp_path / "streamrepair").write_text("a file")
+    done = _bench("--calibrate", "--json", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["float64_flops_per_s"] > 1e8
+    (line,) = done.stderr.splitlines()
+    assert "the speeds are not kept: let XDG_CACHE_HOME name a folder" in line
 
 
 @pytest.mark.parametrize(
