@@ -58,8 +58,9 @@ _MOST_MEASURED = 4e-4
 """Likewise, up to which float32 products of Δ are tried: they and G differ on windows by a 25th to a 40th of it."""
 _TALL = 2
 """Rows per column from which products with G and Δ together are worth it."""
-_LITTLE_MIXING = 0.25 * MOST_MIXING
-"""Of float32 vectors on either side of τ²; below it none of them needs to be made exact."""
+_ALIKE = 4
+"""Neighbours on either side that share an error's size."""
+_AT_ONCE = 256
 _MEDIAN = 2e-5
 """Widest bound of the median eigenvalue, relative: half of it is what τ may be off by."""
 
@@ -147,11 +148,11 @@ def truncate(
     if rule.sigma != "median":
         raise UnresolvedError("this estimator needs more values than the median")
     form = SingleTridiagonal(gram.matrix, arithmetic.both)
-    error = _factor_error(form, gram, probes)
+    error, seen = _factor_error(form, gram, probes)
     first = rule.estimate(roots(form.values), source.rows, source.cols)
     if first.s_median**2 < max(LEAST_FLOAT32_VALUE, 2.0 * error):
         raise UnresolvedError(f"bound {error:.1e} against a median eigenvalue of {first.s_median**2:.1e}")
-    basis = _Basis.chosen(form, first, error)
+    basis = _Basis.chosen(form, first, error, seen)
     del form
     matrix = _Matrix(source, rule, gram, probes)
     least = float(np.finfo(np.float32).eps) * gram.trace / source.cols  # likewise
@@ -186,7 +187,7 @@ def _decided(basis: _Basis, by: tuple[Products, Slack], matrix: _Matrix) -> Trun
     margin = windows.error(cut, unsure) + unsure
     if close := int(np.count_nonzero(np.abs(windows.values - cut) <= margin)):
         raise UnresolvedError(f"{close} values within {margin:.1e} of the squared threshold")
-    turned = mixing(values, threshold.rank_kept, basis.error, basis.exact) + windows.mixing(cut)
+    turned = mixing(values, threshold.rank_kept, basis.errors(threshold.rank_kept), basis.exact) + windows.mixing(cut)
     if turned > MOST_MIXING:
         raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
     vectors = _assembled(windows, basis, values, threshold.rank_kept)
@@ -227,6 +228,8 @@ class _Basis:
     """Places of the window around τ²."""
     error: float
     """‖ΔᵀΔ − QTQᵀ‖₂."""
+    along: Doubles
+    """‖(ΔᵀΔ − QTQᵀ)·v‖ of the vectors of the largest values, ascending."""
     blunt: float
     """How far what ΔᵀΔ has outside the windows may be from T's values there."""
 
@@ -234,9 +237,17 @@ class _Basis:
         """The windows' Ritz pairs."""
         return ritz(products, slack, self.rows[self.windowed], self.outside, self.blunt)
 
+    def errors(self, rank: int) -> Doubles:
+        """(rank,) of the vectors of the largest values; of more than were foretold what is to be expected of any."""
+        known = self.along[max(0, len(self.along) - rank) :]
+        return np.concatenate([np.full(rank - len(known), 0.5 * self.error), known])
+
     @staticmethod
-    def chosen(form: SingleTridiagonal, first: Threshold, error: float) -> _Basis:
+    def chosen(form: SingleTridiagonal, first: Threshold, error: float, seen: Doubles) -> _Basis:
         """By the float32 values and the threshold that they give.
+
+        Args:
+            error: ‖ΔᵀΔ − QTQᵀ‖₂. seen: (PROBES, n) what it makes of the probes.
 
         Raises:
             UnresolvedError: windows would have to be too wide.
@@ -247,7 +258,8 @@ class _Basis:
         cut = first.tau * first.tau  # infinite rather than an OverflowError
         form.check_count(cut)
         middle = _middle(t, first.s_median**2, error)
-        mixed = mixing(t, first.rank_kept, error) > _LITTLE_MIXING
+        # It comes out at a third to a tenth of that once it is seen what the error does to the vectors.
+        mixed = mixing(t, first.rank_kept, 0.5 * error) > MOST_MIXING
         edge = _window(t, cut, error, _BESIDE if mixed else 0)
         places = np.unique(np.concatenate([middle, edge, np.arange(max(0, n - _LARGEST), n)]))
         wanted = np.union1d(places, np.arange(n - first.rank_kept, n))
@@ -256,11 +268,25 @@ class _Basis:
         # They may have as much of the vectors of values that are further than `error` away.
         tilt = residual / error + SKEW
         blunt = error + tilt * tilt * float(t[-1])
-        return _Basis(rows, np.isin(wanted, places), np.delete(t, places), exact, error, blunt)
+        along = _along(rows[len(rows) - first.rank_kept :], seen)
+        return _Basis(rows, np.isin(wanted, places), np.delete(t, places), exact, error, along, blunt)
 
 
-def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> float:
-    """‖ΔᵀΔ − QTQᵀ‖₂: products, reduction and all, from probes that met none of it."""
+def _along(rows: Singles, seen: Doubles) -> Doubles:
+    """(k,) ‖E·v‖ of unit vectors as rows, neighbours having about the same, from E·X given as (PROBES, n)."""
+    squares = np.empty(len(rows))
+    for start in range(0, len(rows), _AT_ONCE):  # they are widened
+        part = slice(start, start + _AT_ONCE)
+        squares[part] = np.square(rows[part] @ seen.T).mean(axis=1)
+    if len(rows) == 0:
+        return squares
+    # Eight probes see the square of one to a factor of two: no nearest neighbour of τ² is to rest on so few.
+    even = np.convolve(np.pad(squares, _ALIKE, "edge"), np.full(2 * _ALIKE + 1, 1.0 / (2 * _ALIKE + 1)), "valid")
+    return np.sqrt(np.maximum(squares, even))
+
+
+def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> tuple[float, Doubles]:
+    """‖ΔᵀΔ − QTQᵀ‖₂, products, reduction and all, from probes that met none of it; (PROBES, n) its images of those."""
     values, largest = form.values, float(form.values[-1])
     if not (np.isfinite(values).all() and largest > 0.0):
         raise NumericalError(f"eigenvalues up to {largest} of a matrix of trace {gram.trace}")
@@ -268,7 +294,8 @@ def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> float
     certify.check_factor(difference, largest, tolerance=_FACTOR)
     # Few entries can share their rounding with the images that they are held against: there is a least error.
     least = float(np.finfo(np.float32).eps * largest / np.sqrt(len(values)))
-    return max(certify.spectral_bound(difference), least) + certify.solver_bound(largest, len(values))
+    norm = max(certify.spectral_bound(difference), least) + certify.solver_bound(largest, len(values))
+    return norm, difference
 
 
 def _by_gram(matrix: Doubles) -> Products:

@@ -95,14 +95,20 @@ def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: in
     return threshold, close
 
 
-def mixing(values: NDArray[np.float64], rank: int, bound: float, exact: slice = slice(0, 0)) -> float:
-    """‖Δ*′ − Δ*‖/‖Δ*‖ to expect from an error of spectral norm `bound` in G that turns kept vectors into dropped ones.
+def mixing(
+    values: NDArray[np.float64],
+    rank: int,
+    errors: float | NDArray[np.float64],
+    exact: slice = slice(0, 0),
+) -> float:
+    """‖Δ*′ − Δ*‖/‖Δ*‖ to expect from an error E in G that turns kept vectors into dropped ones.
 
-    To first order an error E moves Δ·P by Σ E_ij·√(λᵢ + λⱼ)/(λᵢ − λⱼ) over kept i and dropped j (Davis & Kahan 1970);
-    ‖E‖₂ spread evenly makes |E_ij| about ‖E‖₂/(2√n).
+    To first order E moves Δ·P by Σ E_ij·√(λᵢ + λⱼ)/(λᵢ − λⱼ) over kept i and dropped j (Davis & Kahan 1970). Spread
+    evenly over j, E·vᵢ makes |E_ij| about ‖E·vᵢ‖/√n; spread evenly over i too, ‖E·vᵢ‖ is about ‖E‖₂/2.
 
     Args:
         values: (n,) eigenvalues, ascending. rank: how many of the largest are kept.
+        errors: (rank,) norms ‖E·vᵢ‖, in the order of `values`, or what they all are about.
         exact: places whose vectors do not mix among each other, since the error was removed there.
     """
     n = len(values)
@@ -112,14 +118,14 @@ def mixing(values: NDArray[np.float64], rank: int, bound: float, exact: slice = 
     inside = np.zeros(n, bool)
     inside[exact] = True
     kept_inside, dropped_inside = inside[n - rank :], inside[: n - rank]
-    sensitivity = 0.0
+    squares, moved = np.broadcast_to(np.square(errors), rank), 0.0
     with np.errstate(divide="ignore"):
         for start in range(0, rank, _AT_ONCE):
             part = slice(start, start + _AT_ONCE)
             each = (kept[part, None] + np.abs(dropped)) / np.square(kept[part, None] - dropped)
             each[np.ix_(kept_inside[part], dropped_inside)] = 0.0
-            sensitivity += float(each.sum())
-    return float(bound / (2.0 * np.sqrt(n)) * np.sqrt(sensitivity / kept.sum()))
+            moved += float(squares[part] @ each.sum(axis=1))
+    return float(np.sqrt(moved / (n * kept.sum())))
 
 
 def roots(values: NDArray[np.float64]) -> NDArray[np.float64]:

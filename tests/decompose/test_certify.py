@@ -253,7 +253,7 @@ def test_mixing_predicts_what_an_error_does() -> None:
         kept = np.diag(s) @ vectors @ vectors.T
         moved.append(np.linalg.norm(kept - np.diag(np.where(np.arange(n) >= n - k, s, 0.0))))
     relative = float(np.sqrt(np.mean(np.square(moved))) / np.linalg.norm(s[n - k :]))
-    assert relative / 3 < mixing(s**2, k, size) < 3 * relative
+    assert relative / 3 < mixing(s**2, k, 0.5 * size) < 3 * relative
 
 
 def test_orthonormality_of_nothing_is_perfect() -> None:

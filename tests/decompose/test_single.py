@@ -9,7 +9,7 @@ from streamrepair.decompose import certify, lapack, single, twisted
 from streamrepair.decompose.arithmetic import Doubles, Precision
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
-from streamrepair.decompose.truncation import Truncation, UnresolvedError
+from streamrepair.decompose.truncation import MOST_MIXING, Truncation, UnresolvedError, mixing, roots
 from streamrepair.decompose.windows import Windows
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
@@ -74,6 +74,48 @@ def test_a_gap_at_the_threshold_needs_no_vectors_there() -> None:
     _truncated(from_delta(with_spectrum(s, n), "F32"), met)
     assert gapped.full == [24 + 16]
     assert met.full[0] > 24 + 16
+
+
+@pytest.mark.parametrize("spectrum", ["heavy", "power", "hot columns"])
+def test_what_float32_vectors_are_off_by_is_foretold(spectrum: str) -> None:
+    """From what the error does to each of them; were it spread evenly, several times as much would be expected."""
+    m, n = 700, 500
+    rng = np.random.default_rng(5)
+    if spectrum == "hot columns":
+        source = from_delta(rng.standard_normal((m, n)) * np.exp(rng.normal(0.0, 1.0, n)), "F32")
+    else:
+        source = from_delta(
+            _heavy(m, n) if spectrum == "heavy" else with_spectrum(np.arange(1, n + 1) ** -0.6, m), "F32"
+        )
+    probes = certify.probe_vectors(n)
+    gram = HostArithmetic().gram(source, probes, "float32")
+    assert gram.matrix is not None
+    form = single.SingleTridiagonal(gram.matrix)
+    error, seen = single._factor_error(form, gram, probes)
+    first = HardThreshold().estimate(roots(form.values), m, n)
+    basis = single._Basis.chosen(form, first, error, seen)
+    rank = first.rank_kept
+    foretold = mixing(form.values, rank, basis.errors(rank))
+    u, s, vh = np.linalg.svd(source.delta(), full_matrices=False)
+    rows = basis.rows[-rank:].astype(np.float64)
+    star = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    actual = np.linalg.norm(source.delta() @ rows.T @ rows - star) / np.linalg.norm(star)
+    assert 0.7 * actual < foretold < 4.0 * actual
+    assert foretold < 0.5 * mixing(form.values, rank, 0.5 * error)
+    more = basis.errors(rank + 3)
+    assert (len(more), *more[:3]) == (rank + 3, *[0.5 * error] * 3)
+    assert len(basis.errors(rank - 3)) == rank - 3
+    assert basis.errors(0).shape == (0,)
+
+
+def test_a_power_law_is_decided_though_an_error_spread_evenly_would_mix_it() -> None:
+    source = from_delta(with_spectrum(np.arange(1, 501) ** -0.9, 700), "F32")
+    found = _truncated(source)
+    u, s, vh = np.linalg.svd(source.delta(), full_matrices=False)
+    rank = found.threshold.rank_kept
+    assert rank == HardThreshold().estimate(s[::-1], 700, 500).rank_kept
+    star = (u[:, :rank] * s[:rank]) @ vh[:rank]
+    assert np.linalg.norm(source.delta() @ found.vh.T @ found.vh - star) < MOST_MIXING * np.linalg.norm(star)
 
 
 @pytest.mark.parametrize("rows", [300, 1500])
