@@ -44,6 +44,8 @@ _FURTHEST = 64
 """Vectors on either side of the median at most; with more float64 is quicker."""
 _COUPLED = 0.04
 """‖R‖² of the vectors around the median, in units of e², as it was seen on many spectra: a guess that is checked."""
+_HOPELESS = 4
+"""Times that width: where no more than that seems to be needed it is tried, as ‖R‖² is less in graded spectra."""
 _LARGEST = 16
 """Vectors of the largest values, along which float32 errors of the others are largest."""
 _WIDEST = 192
@@ -327,9 +329,9 @@ def _middle(values: Doubles, at: float, error: float) -> NDArray[np.intp]:
     gap = 0.5 * float(values[window[-1]] - values[window[0]])
     if (excess := _COUPLED * error * error / max(gap, error) / (_MEDIAN * at)) > 1.0:
         beside = int(np.ceil(0.75 * len(window) * excess))  # the bound falls as the window's width rises
-        if beside > _FURTHEST:
+        if beside > _HOPELESS * _FURTHEST:
             raise UnresolvedError(f"bound {error:.1e} against a median eigenvalue of {at:.1e}")
-        window = _window(values, at, error, beside)
+        window = _window(values, at, error, min(beside, _FURTHEST))
     return window
 
 
