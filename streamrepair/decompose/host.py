@@ -51,21 +51,21 @@ class HostArithmetic:
         """G by ?syrk, block by block in a fixed order; float32 products are summed in float64."""
         n = source.cols
         real: RealType = np.float32 if precision == "float32" else np.float64
-        total: Doubles = self._scratch.zeros("gram", (n, n), np.float64)
-        partial: Real = self._scratch.zeros("partial", (n, n), real) if precision == "float32" else total
+        partial: Real = self._scratch.zeros("partial" if precision == "float32" else "gram", (n, n), real)
+        total: Doubles = self._scratch.array("gram", (n, n), np.float64) if precision == "float32" else partial
         columns = np.ascontiguousarray(probes.T, real)
         exact = np.zeros((n, len(probes)))
-        rows = 0
+        rows, first = 0, True
         for block in blocks(source):
             delta = self._delta(block, real)
             self._add_gram(delta, partial, beta=0.0 if partial is not total and rows == 0 else 1.0)
             exact += delta.T @ (delta @ columns)
             rows += len(delta)
             if partial is not total and rows >= _FLUSH_ROWS:
-                total += partial
-                rows = 0
-        if partial is not total and rows:
-            total += partial
+                _flush(partial, total, first=first)
+                rows, first = 0, False
+        if partial is not total and (rows or first):
+            _flush(partial, total, first=first)
         del partial
         self._scratch.release("partial")
         self._scratch.release("gram")  # from here on it belongs to the result
@@ -149,6 +149,14 @@ class HostArithmetic:
         cols = stored.shape[0 if block.wide else 1]
         in_halves(part, len(stored), cols, self._both)
         return stored.T if block.wide else stored
+
+
+def _flush(partial: Real, total: Doubles, *, first: bool) -> None:
+    """A float32 sum onto the float64 one, which it is the first of or not."""
+    if first:
+        total[:] = partial
+    else:
+        total += partial
 
 
 class HostMerger(Merger):

@@ -6,6 +6,7 @@ new arrays per block a third of a run's processor time went there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,20 +27,29 @@ class Scratch:
 
     def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """An uninitialised C-contiguous array; it overwrites whatever bore this name before."""
-        kind = np.dtype(dtype)
-        nbytes = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
-        held = self._held.get(name)
-        if held is None or len(held) < nbytes:
-            # Dropped first: the old and the new would otherwise be held at once.
-            self._held.pop(name, None)
-            held = self._held[name] = np.empty(nbytes, np.uint8)
-        return held[:nbytes].view(kind).reshape(shape)
+        return self._named(name, shape, np.dtype(dtype), np.empty)[0]
 
     def zeros(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         """Likewise, filled with zeros."""
-        array = self.array(name, shape, dtype)
-        array.fill(0)
+        array, fresh = self._named(name, shape, np.dtype(dtype), np.zeros)  # fresh pages are zeros already
+        if not fresh:
+            array.fill(0)
         return array
+
+    def _named(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        kind: np.dtype[Any],
+        made: Callable[[int, DTypeLike], NDArray[np.uint8]],
+    ) -> tuple[NDArray[Any], bool]:
+        """An array of this name, and whether it was made anew."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * kind.itemsize
+        fresh = name not in self._held or len(self._held[name]) < nbytes
+        if fresh:
+            self._held.pop(name, None)  # first: the old and the new would otherwise be held at once
+            self._held[name] = made(nbytes, np.uint8)
+        return self._held[name][:nbytes].view(kind).reshape(shape), fresh
 
     def begin(self, purpose: object) -> None:
         """A new matrix: what is held stays only if the last one was alike, so that no more is held than it needs."""
