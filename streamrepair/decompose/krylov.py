@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,6 +131,14 @@ def _orthonormal(rows: Doubles) -> tuple[Doubles, Doubles]:
     return np.ascontiguousarray(q.T), r
 
 
+class Guess(NamedTuple):
+    """Where to look for the median eigenvalue."""
+
+    value: float
+    slope: float
+    """Eigenvalues per unit there, roughly."""
+
+
 @dataclass(frozen=True, slots=True)
 class Density:
     """A spectrum's cumulative distribution as a random start block saw it, per vector of that block.
@@ -165,6 +174,11 @@ class Density:
         """The value with so many eigenvalues below it."""
         root = float(np.interp(position, self.below.mean(axis=1), self.roots))
         return root * root
+
+    def guess(self, position: float) -> Guess:
+        """The same, and how dense the spectrum is there."""
+        value = self.at(position)
+        return Guess(value, self.slope(value))
 
     def position(self, value: float) -> float:
         """How many eigenvalues lie below a value."""

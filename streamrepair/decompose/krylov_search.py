@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
-from streamrepair.decompose.krylov import BlockLanczos, Density, Ritz
+from streamrepair.decompose.krylov import BlockLanczos, Density, Guess, Ritz
 from streamrepair.decompose.single_copy import COARSE, SingleCopy
 from streamrepair.decompose.symmetric import Seen, SymmetricPair
 from streamrepair.decompose.truncation import MOST_MIXING, UnresolvedError
+from streamrepair.spectral import marchenko_pastur
 from streamrepair.spectral.noise import sigma_from_median
 from streamrepair.spectral.threshold import HardThreshold, aspect_ratio, tau
 
@@ -31,6 +32,8 @@ _ROUGHLY = 0.1
 _ROTATION = 3e-6
 """‖Δ*′ − Δ*‖/‖Δ*‖ up to which the basis is extended."""
 _DENSITY_STEPS = 12
+_WHITE = 0.01
+"""Of the second moment, relative: so far from the Marchenko–Pastur law the median is still met to a few places."""
 _SHARPENING = 3
 _AT_ONCE = 64
 _SEED = 0xB10C
@@ -112,9 +115,28 @@ class Search:
                     self.lanczos.extend()
             self.ritz = self.lanczos.ritz()
 
+    def as_noise(self) -> Guess | None:
+        """The median if what has not converged is white noise, as its first two moments tell; None if it is not."""
+        apart, beta = self._converged, aspect_ratio(*self.shape)
+        left, top = self.matrix.size - apart, self.ritz.values[:apart]
+        first, second = self.matrix.moments()
+        first, second = (first - float(top.sum())) / left, (second - float(top @ top)) / left
+        if not (first > 0.0 and abs(second / (first * first) - (1.0 + beta)) <= _WHITE * (1.0 + beta)):
+            return None
+        at = marchenko_pastur.median(beta)
+        for _ in range(2):  # of all eigenvalues it is the median, of those that are left one a little above
+            beyond = (self.place + 0.5) / left - float(marchenko_pastur.cdf(at, beta))
+            at += beyond / float(marchenko_pastur.pdf(at, beta))
+        return Guess(first * at, left * float(marchenko_pastur.pdf(at, beta)) / first)
+
+    @property
+    def _converged(self) -> int:
+        """How many of the largest Ritz values are eigenvalues."""
+        return int(np.argmax(self.ritz.residuals > 1e-4 * self.ritz.values))
+
     def density(self) -> Density:
         """The distribution of what has not converged, from a block of its own."""
-        n, apart = self.matrix.size, int(np.argmax(self.ritz.residuals > 1e-4 * self.ritz.values))
+        n, apart = self.matrix.size, self._converged
         known = self.lanczos.vectors(self.ritz.coefficients[:, :apart])
         rest = BlockLanczos(
             self._apply, n, block=BLOCK, capacity=(_DENSITY_STEPS + 1) * BLOCK, seed=_SEED + 1, without=known

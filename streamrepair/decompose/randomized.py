@@ -3,8 +3,8 @@
 For large matrices of which a few percent lie above the noise a reduction to tridiagonal form does too much: it finds
 all values to use one of them and a few more. Here, on the Gram matrix G,
 
-1. block Lanczos finds the top of the spectrum and, from a start block of its own, a first guess of the median
-   (`krylov_search`);
+1. block Lanczos finds the top of the spectrum; a first guess of the median comes from the moments of the rest if they
+   are white noise's, else from a start block of its own (`krylov_search`);
 2. an inertia count and shift-and-invert make the median exact (`order_statistic`) – or, if an interval will do
    (`estimate="fast"`), this is left out and the interval is stated;
 3. at least k: k Ritz values lie above τ² (Cauchy's interlacing); at most k: τ²·I − (G − VΘVᵀ) has a Cholesky factor
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Gram, Precision, Products
 from streamrepair.decompose.choose import MOST_KEPT, Estimate
-from streamrepair.decompose.krylov import Density
+from streamrepair.decompose.krylov import Density, Guess
 from streamrepair.decompose.krylov_search import Search
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.order_statistic import Located, locate
@@ -98,18 +98,23 @@ def _decided(
     # The first estimate is a rough one: what is settled at first lies clear of the noise.
     rough = 1.2 * search.look()
     if not search.settle(rough, steps=_SOON):
-        density = search.density()  # a better one of how many are kept, before more is spent on them
-        search.refuse_many(search.matrix.size - density.position(search.cut(density.at(search.place))))
+        better = search.density()  # of how many are kept, before more is spent on them
+        search.refuse_many(search.matrix.size - better.position(search.cut(better.at(search.place))))
         search.settle(rough)
-    density = search.density()
-    guess = density.at(search.place)
-    if precision == "float32" and guess < LEAST_FLOAT32_VALUE:
-        raise UnresolvedError(f"a median eigenvalue of about {guess:.1e}")
-    if not search.bound <= _BLUNTEST * guess:
-        raise UnresolvedError(f"bound {search.bound:.1e} against a median eigenvalue of about {guess:.1e}")
-    search.settle(search.cut(guess))
-    fast = estimate == "fast" and density.continuous(search.place)
-    median = _estimated(search, density) if fast else _exact_median(search, density, probes, products)
+    density: Density | None = None
+    guess = search.as_noise() if estimate == "exact" else None
+    if guess is None:
+        density = search.density()
+        guess = density.guess(search.place)
+    if precision == "float32" and guess.value < LEAST_FLOAT32_VALUE:
+        raise UnresolvedError(f"a median eigenvalue of about {guess.value:.1e}")
+    if not search.bound <= _BLUNTEST * guess.value:
+        raise UnresolvedError(f"bound {search.bound:.1e} against a median eigenvalue of about {guess.value:.1e}")
+    search.settle(search.cut(guess.value))
+    if fast := estimate == "fast" and density is not None and density.continuous(search.place):
+        median = _estimated(search, density)
+    else:
+        median = _exact_median(search, guess, probes, products)
     off = median.bound + (search.bound if fast else 0.0)
     low, high = search.cut(median.value - off), search.cut(median.value + off)
     search.settle(low)
@@ -141,21 +146,20 @@ def _estimated(search: Search, density: Density) -> Located:
     return Located(median, max(high - median, median - low))
 
 
-def _exact_median(search: Search, density: Density, probes: Doubles, products: Products | None) -> Located:
+def _exact_median(search: Search, guess: Guess, probes: Doubles, products: Products | None) -> Located:
     """λ_med by counting; where G's own error is more than is promised of it, by ΔᵀΔ around that place.
 
     Raises:
         UnresolvedError: it is not known sharply enough.
     """
-    guess = density.at(search.place)
     found = locate(
         search.matrix,
         search.place,
-        guess,
-        density.slope(guess),
-        tolerance=1e-6 * guess,
+        guess.value,
+        guess.slope,
+        tolerance=1e-6 * guess.value,
         probes=probes,
-        around=search.bound > _SHARP * guess,
+        around=search.bound > _SHARP * guess.value,
     )
     if search.bound > _SHARP * found.value:
         if products is None:

@@ -53,6 +53,11 @@ class SymmetricPair:
         """Of G; no entry of a Gram matrix is larger."""
         return float(self._diagonal.max())
 
+    def moments(self) -> tuple[float, float]:
+        """The sums of G's eigenvalues and of their squares."""
+        squares = sum(float(row[i:] @ row[i:]) for i, row in enumerate(self._array[:-1], 1))
+        return float(self._diagonal.sum()), 2.0 * squares + float(self._diagonal @ self._diagonal)
+
     def fill(self) -> None:
         """Put G into both triangles, for many products: LAPACK packs a single one anew in every call."""
         self._mirror()

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from streamrepair.decompose import certify, gram, ladder, lapack, randomized
 from streamrepair.decompose.choose import MOST_KEPT, Estimate
 from streamrepair.decompose.host import HostArithmetic
-from streamrepair.decompose.krylov import BlockLanczos, Ritz
-from streamrepair.decompose.symmetric import SymmetricPair
+from streamrepair.decompose.krylov import BlockLanczos, Guess, Ritz
+from streamrepair.decompose.krylov_search import Search
+from streamrepair.decompose.symmetric import Seen, SymmetricPair
 from streamrepair.decompose.truncation import Truncation, UnresolvedError
 from streamrepair.spectral.threshold import HardThreshold
 from tests.decompose.sources import ArraySource, from_delta, low_rank_plus_noise, with_spectrum
@@ -298,3 +299,44 @@ def test_a_scale_beyond_all_values_keeps_nothing(backend: Any) -> None:
     rule = HardThreshold(scale=1e160)
     truncation = ladder.decompose(_gapped(), rule, arithmetic=HostArithmetic(), backend=backend)
     assert truncation.threshold.rank_kept == 0
+
+
+@pytest.mark.parametrize(("noise", "white"), [("gaussian", True), ("uniform", True), ("graded", False)])
+@pytest.mark.parametrize("m", [512, 1100])
+def test_white_noise_has_its_median_where_its_moments_say(noise: str, white: bool, m: int) -> None:
+    """Which saves a start block of its own; other noise is known by its second moment."""
+    n, rng = 512, np.random.default_rng(m)
+    entries = rng.uniform(-1.0, 1.0, (m, n)) if noise == "uniform" else rng.standard_normal((m, n))
+    if noise == "graded":
+        entries *= np.geomspace(1.0, 2.0, n)
+    spikes = rng.standard_normal((m, 6)) @ rng.standard_normal((6, n)) * np.geomspace(0.3, 3.0, 6).mean()
+    matrix = (entries + spikes).T @ (entries + spikes)
+    probes = certify.probe_vectors(n)
+    pair = SymmetricPair(matrix.copy())
+    seen = Seen(probes, probes @ matrix)
+    search = Search(pair, seen, single=False, rule=RULE, shape=(m, n), bound=0.0, most_kept=0.2)
+    assert search.settle(1.2 * search.look(), steps=8)
+    guess = search.as_noise()
+    assert (guess is not None) == white
+    if guess is not None:
+        values = np.linalg.eigvalsh(matrix)
+        assert abs(np.searchsorted(values, guess.value) - search.place) <= 4
+        near = values[search.place - 20 : search.place + 21]
+        assert guess.slope == pytest.approx(40.0 / (near[-1] - near[0]), rel=0.2)
+
+
+def test_a_wrong_guess_of_the_median_costs_no_more_than_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _gapped(dtype="BF16")
+    right = _alone(source)
+    asked = []
+
+    def wrong(search: Search) -> Guess:
+        asked.append(search)
+        return Guess(1.5 * right.threshold.s_median**2, 1.0)
+
+    monkeypatch.setattr(Search, "as_noise", wrong)
+    found = _alone(source)
+    assert len(asked) == 1
+    assert found.threshold.rank_kept == right.threshold.rank_kept
+    assert found.threshold.s_median == pytest.approx(right.threshold.s_median, rel=1e-9)
+    _check(source, found)
