@@ -597,6 +597,17 @@ def test_overflow_on_the_way_down_fails_naming_the_tensor(tmp_path: Path, dtype:
         assert values(read_tensors(tmp_path / "out32")["some.weight"]).max() > largest
 
 
+def test_a_delta_too_large_for_float32_products_is_said_to_overflow(tmp_path: Path) -> None:
+    """And not to be a processor's fault: its rows are merged in float32, in which only some of them are numbers."""
+    rng = np.random.default_rng(0)
+    before, after = (3e38 * rng.uniform(-1.0, 1.0, (400, 300)) for _ in range(2))
+    after[:, :40] = -before[:, :40]
+    base = write_split(tmp_path / "base", {"some.weight": stored(before, "BF16")}, 1)
+    ft = write_split(tmp_path / "ft", {"some.weight": stored(after, "BF16")}, 1)
+    with pytest.raises(NumericalError, match=r"some\.weight: a repaired value overflows BF16: .*--out-dtype float32"):
+        api.repair(base, ft, tmp_path / "out", scale=0.5)
+
+
 @pytest.mark.parametrize(
     ("dtypes", "size", "remedy"), [(("BF16", "F16"), 1e5, "--out-dtype float32"), (("F64", "F32"), 1e200, "--exclude")]
 )
