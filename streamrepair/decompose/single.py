@@ -58,6 +58,9 @@ _MOST_MEASURED = 4e-4
 """Likewise, up to which float32 products of Δ are tried: they and G differ on windows by a 25th to a 40th of it."""
 _TALL = 2
 """Rows per column from which products with G and Δ together are worth it."""
+_UNEVEN = 2.0
+"""‖H − H′‖₂ of `windows` in units of T's error, which is of noise spread evenly: a reduction's lies along the largest
+values. Up to 1.6 was met, up to 4 of ‖ΔᵀΔ − QTQᵀ‖₂ itself, before the windows have taken the largest vectors out."""
 _LITTLE_MIXING = 0.25 * MOST_MIXING
 """Of float32 vectors on either side of τ²; below it none of them needs to be made exact."""
 _MEDIAN = 2e-5
@@ -226,7 +229,7 @@ class _Basis:
     exact: slice
     """Places of the window around τ²."""
     error: float
-    """‖ΔᵀΔ − QTQᵀ‖₂."""
+    """‖ΔᵀΔ − QTQᵀ‖₂, if spread evenly."""
     blunt: float
     """How far what ΔᵀΔ has outside the windows may be from T's values there."""
 
@@ -255,12 +258,12 @@ class _Basis:
         rows, residual = form.vectors(wanted)
         # They may have as much of the vectors of values that are further than `error` away.
         tilt = residual / error + SKEW
-        blunt = error + tilt * tilt * float(t[-1])
+        blunt = _UNEVEN * error + tilt * tilt * float(t[-1])
         return _Basis(rows, np.isin(wanted, places), np.delete(t, places), exact, error, blunt)
 
 
 def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> float:
-    """‖ΔᵀΔ − QTQᵀ‖₂: products, reduction and all, from probes that met none of it."""
+    """‖ΔᵀΔ − QTQᵀ‖₂, if spread evenly: products, reduction and all, from probes that met none of it."""
     values, largest = form.values, float(form.values[-1])
     if not (np.isfinite(values).all() and largest > 0.0):
         raise NumericalError(f"eigenvalues up to {largest} of a matrix of trace {gram.trace}")
