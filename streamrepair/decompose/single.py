@@ -52,6 +52,8 @@ _FACTOR = 2e-5
 """‖G − QTQᵀ‖/λ_max that float32 explains."""
 _ORTHONORMALITY = 2e-5
 _RESIDUAL = 2e-5
+_TURNED = 2e-5
+"""Largest difference between what probes see of T's vectors before and after those are turned back; 3e-6 was met."""
 _MOST_SLACK = 1e-5
 """Error of G, in units of the median eigenvalue, up to which it serves in place of another pass over Δ."""
 _MOST_MEASURED = 4e-4
@@ -112,10 +114,13 @@ class SingleTridiagonal:
         counted = certify.sturm_count(self._diagonal, self._off, between)
         certify.check_count(counted, len(self.values) - place, close=0)
 
-    def vectors(self, places: NDArray[np.intp]) -> tuple[Singles, float]:
+    def vectors(self, places: NDArray[np.intp], probes: Doubles) -> tuple[Singles, float]:
         """(k, n) eigenvectors of the values at these places, as rows, and the largest residual ‖Tz − tz‖ of them.
 
         They are not orthonormal where values are clustered.
+
+        Raises:
+            NumericalError: they are not finite, or are others once turned back, which no residual in T can show.
         """
         n = len(self._values)
         rows: Singles = np.empty((len(places), n), np.float32)
@@ -123,7 +128,16 @@ class SingleTridiagonal:
         for start in range(0, len(places), twisted.at_once(n)):
             part = slice(start, start + twisted.at_once(n))
             residual = float(np.maximum(residual, self._make(places[part], rows[part])))  # NaN stays
+        if not np.isfinite(residual):
+            raise NumericalError("vectors of the tridiagonal form are not finite")
+        seen = probes.astype(np.float32)
+        turned = seen.copy()
+        lapack.rotate_back(self._reflectors, self._scales, turned, transpose=True)
+        expected = rows @ turned.T
         householder.rotate_back(self._reflectors, self._scales, rows, self._both)
+        off = float(np.linalg.norm(rows @ seen.T - expected, axis=1).max(initial=0.0) / np.sqrt(len(probes)))
+        if not off <= _TURNED:
+            raise NumericalError(f"vectors of the tridiagonal form were turned back wrongly, off by {off:.1e}")
         return rows, residual * self._scale
 
     def _make(self, places: NDArray[np.intp], out: Singles) -> float:
@@ -154,7 +168,7 @@ def truncate(
     first = rule.estimate(roots(form.values), source.rows, source.cols)
     if first.s_median**2 < max(LEAST_FLOAT32_VALUE, 2.0 * error):
         raise UnresolvedError(f"bound {error:.1e} against a median eigenvalue of {first.s_median**2:.1e}")
-    basis = _Basis.chosen(form, first, error)
+    basis = _Basis.chosen(form, first, error, probes)
     del form
     matrix = _Matrix(source, rule, gram, probes)
     least = float(np.finfo(np.float32).eps) * gram.trace / source.cols  # likewise
@@ -238,7 +252,7 @@ class _Basis:
         return ritz(products, slack, self.rows[self.windowed], self.outside, self.blunt)
 
     @staticmethod
-    def chosen(form: SingleTridiagonal, first: Threshold, error: float) -> _Basis:
+    def chosen(form: SingleTridiagonal, first: Threshold, error: float, probes: Doubles) -> _Basis:
         """By the float32 values and the threshold that they give.
 
         Raises:
@@ -255,7 +269,7 @@ class _Basis:
         places = np.unique(np.concatenate([middle, edge, np.arange(max(0, n - _LARGEST), n)]))
         wanted = np.union1d(places, np.arange(n - first.rank_kept, n))
         exact = slice(int(edge[0]), int(edge[-1]) + 1) if len(edge) else slice(0, 0)
-        rows, residual = form.vectors(wanted)
+        rows, residual = form.vectors(wanted, probes)
         # They may have as much of the vectors of values that are further than `error` away.
         tilt = residual / error + SKEW
         blunt = _UNEVEN * error + tilt * tilt * float(t[-1])

@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from streamrepair.decompose import certify, lapack, single, twisted
+from streamrepair.decompose import certify, householder, lapack, single, twisted
 from streamrepair.decompose.arithmetic import Doubles, Precision, Products
+from streamrepair.decompose.convert import Real
+from streamrepair.decompose.halves import Both
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import Truncation, UnresolvedError
@@ -123,6 +125,22 @@ def test_a_value_planted_beside_the_threshold_falls_on_its_side(off: float) -> N
         assert abs(off) < 1e-4
         return
     assert found.threshold.rank_kept == (7 if off > 0 else 6)
+
+
+@pytest.mark.parametrize("which", [12, -1])
+def test_vectors_that_are_turned_back_to_anothers_are_caught(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A true vector of Δ has no residual, whichever value it belongs to: another median, or one value less kept."""
+    source, right = fine_tuned(low_rank_plus_noise(300, 300, rank=40), "BF16"), householder.rotate_back
+    another = np.linalg.svd(source.delta())[2][-60]
+
+    def wrong(reflectors: Real, scales: Real, vectors: Real, both: Both) -> None:
+        right(reflectors, scales, vectors, both)
+        vectors[which] = another
+
+    _truncated(source)
+    monkeypatch.setattr(householder, "rotate_back", wrong)
+    with pytest.raises(NumericalError, match="turned back"):
+        _truncated(source)
 
 
 @pytest.mark.parametrize("kind", ["flat", "heavy", "positive"])
