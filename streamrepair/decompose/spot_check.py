@@ -38,6 +38,8 @@ class _Rows(NamedTuple):
     """Rows of a panel, (r, n), as stored: copies, upright where the panel is wide."""
 
     places: NDArray[np.intp]
+    waiting: NDArray[np.bool_]
+    """(r,) which of them were not held against a result yet."""
     base: Raw
     base_dtype: str
     ft: Raw
@@ -62,7 +64,8 @@ class SpotCheck:
             places = sampled(panel.start, panel.start + panel.rows)
             base, ft = (stored.T if panel.wide else stored for stored in (panel.base, panel.ft))
             here = places - panel.start
-            self._watched.append(_Rows(places, base[here], panel.base_dtype, ft[here], panel.ft_dtype))
+            waiting = np.ones(len(places), bool)
+            self._watched.append(_Rows(places, waiting, base[here], panel.base_dtype, ft[here], panel.ft_dtype))
             yield panel
 
     def check(self, block: Panel, merged: Raw) -> None:
@@ -72,12 +75,23 @@ class SpotCheck:
             WrongMergeError: a value is off by more than its rounding.
         """
         upright = merged.T if block.wide else merged
-        self._watched = [rows for rows in self._watched if rows.places[-1] >= block.start]
         for rows in self._watched:
             here = (rows.places >= block.start) & (rows.places < block.start + block.rows)
             if here.any():
                 places, base, ft = rows.places[here], rows.base[here], rows.ft[here]
                 self._hold(rows._replace(places=places, base=base, ft=ft), upright[places - block.start])
+                rows.waiting[here] = False
+        self._watched = [rows for rows in self._watched if rows.waiting.any()]
+
+    def finish(self) -> None:
+        """Hold that there was a result for every row that is remembered.
+
+        Raises:
+            WrongMergeError: there was none for one: a part of the matrix is missing.
+        """
+        if self._watched:
+            rows = self._watched[0]
+            raise WrongMergeError(f"there is no result for row {rows.places[rows.waiting][0]}")
 
     def _hold(self, rows: _Rows, merged: Raw) -> None:
         if self._basis is None:

@@ -42,6 +42,7 @@ def _checked(source: ArraySource, vh: Real, out_dtype: str) -> None:
     merger = HostArithmetic().merger(vh, out_dtype)
     for block, merged in merger.merged(spots.watched(source.panels())):
         spots.check(block, merged)
+    spots.finish()
 
 
 @given(
@@ -122,6 +123,19 @@ def test_a_merge_that_was_not_carried_out_is_caught(
         _checked(source, vh, out_dtype)
 
 
+@pytest.mark.parametrize("missing", [0, 1, 2])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_block_that_is_left_out_is_missed(missing: int, turned: bool) -> None:
+    source, vh = _pair(5000, 40, "BF16", weights=1e-2, delta=1e-2), _vectors(40, 9, np.float32)
+    spots, merger = SpotCheck(vh, "BF16"), HostArithmetic().merger(vh, "BF16")
+    source = source.transposed() if turned else source
+    for i, (block, merged) in enumerate(merger.merged(spots.watched(source.panels()))):
+        if i != missing:
+            spots.check(block, merged)
+    with pytest.raises(WrongMergeError, match="no result for row"):
+        spots.finish()
+
+
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_results_may_come_late_and_in_parts(spoilt: bool) -> None:
     """As a GPU's do: their panel's memory has the next one, and blocks were cut where the device's ran out."""
@@ -145,6 +159,7 @@ def test_results_may_come_late_and_in_parts(spoilt: bool) -> None:
                 spots.check(block, merged[block.start : block.start + block.rows])
         for block in waiting:
             spots.check(block, merged[block.start : block.start + block.rows])
+        spots.finish()
 
     if spoilt:
         with pytest.raises(WrongMergeError):
