@@ -198,7 +198,8 @@ class HostMerger(Merger):
         lost: list[float] = []  # of one part or two: either order has the same sum
 
         def project(rows: slice) -> None:
-            np.matmul(delta[rows], self._basis.T, out=coefficients[rows])
+            with np.errstate(over="ignore", invalid="ignore"):  # `lost` tells
+                np.matmul(delta[rows], self._basis.T, out=coefficients[rows])
 
         def merge(rows: slice) -> None:
             """Rows as stored: of a wide matrix they are columns of what is tall."""

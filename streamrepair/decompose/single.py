@@ -23,6 +23,7 @@ from streamrepair.decompose.convert import power_of_two
 from streamrepair.decompose.halves import Both, in_turn
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
+from streamrepair.decompose.symmetric import Seen
 from streamrepair.decompose.truncation import (
     LEAST_FLOAT32_VALUE,
     MOST_MIXING,
@@ -54,6 +55,8 @@ _FACTOR = 2e-5
 """‖G − QTQᵀ‖/λ_max that float32 explains."""
 _ORTHONORMALITY = 2e-5
 _RESIDUAL = 2e-5
+_TURNED = 2e-5
+"""Largest difference between what probes see of T's vectors before and after those are turned back; 3e-6 was met."""
 _MOST_SLACK = 1e-5
 """Error of G, in units of the median eigenvalue, up to which it serves in place of another pass over Δ."""
 _MOST_MEASURED = 4e-4
@@ -63,6 +66,10 @@ _TALL = 2
 _ALIKE = 4
 """Neighbours on either side that share an error's size."""
 _AT_ONCE = 256
+"""Vectors that are widened at once."""
+_UNEVEN = 2.0
+"""‖H − H′‖₂ of `windows` in units of T's error, which is of noise spread evenly: a reduction's lies along the largest
+values. Up to 1.6 was met, up to 4 of ‖ΔᵀΔ − QTQᵀ‖₂ itself, before the windows have taken the largest vectors out."""
 _MEDIAN = 2e-5
 """Widest bound of the median eigenvalue, relative: half of it is what τ may be off by."""
 
@@ -112,10 +119,13 @@ class SingleTridiagonal:
         counted = certify.sturm_count(self._diagonal, self._off, between)
         certify.check_count(counted, len(self.values) - place, close=0)
 
-    def vectors(self, places: NDArray[np.intp]) -> tuple[Singles, float]:
+    def vectors(self, places: NDArray[np.intp], probes: Doubles) -> tuple[Singles, float]:
         """(k, n) eigenvectors of the values at these places, as rows, and the largest residual ‖Tz − tz‖ of them.
 
         They are not orthonormal where values are clustered.
+
+        Raises:
+            NumericalError: they are not finite, or are others once turned back, which no residual in T can show.
         """
         n = len(self._values)
         rows: Singles = np.empty((len(places), n), np.float32)
@@ -123,7 +133,16 @@ class SingleTridiagonal:
         for start in range(0, len(places), twisted.at_once(n)):
             part = slice(start, start + twisted.at_once(n))
             residual = float(np.maximum(residual, self._make(places[part], rows[part])))  # NaN stays
+        if not np.isfinite(residual):
+            raise NumericalError("vectors of the tridiagonal form are not finite")
+        seen = probes.astype(np.float32)
+        turned = seen.copy()
+        lapack.rotate_back(self._reflectors, self._scales, turned, transpose=True)
+        expected = rows @ turned.T
         householder.rotate_back(self._reflectors, self._scales, rows, self._both)
+        off = float(np.linalg.norm(rows @ seen.T - expected, axis=1).max(initial=0.0) / np.sqrt(len(probes)))
+        if not off <= _TURNED:
+            raise NumericalError(f"vectors of the tridiagonal form were turned back wrongly, off by {off:.1e}")
         return rows, residual * self._scale
 
     def _make(self, places: NDArray[np.intp], out: Singles) -> float:
@@ -229,7 +248,7 @@ class _Basis:
     exact: slice
     """Places of the window around τ²."""
     error: float
-    """‖ΔᵀΔ − QTQᵀ‖₂."""
+    """‖ΔᵀΔ − QTQᵀ‖₂, if spread evenly."""
     along: Doubles
     """‖(ΔᵀΔ − QTQᵀ)·v‖ of the vectors of the largest values, ascending."""
     blunt: float
@@ -245,11 +264,11 @@ class _Basis:
         return np.concatenate([np.full(rank - len(known), 0.5 * self.error), known])
 
     @staticmethod
-    def chosen(form: SingleTridiagonal, first: Threshold, error: float, seen: Doubles) -> _Basis:
+    def chosen(form: SingleTridiagonal, first: Threshold, error: float, seen: Seen) -> _Basis:
         """By the float32 values and the threshold that they give.
 
         Args:
-            error: ‖ΔᵀΔ − QTQᵀ‖₂. seen: (PROBES, n) what it makes of the probes.
+            error: ‖ΔᵀΔ − QTQᵀ‖₂. seen: what it makes of probes.
 
         Raises:
             UnresolvedError: windows would have to be too wide.
@@ -266,18 +285,18 @@ class _Basis:
         places = np.unique(np.concatenate([middle, edge, np.arange(max(0, n - _LARGEST), n)]))
         wanted = np.union1d(places, np.arange(n - first.rank_kept, n))
         exact = slice(int(edge[0]), int(edge[-1]) + 1) if len(edge) else slice(0, 0)
-        rows, residual = form.vectors(wanted)
+        rows, residual = form.vectors(wanted, seen.probes)
         # They may have as much of the vectors of values that are further than `error` away.
         tilt = residual / error + SKEW
-        blunt = error + tilt * tilt * float(t[-1])
-        along = _along(rows[len(rows) - first.rank_kept :], seen)
+        blunt = _UNEVEN * error + tilt * tilt * float(t[-1])
+        along = _along(rows[len(rows) - first.rank_kept :], seen.images)
         return _Basis(rows, np.isin(wanted, places), np.delete(t, places), exact, error, along, blunt)
 
 
 def _along(rows: Singles, seen: Doubles) -> Doubles:
     """(k,) ‖E·v‖ of unit vectors as rows, neighbours having about the same, from E·X given as (PROBES, n)."""
     squares = np.empty(len(rows))
-    for start in range(0, len(rows), _AT_ONCE):  # they are widened
+    for start in range(0, len(rows), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         squares[part] = np.square(rows[part] @ seen.T).mean(axis=1)
     if len(rows) == 0:
@@ -287,8 +306,8 @@ def _along(rows: Singles, seen: Doubles) -> Doubles:
     return np.sqrt(np.maximum(squares, even))
 
 
-def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> tuple[float, Doubles]:
-    """‖ΔᵀΔ − QTQᵀ‖₂, products, reduction and all, from probes that met none of it; (PROBES, n) its images of those."""
+def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> tuple[float, Seen]:
+    """‖ΔᵀΔ − QTQᵀ‖₂, if spread evenly, products, reduction and all; and what it makes of probes that met none of it."""
     values, largest = form.values, float(form.values[-1])
     if not (np.isfinite(values).all() and largest > 0.0):
         raise NumericalError(f"eigenvalues up to {largest} of a matrix of trace {gram.trace}")
@@ -297,7 +316,7 @@ def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> tuple
     # Few entries can share their rounding with the images that they are held against: there is a least error.
     least = float(np.finfo(np.float32).eps * largest / np.sqrt(len(values)))
     norm = max(certify.spectral_bound(difference), least) + certify.solver_bound(largest, len(values))
-    return norm, difference
+    return norm, Seen(probes, difference)
 
 
 def _by_gram(matrix: Doubles) -> Products:

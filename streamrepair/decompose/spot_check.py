@@ -18,10 +18,14 @@ from streamrepair.decompose.operator import Panel
 
 STRIDE = 128
 """Rows of which one is computed again; another one of each, so that no place in a kernel's tile is left out."""
-_ROUNDING = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24, "F64": 2.0**-52}
-"""Half a unit in the last place or more, relative; of F64 the rounding of the sum."""
-_LEAST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149, "F64": 2.0**-1074}
+_ROUNDING = {"BF16": 2.0**-8 + 2.0**-18, "F16": 2.0**-11 + 2.0**-18, "F32": 2.0**-24 + 2.0**-47, "F64": 2.0**-47}
+"""Half a unit in the last place or more, relative, and 64 times that of the precision that the sum is formed in: a BLAS
+adds a product onto W_base in as many parts as it cuts the kept vectors into, and rounds each time."""
+_LEAST = {"BF16": 2.0**-133, "F16": 2.0**-24, "F32": 2.0**-149, "F64": 2.0**-1058}
+"""Half a unit in the last place of a subnormal number or more; of F64 what subnormal products may add up to."""
 _LARGEST = {"BF16": 3.38e38, "F16": 65_504.0, "F32": 3.402e38, "F64": 1.797e308}
+_LARGEST_SUM = {"BF16": 3.38e38, "F16": 3.38e38, "F32": 1.797e308, "F64": 1.797e308}
+"""Likewise, of the precision that it is merged in."""
 _PRODUCTS = {"BF16": 1e-5, "F16": 1e-5, "F32": 1e-12, "F64": 1e-12}
 """Rounding of Δ·Vᵀ·V in the precision that it is merged in, in units of the norm of Δ's row."""
 
@@ -34,6 +38,8 @@ class _Rows(NamedTuple):
     """Rows of a panel, (r, n), as stored: copies, upright where the panel is wide."""
 
     places: NDArray[np.intp]
+    waiting: NDArray[np.bool_]
+    """(r,) which of them were not held against a result yet."""
     base: Raw
     base_dtype: str
     ft: Raw
@@ -58,7 +64,8 @@ class SpotCheck:
             places = sampled(panel.start, panel.start + panel.rows)
             base, ft = (stored.T if panel.wide else stored for stored in (panel.base, panel.ft))
             here = places - panel.start
-            self._watched.append(_Rows(places, base[here], panel.base_dtype, ft[here], panel.ft_dtype))
+            waiting = np.ones(len(places), bool)
+            self._watched.append(_Rows(places, waiting, base[here], panel.base_dtype, ft[here], panel.ft_dtype))
             yield panel
 
     def check(self, block: Panel, merged: Raw) -> None:
@@ -68,12 +75,23 @@ class SpotCheck:
             WrongMergeError: a value is off by more than its rounding.
         """
         upright = merged.T if block.wide else merged
-        self._watched = [rows for rows in self._watched if rows.places[-1] >= block.start]
         for rows in self._watched:
             here = (rows.places >= block.start) & (rows.places < block.start + block.rows)
             if here.any():
                 places, base, ft = rows.places[here], rows.base[here], rows.ft[here]
                 self._hold(rows._replace(places=places, base=base, ft=ft), upright[places - block.start])
+                rows.waiting[here] = False
+        self._watched = [rows for rows in self._watched if rows.waiting.any()]
+
+    def finish(self) -> None:
+        """Hold that there was a result for every row that is remembered.
+
+        Raises:
+            WrongMergeError: there was none for one: a part of the matrix is missing.
+        """
+        if self._watched:
+            rows = self._watched[0]
+            raise WrongMergeError(f"there is no result for row {rows.places[rows.waiting][0]}")
 
     def _hold(self, rows: _Rows, merged: Raw) -> None:
         if self._basis is None:
@@ -85,11 +103,13 @@ class SpotCheck:
             widen(rows.base, rows.base_dtype, expected)
             expected += (delta @ basis.T) @ basis
             widen(merged, dtype, found)
-            norms = np.linalg.norm(delta.astype(np.float64, copy=False), axis=1, keepdims=True)
-            allowed = _ROUNDING[dtype] * np.abs(expected) + _LEAST[dtype] + _PRODUCTS[dtype] * norms
-            right = np.abs(found - expected) <= allowed
-        # What overflows is seen, and said otherwise, where rounding errors are summed.
-        if wrong := np.argwhere(~right & (np.abs(expected) < _LARGEST[dtype])).tolist():
+            # Not by squares: they could vanish where the delta does not.
+            norms = np.hypot.reduce(delta.astype(np.float64, copy=False), axis=1, keepdims=True)
+            sizes = np.abs(expected)
+            right = np.abs(found - expected) <= _ROUNDING[dtype] * sizes + _LEAST[dtype] + _PRODUCTS[dtype] * norms
+            # What overflows, on the way too, is seen, and said otherwise, where rounding errors are summed.
+            held = (sizes < _LARGEST[dtype]) & (sizes + norms < _LARGEST_SUM[dtype])
+        if wrong := np.argwhere(~right & held).tolist():
             row, column = wrong[0]
             raise WrongMergeError(
                 f"the result has {found[row, column]:.6g} in row {rows.places[row]} where W_base + Δ* is "

@@ -7,7 +7,7 @@ their span, in float64, ΔᵀΔ is in the basis of X and its complement
     [ R  H  ]     H unknown.
 
 1. *As many eigenvalues of H lie below v as values of T outside the windows do, and none of H's comes near v, if none of
-   T's comes within e + tan²φ·λ_max of it.* Let H′ be to QTQᵀ what H is to ΔᵀΔ: ‖H − H′‖ ≤ e. With C and S the parts
+   T's comes within e + tan²φ·λ_max of it.* Let H′ be to QTQᵀ what H is to ΔᵀΔ, and e ≥ ‖H − H′‖. With C and S the parts
    that the complement of X has in the span of T's other vectors and in that of the windows', H′ − v is
    Cᵀ(T_out − v)C + Sᵀ(T_in − v)S. The first has the inertia of T_out − v (Sylvester), the second a norm of sin²φ·λ_max.
 2. *As many eigenvalues of ΔᵀΔ lie below v as θ and values of T outside do, and those near v are θ to within ‖R‖²/gap*,

@@ -137,7 +137,7 @@ class _Merged:
 
         Raises:
             NumericalError: a device failed, and the CPU has no room for its work.
-            WrongMergeError: a value is not that of W_base + Δ*; nothing of its block is written.
+            WrongMergeError: a value is not that of W_base + Δ*, and nothing of its block is written; or one is missing.
         """
         panels = self._spots.watched(self._view.panels())
         if self._view.wide:
@@ -149,6 +149,7 @@ class _Merged:
                 self._spots.check(block, rounded)
                 self._write(block.start * self._view.cols * rounded.itemsize, rounded)
                 self._tell(block)
+        self._spots.finish()
         if self._running is None:
             self.digest = self._job.around.shards[self._job.task.shard].digest(self._job.task.name)
         else:

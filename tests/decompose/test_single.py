@@ -5,12 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from streamrepair.decompose import certify, lapack, single, twisted
-from streamrepair.decompose.arithmetic import Doubles, Precision
+from streamrepair.decompose import certify, householder, lapack, single, twisted
+from streamrepair.decompose.arithmetic import Doubles, Precision, Products
+from streamrepair.decompose.convert import Real
+from streamrepair.decompose.halves import Both
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import MOST_MIXING, Truncation, UnresolvedError, mixing, roots
-from streamrepair.decompose.windows import Windows
+from streamrepair.decompose.windows import Slack, Windows
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 from tests.decompose.sources import ArraySource, fine_tuned, from_delta, low_rank_plus_noise, with_spectrum
@@ -165,6 +167,47 @@ def test_a_value_planted_beside_the_threshold_falls_on_its_side(off: float) -> N
         assert abs(off) < 1e-4
         return
     assert found.threshold.rank_kept == (7 if off > 0 else 6)
+
+
+@pytest.mark.parametrize("which", [12, -1])
+def test_vectors_that_are_turned_back_to_anothers_are_caught(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A true vector of Δ has no residual, whichever value it belongs to: another median, or one value less kept."""
+    source, right = fine_tuned(low_rank_plus_noise(300, 300, rank=40), "BF16"), householder.rotate_back
+    another = np.linalg.svd(source.delta())[2][-60]
+
+    def wrong(reflectors: Real, scales: Real, vectors: Real, both: Both) -> None:
+        right(reflectors, scales, vectors, both)
+        vectors[which] = another
+
+    _truncated(source)
+    monkeypatch.setattr(householder, "rotate_back", wrong)
+    with pytest.raises(NumericalError, match="turned back"):
+        _truncated(source)
+
+
+@pytest.mark.parametrize("kind", ["flat", "heavy", "positive"])
+def test_what_windows_leave_is_no_further_from_t_than_is_said(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where float32 errors are anything but spread evenly, too."""
+    n, rng, original = 320, np.random.default_rng(0), single.ritz
+    delta = {
+        "flat": with_spectrum(rng.uniform(0.9, 1.1, n), n),
+        "heavy": _heavy(2 * n, n),
+        "positive": np.abs(rng.standard_normal((n, n))),
+    }[kind]
+    source, seen = from_delta(delta, "F32"), list[tuple[Doubles, float]]()
+
+    def met(products: Products, slack: Slack, rows: Doubles, outside: Doubles, blunt: float) -> Windows:
+        seen.append((rows.astype(np.float64), blunt))
+        return original(products, slack, rows, outside, blunt)
+
+    monkeypatch.setattr(single, "ritz", met)
+    _truncated(source)
+    rows, blunt = seen[0]
+    gram = HostArithmetic().gram(source, certify.probe_vectors(n), "float32")
+    assert gram.matrix is not None
+    error = source.delta().T @ source.delta() - single.SingleTridiagonal(gram.matrix).product(np.eye(n))
+    others = np.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]
+    assert np.linalg.norm(others.T @ error @ others, 2) <= blunt
 
 
 @pytest.mark.parametrize("fault", ["turned", "repeated", "nan", "another's"])

@@ -18,6 +18,11 @@ from streamrepair.decompose.operator import Panel
 from streamrepair.decompose.spot_check import STRIDE, SpotCheck, WrongMergeError, sampled
 from tests.decompose.sources import ArraySource, Doubles, stored
 
+_WIDER = {"BF16": ("F32", 24), "F16": ("F32", 24), "F32": ("F64", 53), "F64": ("F64", 53)}
+"""Of an output's dtype, the inputs' and the digits of the precision that it is merged in."""
+_HALVES = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 2.0**-24}
+"""Half a unit in the last place of 1."""
+
 
 def _vectors(n: int, rank: int, real: type[np.float32 | np.float64], seed: int = 0) -> Real:
     q: Real = np.linalg.qr(np.random.default_rng(seed).standard_normal((n, rank)))[0].T.astype(real)
@@ -37,6 +42,7 @@ def _checked(source: ArraySource, vh: Real, out_dtype: str) -> None:
     merger = HostArithmetic().merger(vh, out_dtype)
     for block, merged in merger.merged(spots.watched(source.panels())):
         spots.check(block, merged)
+    spots.finish()
 
 
 @given(
@@ -44,20 +50,40 @@ def _checked(source: ArraySource, vh: Real, out_dtype: str) -> None:
     shape=st.sampled_from([(1, 1), (7, 3), (300, 40), (2500, 30), (5000, 17)]),
     share=st.floats(0.0, 1.0),
     dtypes=st.tuples(*2 * [st.sampled_from(["BF16", "F16", "F32", "F64"])]),
-    scale=st.sampled_from([1e-30, 1e-6, 1e-3, 1.0, 1e4, 1e30]),
+    scale=st.sampled_from([1e-300, 1e-170, 1e-30, 1e-6, 1e-3, 1.0, 1e4, 1e30, 3e37]),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 def test_rounding_is_no_fault(
     seed: int, shape: tuple[int, int], share: float, dtypes: tuple[str, str], scale: float
 ) -> None:
-    """Whatever the sizes of weights and deltas, subnormal and overflowing ones included."""
+    """Whatever the sizes of weights and deltas, subnormal and overflowing ones included, and those with no squares."""
     (dtype, out_dtype), delta = dtypes, scale * 10.0 ** (seed % 7 - 4)
-    source = _pair(*shape, dtype, weights=scale, delta=delta, seed=seed)
-    source = source.transposed() if seed % 3 == 0 else source
     real = np.float32 if seed % 2 and out_dtype in ("BF16", "F16") else np.float64
     with np.errstate(over="ignore", invalid="ignore"):
+        source = _pair(*shape, dtype, weights=scale, delta=delta, seed=seed)
+        source = source.transposed() if seed % 3 == 0 else source
         if np.isfinite(source.delta()).all():
             _checked(source, _vectors(shape[1], round(share * shape[1]), real), out_dtype)
+
+
+@pytest.mark.parametrize("out_dtype", ["BF16", "F16", "F32", "F64"])
+def test_a_sum_that_is_rounded_in_many_parts_is_no_fault(out_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a BLAS does it with many vectors: W_base, far larger than Δ, is rounded once for each part of them."""
+    rng, shape, (wider, digits) = np.random.default_rng(0), (2000, 256), _WIDER[out_dtype]
+    real = np.float32 if out_dtype in ("BF16", "F16") else np.float64
+    vh = _vectors(256, 240, real)
+    delta: Doubles = 2.0**-digits * 1e3 * rng.standard_normal(shape)
+    # Halfway between two results, where there are any, and these as far apart as they can be.
+    exact = 1.0 + _HALVES.get(out_dtype, 0.5) + 2.0**-digits * rng.uniform(-8.0, 8.0, shape)
+    base = stored(exact - delta @ vh.T @ vh, wider)
+    source, original = ArraySource(base, stored(base + delta, wider), wider), lapack.add_product
+
+    def in_parts(left: Real, right: Real, out: Real) -> None:
+        for start in range(0, len(right), 6):
+            original(left[:, start : start + 6], right[start : start + 6], out)
+
+    monkeypatch.setattr(lapack, "add_product", in_parts)
+    _checked(source, vh, out_dtype)
 
 
 @pytest.mark.parametrize("out_dtype", ["BF16", "F32"])
@@ -97,6 +123,19 @@ def test_a_merge_that_was_not_carried_out_is_caught(
         _checked(source, vh, out_dtype)
 
 
+@pytest.mark.parametrize("missing", [0, 1, 2])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_block_that_is_left_out_is_missed(missing: int, turned: bool) -> None:
+    source, vh = _pair(5000, 40, "BF16", weights=1e-2, delta=1e-2), _vectors(40, 9, np.float32)
+    spots, merger = SpotCheck(vh, "BF16"), HostArithmetic().merger(vh, "BF16")
+    source = source.transposed() if turned else source
+    for i, (block, merged) in enumerate(merger.merged(spots.watched(source.panels()))):
+        if i != missing:
+            spots.check(block, merged)
+    with pytest.raises(WrongMergeError, match="no result for row"):
+        spots.finish()
+
+
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_results_may_come_late_and_in_parts(spoilt: bool) -> None:
     """As a GPU's do: their panel's memory has the next one, and blocks were cut where the device's ran out."""
@@ -120,6 +159,7 @@ def test_results_may_come_late_and_in_parts(spoilt: bool) -> None:
                 spots.check(block, merged[block.start : block.start + block.rows])
         for block in waiting:
             spots.check(block, merged[block.start : block.start + block.rows])
+        spots.finish()
 
     if spoilt:
         with pytest.raises(WrongMergeError):

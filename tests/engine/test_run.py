@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from streamrepair import api
 from streamrepair.checkpoint import osfile
+from streamrepair.decompose.host import HostMerger
 from streamrepair.engine import commit, limits, task
 from streamrepair.engine.fit import fits_climb
 from streamrepair.engine.plan import Plan
@@ -595,6 +597,28 @@ def test_overflow_on_the_way_down_fails_naming_the_tensor(tmp_path: Path, dtype:
     if dtype == "F16":
         api.repair(base, ft, tmp_path / "out32", out_dtype="float32")
         assert values(read_tensors(tmp_path / "out32")["some.weight"]).max() > largest
+
+
+def test_a_delta_too_large_for_float32_products_is_said_to_overflow(tmp_path: Path) -> None:
+    """And not to be a processor's fault: its rows are merged in float32, in which only some of them are numbers."""
+    rng = np.random.default_rng(0)
+    before, after = (3e38 * rng.uniform(-1.0, 1.0, (400, 300)) for _ in range(2))
+    after[:, :40] = -before[:, :40]
+    base = write_split(tmp_path / "base", {"some.weight": stored(before, "BF16")}, 1)
+    ft = write_split(tmp_path / "ft", {"some.weight": stored(after, "BF16")}, 1)
+    with pytest.raises(NumericalError, match=r"some\.weight: a repaired value overflows BF16: .*--out-dtype float32"):
+        api.repair(base, ft, tmp_path / "out", scale=0.5)
+
+
+@pytest.mark.parametrize("shape", [(4200, 64), (64, 4200)], ids=str)
+def test_a_block_that_a_merge_leaves_out_fails_the_run(
+    tmp_path: Path, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wide tensor is gathered in memory that held something else."""
+    pair, original = write_pair(tmp_path, {"some.weight": shape}), HostMerger.merged
+    monkeypatch.setattr(HostMerger, "merged", lambda self, panels: islice(original(self, panels), 2))
+    with pytest.raises(NumericalError, match=r"some\.weight: there is no result for row"):
+        api.repair(pair.base, pair.ft, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
