@@ -114,7 +114,7 @@ def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precis
     threshold, close = decide(values, bound, rule, m, n)
     if precision == "float32" and (close or threshold.s_median**2 < LEAST_FLOAT32_VALUE):
         raise UnresolvedError(f"{close} values within {bound:.1e} of the squared threshold")
-    if precision == "float32" and (turned := mixing(values, threshold.rank_kept, 0.5 * bound)) > MOST_MIXING:
+    if precision == "float32" and not (turned := mixing(values, threshold.rank_kept, 0.5 * bound)) <= MOST_MIXING:
         raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
     close = _checked_count(spectrum.count_above(threshold.tau * threshold.tau, bound), threshold.rank_kept, close)
     if precision == "float32" and close:

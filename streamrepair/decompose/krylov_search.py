@@ -186,7 +186,7 @@ class Search:
         ceiling = low - 1e-3 * (low - following)
         rest = min(ceiling, max(following + float(residuals[count]), 0.5 * low))
         turned = _rotation(found, residuals + 0.5 * self.bound, count, rest)
-        if turned > MOST_MIXING:
+        if not turned <= MOST_MIXING:
             raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
         values, vectors = found[:count][::-1], vectors[:count][::-1]
         self._prove_none_above(low, ceiling, values, vectors)

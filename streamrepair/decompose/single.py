@@ -206,10 +206,10 @@ def _decided(basis: _Basis, by: tuple[Products, Slack], matrix: _Matrix) -> Trun
     unsure = float(cut / median * off)
     windows.clear(cut, unsure)
     margin = windows.error(cut, unsure) + unsure
-    if close := int(np.count_nonzero(np.abs(windows.values - cut) <= margin)):
+    if close := int(np.count_nonzero(~(np.abs(windows.values - cut) > margin))):
         raise UnresolvedError(f"{close} values within {margin:.1e} of the squared threshold")
     turned = mixing(values, threshold.rank_kept, basis.errors(threshold.rank_kept), basis.exact) + windows.mixing(cut)
-    if turned > MOST_MIXING:
+    if not turned <= MOST_MIXING:
         raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
     vectors = _assembled(windows, basis, values, threshold.rank_kept)
     top = values[n - threshold.rank_kept :]

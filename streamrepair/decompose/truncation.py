@@ -89,7 +89,7 @@ def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: in
         raise UnresolvedError(f"bound {bound:.1e} against a median eigenvalue of {threshold.s_median**2:.1e}")
     cut = threshold.tau * threshold.tau  # infinite rather than an OverflowError
     margin = bound + max(high.tau**2 - cut, cut - low.tau**2)
-    close = int(np.count_nonzero(np.abs(values - cut) <= margin))
+    close = int(np.count_nonzero(~(np.abs(values - cut) > margin)))
     if close and margin > 2.0 * PROMISED_GAP * cut:
         raise UnresolvedError(f"{close} values within {margin / cut:.1e} of the squared threshold")
     return threshold, close
