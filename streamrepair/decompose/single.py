@@ -101,12 +101,16 @@ class SingleTridiagonal:
 
     def product(self, probes: Doubles) -> Doubles:
         """(p, n) Q·T·Qᵀ·X."""
-        rotated = probes.astype(np.float32)
-        lapack.rotate_back(self._reflectors, self._scales, rotated, transpose=True)
-        rotated = lapack.times_tridiagonal(self._diagonal, self._off, rotated).astype(np.float32)
+        rotated = lapack.times_tridiagonal(self._diagonal, self._off, self._turned(probes)).astype(np.float32)
         lapack.rotate_back(self._reflectors, self._scales, rotated)
         images: Doubles = rotated.astype(np.float64) * self._scale
         return images
+
+    def _turned(self, probes: Doubles) -> Singles:
+        """(p, n) Qᵀ·X."""
+        rotated = probes.astype(np.float32)
+        lapack.rotate_back(self._reflectors, self._scales, rotated, transpose=True)
+        return rotated
 
     def check_count(self, at: float) -> None:
         """Hold that as many values lie above `at` as a Sturm sequence of T finds there.
@@ -135,10 +139,7 @@ class SingleTridiagonal:
             residual = float(np.maximum(residual, self._make(places[part], rows[part])))  # NaN stays
         if not np.isfinite(residual):
             raise NumericalError("vectors of the tridiagonal form are not finite")
-        seen = probes.astype(np.float32)
-        turned = seen.copy()
-        lapack.rotate_back(self._reflectors, self._scales, turned, transpose=True)
-        expected = rows @ turned.T
+        seen, expected = probes.astype(np.float32), rows @ self._turned(probes).T
         householder.rotate_back(self._reflectors, self._scales, rows, self._both)
         off = float(np.linalg.norm(rows @ seen.T - expected, axis=1).max(initial=0.0) / np.sqrt(len(probes)))
         if not off <= _TURNED:
