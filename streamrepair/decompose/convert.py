@@ -65,12 +65,11 @@ def difference(ft: Raw, ft_dtype: str, base: Raw, base_dtype: str, out: Real) ->
     What is not finite passes without a warning: that is for the reader of the delta to meet.
     """
     work = np.float64 if "F64" in (ft_dtype, base_dtype) else out.dtype
-    minuend: Real | None = None
+    subtrahend = np.empty(out[: _piece_rows(out)].shape, work)
+    minuend = subtrahend[:0] if out.dtype == work else np.empty_like(subtrahend)
     with np.errstate(over="ignore", invalid="ignore"):
         for piece in _pieces(out):
             target = out[piece]
-            if minuend is None:
-                minuend, subtrahend = np.empty(target.shape, work), np.empty(target.shape, work)
             left = target if target.dtype == work else minuend[: len(target)]
             right = subtrahend[: len(target)]
             widen(ft[piece], ft_dtype, left)
@@ -120,6 +119,10 @@ def _rounded_to_bfloat16(values: Real, out: Raw) -> Real:
 
 def _pieces(array: Raw) -> Iterator[slice]:
     """Slices of whole rows of about _PIECE_ELEMENTS elements."""
-    rows = max(1, _PIECE_ELEMENTS // max(1, array[:1].size))
+    rows = _piece_rows(array)
     for start in range(0, len(array), rows):
         yield slice(start, start + rows)
+
+
+def _piece_rows(array: Raw) -> int:
+    return max(1, _PIECE_ELEMENTS // max(1, array[:1].size))

@@ -20,9 +20,6 @@ from streamrepair.decompose.scratch import Scratch
 _FLUSH_ROWS = 8192
 """Rows summed in float32 before the sum is added to the float64 one: longer runs lose digits, shorter ones time."""
 
-_MANY_VECTORS = 48
-"""From here on making vectors all at once is quicker than one after another."""
-
 
 class HostArithmetic:
     """The CPU.
@@ -255,15 +252,12 @@ class TridiagonalSpectrum(Spectrum):
         return Count(above, above)
 
     def top(self, count: int) -> Doubles:
-        """By twisted factorisations of T where there are many, else, or where clusters spoil those, by MRRR."""
+        """By twisted factorisations of T or, where clusters spoil those, by MRRR."""
         if count == 0:
             return np.empty((0, len(self._values)))
-        vectors: Doubles | None = None
-        if count >= _MANY_VECTORS:
-            vectors = twisted.vectors(self._diagonal, self._off, self._values[-count:])
-            if not certify.orthonormality(vectors) <= certify.ORTHONORMALITY:
-                vectors = None
-        if vectors is None:
+        vectors = twisted.vectors(self._diagonal, self._off, self._values[-count:])
+        if not certify.orthonormality(vectors) <= certify.ORTHONORMALITY:
+            del vectors
             vectors = lapack.tridiagonal_vectors(self._diagonal, self._off, count)
         householder.rotate_back(self._reflectors, self._scales, vectors, self._both)
         return vectors

@@ -19,6 +19,7 @@ from streamrepair.decompose.convert import Real
 from streamrepair.decompose.halves import Both, in_turn
 
 _BLOCK = 64
+_BELOW = np.tri(_BLOCK, k=-1, dtype=bool)
 _LEAST_COLUMNS, _LEAST_VECTORS = 768, 48
 """Below these LAPACK is as quick."""
 _HALVED_VECTORS = 256
@@ -50,7 +51,7 @@ def _rotate(reflectors: Real, scales: Real, vectors: Real) -> None:
         count, length = min(_BLOCK, n - 1 - start), n - 1 - start
         rows: Real = held[: count * length].reshape(count, length)
         rows[:] = reflectors[start : start + count, start + 1 :]
-        rows[:, :count][np.tril_indices(count, -1)] = 0.0
+        rows[:, :count][_BELOW[:count, :count]] = 0.0
         np.fill_diagonal(rows, 1.0)
         part = vectors[:, start + 1 :]
         products: Real = part @ rows.T
@@ -63,9 +64,11 @@ def _by_factor(rows: Real, scales: NDArray[np.float32] | NDArray[np.float64], pr
 
     T⁻¹ is upper triangular: the rows' inner products, and 1/τ on the diagonal; a reflector with τ = 0 is none.
     """
-    inverse = np.triu(rows @ rows.T, 1)
+    inverse: Real = rows @ rows.T
     none = scales == 0.0
-    inverse[none], inverse[:, none] = 0.0, 0.0
+    if none.any():
+        inverse[none], inverse[:, none] = 0.0, 0.0
     np.fill_diagonal(inverse, 1.0 / np.where(none, 1.0, scales))
     lapack.solve_triangle(inverse, products)
-    products[:, none] = 0.0
+    if none.any():
+        products[:, none] = 0.0

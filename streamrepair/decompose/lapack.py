@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.machinery import PathFinder
@@ -30,6 +30,7 @@ from streamrepair.errors import NumericalError
 Real = NDArray[np.float32] | NDArray[np.float64]
 Double = NDArray[np.float64]
 _Float = TypeVar("_Float", np.float32, np.float64)
+_Argument = bytes | int | float | Real | NDArray[np.int32] | ctypes.c_int | ctypes.c_double
 
 _LOWER = b"L"  # of the Fortran view: the upper triangle of the C-ordered array
 _UPPER = b"U"  # likewise: the C lower triangle, where factors lie beside the matrix they are of
@@ -75,14 +76,21 @@ def _routine(name: str, arguments: int) -> Callable[..., None]:
     return ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * arguments)(pointer)
 
 
-def _call(name: str, *arguments: bytes | int | float | Real | NDArray[np.int32] | ctypes.c_int, like: Real) -> None:
+def _call(name: str, *arguments: _Argument, like: Real) -> None:
     """Call a routine with LAPACK's conventions: everything by reference, reals in the precision of `like`."""
+    pointers, _held = _by_reference(arguments, like)
+    _routine(_letter(like) + name, len(arguments))(*pointers)
+
+
+def _by_reference(arguments: Sequence[_Argument], like: Real) -> tuple[list[int], list[object]]:
+    """Addresses of all arguments, and what lies there, to be kept over the call."""
     real = ctypes.c_float if like.dtype == np.float32 else ctypes.c_double
-    held: list[object] = []  # keeps every by-reference scalar alive over the call
-    pointers: list[object] = []
+    held: list[object] = []
+    pointers: list[int] = []
     for argument in arguments:
         match argument:
             case np.ndarray():
+                held.append(argument)
                 pointers.append(argument.ctypes.data)
                 continue
             case bytes():
@@ -95,7 +103,7 @@ def _call(name: str, *arguments: bytes | int | float | Real | NDArray[np.int32] 
                 scalar = argument
         held.append(scalar)
         pointers.append(ctypes.addressof(scalar))  # type: ignore[arg-type]
-    _routine(_letter(like) + name, len(arguments))(*pointers)
+    return pointers, held
 
 
 def _letter(array: Real) -> Literal["s", "d"]:
@@ -227,6 +235,38 @@ def tridiagonal_vectors(diagonal: Double, off: Double, count: int) -> Double:
     if found.value != count:
         raise NumericalError(f"LAPACK stemr found {found.value} eigenvectors where {count} were asked for")
     return vectors
+
+
+def factor_tridiagonal(diagonal: Double, off: Double) -> bool:
+    """diagonal, off ← D, and L below its diagonal of ones, of T = L·D·Lᵀ (dpttrf); whether T is positive definite.
+
+    Args:
+        diagonal: (n,). off: (n,), of which the last entry is unused.
+    """
+    info = ctypes.c_int()
+    _call("pttrf", len(diagonal), diagonal, off, info, like=diagonal)
+    return info.value == 0
+
+
+def twisted_vectors(diagonal: Double, lower: Double, values: Double, out: Double) -> None:
+    """Each row of (k, n) `out` ← the unit eigenvector of L·D·Lᵀ for one of (k,) eigenvalues (dlar1v).
+
+    Args:
+        diagonal, lower: (n,) D and L, as `factor_tridiagonal` leaves them.
+    """
+    n, products = len(diagonal), lower * diagonal
+    value, twist, scale = ctypes.c_double(), ctypes.c_int(), ctypes.c_double()
+    counted, ignored, support = ctypes.c_int(), ctypes.c_double(), np.empty(2, np.int32)
+    least = float(np.finfo(np.float64).tiny * max(1.0, products.max(initial=0.0)))
+    matrix = (value, diagonal, lower, products, lower * products)
+    results = (counted, ignored, ignored, twist, support, scale, ignored, ignored, np.empty(4 * n))
+    pointers, _held = _by_reference((n, 1, n, *matrix, least, 0.0, out, 0, *results), out)
+    routine, at = _routine("dlar1v", len(pointers)), pointers.index(out.ctypes.data)
+    out.fill(0.0)
+    for place, wanted in enumerate(values):
+        value.value, twist.value, pointers[at] = wanted, 0, out[place].ctypes.data
+        routine(*pointers)
+        out[place] *= scale.value
 
 
 def rotate_back(reflectors: Real, scales: Real, vectors: Real, *, transpose: bool = False) -> None:

@@ -134,8 +134,8 @@ class SingleTridiagonal:
         n = len(self._values)
         rows: Singles = np.empty((len(places), n), np.float32)
         residual = 0.0
-        for start in range(0, len(places), twisted.at_once(n)):
-            part = slice(start, start + twisted.at_once(n))
+        for start in range(0, len(places), twisted.AT_ONCE):
+            part = slice(start, start + twisted.AT_ONCE)
             residual = float(np.maximum(residual, self._make(places[part], rows[part])))  # NaN stays
         if not np.isfinite(residual):
             raise NumericalError("vectors of the tridiagonal form are not finite")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from streamrepair.decompose.blocks import block_rows
 from streamrepair.decompose.scratch import LARGE_ARRAY_BYTES, RETAINED_BYTES
-from streamrepair.decompose.twisted import at_once
+from streamrepair.decompose.twisted import AT_ONCE
 
 PROCESS_BYTES = 80_000_000
 """The interpreter with NumPy, SciPy and their BLAS loaded, before any task."""
@@ -73,16 +73,15 @@ def gram_bytes(shape: MatrixShape) -> int:
 
     n² terms: G in float64 (8), its float32 partial sum (4); then reflectors in G's place, kept vectors (8·share) and
     their products in the check (8·share²), or, for 16-bit outputs, reflectors and vectors in float32 beside G; then
-    vectors (8·share), their cast (4·share). A batch of vectors is made in six arrays of doubles, in float32's case
-    beside a seventh; windows are five of n × 64. Block terms: Δ in float64 if the first precision
+    vectors (8·share), their cast (4·share). In float32's case a batch of vectors is made in four arrays of doubles;
+    windows are five of n × 64. Block terms: Δ in float64 if the first precision
     fails (8); in the merge W_base (4, or 8 for wide outputs), Δ·Vᵀ (as W_base, times share) and the result, which stay
     until the next task's factoring if a worker may keep so much.
     """
     n, share = shape.cols, shape.kept_share
-    batch = n * min(at_once(n), max(1, int(share * n)))
-    vectors = max(int(8 * share * n * n) + 48 * batch, int((8 * share + 8 * share * share) * n * n))
+    vectors = int((8 * share + 8 * share * share) * n * n)
     if shape.out_item_bytes == 2:
-        vectors = max(vectors, int((4 + 4 * share) * n * n) + 56 * batch)
+        vectors = max(vectors, int((4 + 4 * share) * n * n) + 4 * 8 * n * min(AT_ONCE, max(1, int(share * n))))
     factor = _sums_bytes(n) + vectors + 5 * 8 * 64 * n + _kept_on_bytes(shape)
     merge = _sums_kept_bytes(n) + int((8 + _item_bytes(shape)) * share * n * n) + _merge_blocks_bytes(shape)
     return max(12 * n * n + _kept_on_bytes(shape), factor, merge)

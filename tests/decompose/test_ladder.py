@@ -142,6 +142,8 @@ FLOAT64_FAULTS = [
     *FAULTS,
     (lapack, "tridiagonal_values", _shifted),
     (lapack, "tridiagonal_values", _another_median),
+    (twisted, "vectors", _raises),
+    (twisted, "vectors", _rotated),
     (lapack, "tridiagonal_vectors", _raises),
     (lapack, "tridiagonal_vectors", _not_finite),
     (lapack, "tridiagonal_vectors", _rotated),
@@ -177,9 +179,21 @@ def test_a_fault_in_float64_is_caught_and_the_reference_answers(
     monkeypatch: pytest.MonkeyPatch, source: ArraySource, module: ModuleType, routine: str, fault: Function
 ) -> None:
     monkeypatch.setattr(module, routine, _failing(getattr(module, routine), 99, fault))
+    if routine == "tridiagonal_vectors":  # asked for only where twisted factorisations were in vain
+        monkeypatch.setattr(twisted, "vectors", _failing(twisted.vectors, 99, _repeated))
     truncation = _decompose(source, sharp=True)
     assert truncation.backend == "full"
     assert truncation.climbed[0].startswith("gram-float64: ")
+    assert _is_right(truncation, source)
+
+
+@pytest.mark.parametrize("fault", [_not_finite, _repeated])
+def test_vectors_that_are_not_orthonormal_are_made_anew_by_mrrr(
+    monkeypatch: pytest.MonkeyPatch, source: ArraySource, fault: Function
+) -> None:
+    monkeypatch.setattr(twisted, "vectors", _failing(twisted.vectors, 99, fault))
+    truncation = _decompose(source, sharp=True)
+    assert (truncation.backend, truncation.climbed) == ("gram-float64", ())
     assert _is_right(truncation, source)
 
 
