@@ -7,6 +7,7 @@ contender is a warm-up: it is not timed, its memory is taken, and its answer is 
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -35,6 +37,9 @@ from streamrepair.decompose.truncation import Truncation
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
+
+_LEAST_SAMPLE_S = 0.25
+"""A few hundredths of a second say more of when threads were woken than of what they do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,25 +239,39 @@ def _arithmetic(device: str) -> Arithmetic:
 
 
 def _two_at_once(worker: _Worker, repeats: int) -> tuple[float, ...]:
-    """Seconds until two workers have both repaired the matrix."""
+    """Seconds in which each of two workers repairs the matrix once, none waiting for the other between two of them."""
     workers = (worker, worker.twin())
     with ThreadPoolExecutor(len(workers)) as pool:
 
-        def both() -> None:
-            for future in [pool.submit(one.repair) for one in workers]:
+        def both(rounds: int) -> None:
+            for future in [pool.submit(_repeatedly, one.repair, rounds) for one in workers]:
                 future.result()
 
-        both()
-        return _timed(both, repeats)
+        both(1)
+        return _samples(both, repeats)
 
 
 def _timed(work: Callable[[], object], repeats: int) -> tuple[float, ...]:
-    samples = []
-    for _ in range(repeats):
-        began = time.perf_counter()
+    return _samples(partial(_repeatedly, work), repeats)
+
+
+def _repeatedly(work: Callable[[], object], rounds: int) -> None:
+    for _ in range(rounds):
         work()
-        samples.append(time.perf_counter() - began)
-    return tuple(samples)
+
+
+def _samples(work: Callable[[int], None], repeats: int) -> tuple[float, ...]:
+    """Seconds per round of `work`, which is given how many; short rounds are taken several at a time."""
+    first = _seconds(work, 1)
+    if (rounds := math.ceil(_LEAST_SAMPLE_S / first)) <= 1:
+        return (first, *(_seconds(work, 1) for _ in range(repeats - 1)))
+    return tuple(_seconds(work, rounds) / rounds for _ in range(repeats))
+
+
+def _seconds(work: Callable[[int], None], rounds: int) -> float:
+    began = time.perf_counter()
+    work(rounds)
+    return time.perf_counter() - began
 
 
 def _gflops(source: MemorySource, seconds: float) -> float:

@@ -54,7 +54,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     """Why cheaper ones were left."""
     threads: int
     samples: tuple[float, ...]
-    """Seconds of each repeat, the warm-up left out."""
+    """Seconds of a repair in each repeat, the warm-up left out."""
     seconds: float
     """Their median."""
     gflops: float
