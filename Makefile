@@ -51,7 +51,8 @@ bench: $(DEMO)
 	$(BENCH) --arch llama-135m --spectrum gapped --name end-to-end-llama-135m-gapped --check
 	$(BENCH) --arch qwen-0.5b --spectrum heavy --name end-to-end-qwen-0.5b-heavy --check --sample 40
 	$(BENCH) --arch qwen-0.5b --spectrum gapped --name end-to-end-qwen-0.5b-gapped --check --sample 40
-	$(BENCH) --arch qwen-0.5b --copy --name copy-qwen-0.5b-zero
+	$(BENCH) --arch qwen-0.5b --copy --name copy-qwen-0.5b-zero --repeats 7
+	$(BENCH) --arch llama-8b --layers 4 --copy --name copy-8b-4-layers-zero --repeats 5
 	$(BENCH) --arch llama-8b --layers 8 --spectrum heavy --skip-reference --name 8b-8-layers
 	$(BENCH) --arch llama-70b-layer --skip-reference --name 70b-layer-4GB -- --ram 4GB
 	$(BIN)/python bench/budgets.py --only qwen-0.5b --workers 1 --workers 2 --json bench/results/budgets-qwen-0.5b.json

@@ -67,14 +67,15 @@ def end_to_end(records: list[Record]) -> list[Row]:
 
 
 def copy(records: list[Record]) -> list[Row]:
-    """A repair that finds nothing to do, beside cp; seconds with what was left to sync."""
-    head = ["pair", "size of FT", "`cp -r`", "then sync", "streamrepair", "then sync", "peak"]
+    """A repair that finds nothing to do, beside cp; the ratio with what was left to sync."""
+    head = ["pair", "size of FT", "`cp -r`", "then sync", "streamrepair", "then sync", "peak", "speed"]
     rows = []
     for record in records:
         if "cp" not in record:
             continue
         times = [format_seconds(record[who][key]) for who in ("cp", "streamrepair") for key in ("wall_s", "sync_s")]
-        rows.append([_label(record), format_bytes(record["bytes"]), *times, _cost(record["streamrepair"])[1]])
+        speed = f"{record['time_ratio_synced']:.2f}×"
+        rows.append([_label(record), format_bytes(record["bytes"]), *times, _cost(record["streamrepair"])[1], speed])
     return [head, *rows] if rows else []
 
 

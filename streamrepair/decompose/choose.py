@@ -24,7 +24,7 @@ _LEAST_FAST_COLUMNS = 512
 """Likewise: the start block is the same for all matrices of that n, and one that is unlucky with diagonal deltas would
 have its interval for τ miss with most of them."""
 _IN_VAIN = 0.25
-"""By how much it has to be quicker: most matrices keep more, and to find that out costs 0.3 of 5 seconds at 4096²."""
+"""By how much it has to be quicker: most matrices keep more, and to find that out costs 0.2 of 5 seconds at 4096²."""
 
 MOST_BATCHED_COLUMNS = 1024
 """Longest short side of matrices that a GPU decides in batches: above this one keeps it busy alone."""

@@ -58,7 +58,7 @@ _CONVERT_S = 6.5e-9
 """Per element, both passes: widening, subtracting, rounding."""
 _VALUES_S = 9e-9
 """Per n², of all eigenvalues of a tridiagonal matrix."""
-_VECTORS_S = 6e-8
+_VECTORS_S = 2.5e-8
 """Per n and vector, of twisted factorisations."""
 _WINDOWS = 60
 """Vectors that are made exact."""

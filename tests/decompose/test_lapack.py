@@ -135,3 +135,29 @@ def test_inputs_of_the_tridiagonal_routines_are_left_alone() -> None:
     lapack.tridiagonal_vectors(diagonal, off, 2)
     np.testing.assert_array_equal(diagonal, [4.0, 2.0, 3.0])
     np.testing.assert_array_equal(off, [1.0, 0.5])
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_tridiagonal_matrices_are_factored(n: int) -> None:
+    diagonal, off, _ = lapack.tridiagonalise(_symmetric(n))
+    pivots, lower = diagonal.copy(), np.append(off, 0.0)
+    assert lapack.factor_tridiagonal(pivots, lower)
+    factor = np.eye(n) + np.diag(lower[:-1], -1)
+    matrix = np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1)
+    np.testing.assert_allclose(factor * pivots @ factor.T, matrix, rtol=0, atol=1e-13 * diagonal.max())
+
+
+def test_a_tridiagonal_matrix_that_is_not_positive_definite_has_no_factor() -> None:
+    assert not lapack.factor_tridiagonal(np.array([1.0, 1.0]), np.array([2.0, 0.0]))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_twisted_vectors_are_unit_eigenvectors(n: int) -> None:
+    diagonal, off, _ = lapack.tridiagonalise(_symmetric(n))
+    matrix = np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1)
+    values: Doubles = np.linalg.eigvalsh(matrix)[-5:].astype(np.float64)
+    lower, found = np.append(off, 0.0), np.full((len(values), n), 7.0)
+    assert lapack.factor_tridiagonal(diagonal, lower)
+    lapack.twisted_vectors(diagonal, lower, values, found)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-13)
+    np.testing.assert_allclose(found @ matrix, values[:, None] * found, rtol=0, atol=1e-12 * values[-1])
