@@ -145,6 +145,21 @@ def test_blocks_arrive_as_they_were_stored(dtype: str, base_dtype: str, wide: bo
                 np.testing.assert_allclose(exact_base, base, rtol=2**-24)
 
 
+def test_fresh_memory_is_written_after_the_work_of_whoever_had_it_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch hands memory on while kernels that use it are queued: in order on their stream, not on that of copies."""
+    waited: list[object] = []
+
+    class Stream(torch.cpu.Stream):
+        def wait_stream(self, stream: object) -> None:
+            waited.append(stream)
+
+    monkeypatch.setattr(torch.cpu, "Stream", Stream)
+    upload, panel = Upload(CPU), _panel("BF16", "BF16", wide=False)
+    for _ in range(4):
+        upload.delta(panel, torch.empty(panel.ft.shape))
+    assert waited == [torch.cpu.current_stream()] * 4  # once for each buffer
+
+
 def test_a_float64_side_is_subtracted_before_it_is_rounded() -> None:
     base = np.random.default_rng(1).standard_normal((20, 5))
     panel = Panel(0, base, base + 1e-12, "F64", "F64", wide=False)

@@ -52,6 +52,7 @@ class _Slot:
         if twin_on is not None:
             self.twin = torch.empty(nbytes, dtype=torch.uint8, device=self._place)
             _used_on(twin_on, self.twin)
+            twin_on.wait_stream(_current(self._place))  # where whoever had this memory before may still be at work
         self.host = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self._place.type == "cuda")
 
     def let_go(self) -> None:
