@@ -217,7 +217,13 @@ def _streams(device: torch.device) -> Any:
 
 
 def _stream(device: torch.device) -> Any:
-    return torch.cuda.Stream(device) if device.type == "cuda" else torch.cpu.Stream()  # type: ignore[no-untyped-call]
+    """A stream for copies.
+
+    torch deals its 32 streams of each priority out in turn: one of the common priority could be the computing one.
+    """
+    if device.type == "cuda":
+        return torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
+    return torch.cpu.Stream()
 
 
 def _current(device: torch.device) -> Any:
