@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from streamrepair.decompose import gram, ladder
 from streamrepair.decompose.arithmetic import on_host
+from streamrepair.decompose.batched import truncate_batch
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.rates import Rates
 from streamrepair.decompose.truncation import Truncation
@@ -128,6 +129,27 @@ def test_the_merged_result_is_the_float64_one_but_for_rounding(device: str, wide
     base = _merged(source, replace(truncation, vh=np.zeros((0, 60))), DEVICES[device], "F64")
     expected = star(threshold.rank_kept)
     assert np.linalg.norm(ours - base - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("way", ["alone", "in a batch"])
+def test_a_product_that_is_not_quite_symmetric_is_no_obstacle(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Nobody promises that a product ΔᵀΔ is symmetric to the last bit: here the upper triangle is some bits off."""
+    source = from_delta(low_rank_plus_noise(900, 150, 5), "BF16")
+    noise = torch.randn((150, 150), generator=torch.Generator().manual_seed(1)).triu(1)
+
+    def off(product: torch.Tensor) -> torch.Tensor:
+        if product.dtype == torch.float32 and product.shape[-2:] == (150, 150):
+            product += 6e-8 * product.diagonal(dim1=-2, dim2=-1).mean() * noise
+        return product
+
+    mm, matmul = torch.mm, torch.Tensor.__matmul__
+    monkeypatch.setattr(torch, "mm", lambda one, other, out: off(mm(one, other, out=out)))
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda one, other: off(matmul(one, other)))
+    if way == "alone":
+        found = gram.truncate(source, RULE, arithmetic=DEVICES["slow float64"], precision="float32")
+    else:
+        found = truncate_batch([source, source], RULE, DEVICES["slow float64"], precision="float32")[1]
+    _check(source, found)
 
 
 Answer = tuple[torch.Tensor, torch.Tensor]

@@ -13,7 +13,7 @@ from streamrepair.decompose.device.batch import DeviceGrams
 from streamrepair.decompose.device.faults import reason
 from streamrepair.decompose.device.merge import DeviceMerger
 from streamrepair.decompose.device.rates import Rates, ieee_products, rates
-from streamrepair.decompose.device.spectrum import EighSpectrum
+from streamrepair.decompose.device.spectrum import EighSpectrum, mirrored
 from streamrepair.decompose.device.staging import Upload, to_device
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
@@ -62,7 +62,7 @@ class DeviceArithmetic:
             else:
                 total += torch.mm(delta.T, delta, out=partial)
             exact += delta.T @ (delta @ columns)
-        images = (x @ total).cpu().numpy()
+        images = (x @ mirrored(total)).cpu().numpy()
         trace = float(total.trace())
         return Gram(images, exact.T.cpu().numpy().copy(), trace, lambda: EighSpectrum.of(total))
 

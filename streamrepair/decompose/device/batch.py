@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from streamrepair.decompose.arithmetic import Doubles, Gram, GramBatch, Precision, Spectrum
-from streamrepair.decompose.device.spectrum import EighSpectrum
+from streamrepair.decompose.device.spectrum import EighSpectrum, mirrored
 from streamrepair.decompose.device.staging import Upload, to_device
 from streamrepair.decompose.operator import PanelSource, blocks
 from streamrepair.errors import NumericalError
@@ -52,7 +52,7 @@ class DeviceGrams(GramBatch):
             else:
                 total += delta.mT @ delta
             exact += delta.mT @ (delta @ columns)
-        images: Doubles = (x @ total).cpu().numpy()
+        images: Doubles = (x @ mirrored(total)).cpu().numpy()
         traces: Doubles = total.diagonal(dim1=1, dim2=2).sum(1).cpu().numpy()
         exact_images = np.ascontiguousarray(exact.mT.cpu().numpy())
         return cls(total, [_member(total[i], images[i], exact_images[i], float(traces[i])) for i in range(count)])

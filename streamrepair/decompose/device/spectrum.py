@@ -140,6 +140,15 @@ class EighSpectrum(Spectrum):
         return DeviceVectors(self._vectors[:, len(self._values) - count :].T)
 
 
+def mirrored(total: Tensor) -> Tensor:
+    """Sums of ΔᵀΔ, (…, n, n), with the lower triangle, which `eigh` reads, in place of the upper one too.
+
+    A product need not be symmetric to the last bit, and float32's last bit is more than a factorisation may be off by.
+    """
+    upper = total.tril(-1).mT
+    return total.tril_().add_(upper)
+
+
 def rows_on(vectors: Vectors, device: torch.device) -> Tensor:
     """(k, n) float64 on the device."""
     if isinstance(vectors, DeviceVectors):
