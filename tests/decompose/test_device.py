@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,10 +35,13 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.names: list[str] = []
         self.settings: list[str] = []
+        self.products: list[torch.dtype] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func.overloadpacket).removeprefix("aten.")
         self.names.append(name)
+        if name == "mm":
+            self.products.append(args[0].dtype)
         if name in ("mm", "addmm", "addmm_") and args[-1].dtype == torch.float32:
             self.settings.append(device_rates._get_product_setting())
         return func(*args, **(kwargs or {}))
@@ -61,6 +65,41 @@ def test_rates_are_measured_once_in_a_process() -> None:
         assert rates(CPU) is found
     assert seen.names == []
     assert DeviceArithmetic("cpu").precisions == found.precisions
+
+
+@pytest.fixture
+def unmeasured() -> Iterator[None]:
+    """As at the start of a process."""
+    device_rates._measured.cache_clear()
+    yield
+    device_rates._measured.cache_clear()
+
+
+def test_both_precisions_are_measured_in_turn(unmeasured: None) -> None:
+    """An idle card takes a while to reach its clock: by itself, the precision that comes first would look slow."""
+    with Operations() as seen:
+        rates(CPU)
+    assert seen.products == [torch.float32, torch.float64] * 6
+
+
+def test_solvers_are_loaded_by_one_thread(monkeypatch: pytest.MonkeyPatch, unmeasured: None) -> None:
+    """torch loads them at the first call, and raises where a second one comes meanwhile."""
+    original, loading = torch.linalg.eigh, threading.Lock()
+    calls = []
+
+    def eigh(matrix: torch.Tensor) -> Any:
+        calls.append(loading.acquire(blocking=False))
+        time.sleep(0.05)
+        loading.release()
+        return original(matrix)
+
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    threads = [threading.Thread(target=rates, args=(torch.device(name),)) for name in ("cpu", "cpu:0")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [True, True]
 
 
 @pytest.fixture

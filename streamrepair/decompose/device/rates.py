@@ -41,7 +41,11 @@ class Rates:
 
 
 def rates(device: torch.device) -> Rates:
-    """The rates of a device, measured once per process; some tens of milliseconds."""
+    """The rates of a device, measured once per process; some tens of milliseconds.
+
+    Raises:
+        RuntimeError: torch's: the device does not compute, or has no memory.
+    """
     with _lock:  # two probes at once would halve each other
         return _measured(str(device))
 
@@ -49,24 +53,27 @@ def rates(device: torch.device) -> Rates:
 @cache
 def _measured(device: str) -> Rates:
     place = torch.device(device)
+    # torch loads its solvers when the first of them is called, and raises if two threads call at once: here, one does.
+    torch.linalg.eigh(torch.eye(2, dtype=torch.float64, device=place))
     with ieee_products():
-        return Rates(_rate(place, torch.float32), _rate(place, torch.float64))
+        return _of_products(place)
 
 
-def _rate(device: torch.device, dtype: torch.dtype) -> float:
+def _of_products(device: torch.device) -> Rates:
+    """In turn: a card that was idle gets faster meanwhile, and one precision alone would look slow."""
     flops = _PRODUCT_FLOPS.get(device.type, _PRODUCT_FLOPS["cuda"])
     side = round((flops / 2.0) ** (1 / 3))
-    factor = torch.full((side, side), 0.5, dtype=dtype, device=device)
-    product = torch.empty_like(factor)
-    torch.mm(factor, factor, out=product)  # loads the library
-    shortest = float("inf")
-    for _ in range(_REPEATS):
-        _wait(device)
-        began = time.perf_counter()
-        torch.mm(factor, factor, out=product)
-        _wait(device)
-        shortest = min(shortest, time.perf_counter() - began)
-    return flops / shortest
+    factors = [torch.full((side, side), 0.5, dtype=dtype, device=device) for dtype in (torch.float32, torch.float64)]
+    products = [torch.empty_like(factor) for factor in factors]
+    shortest = [float("inf")] * len(factors)
+    for _ in range(1 + _REPEATS):  # the first loads the library
+        for i, factor in enumerate(factors):
+            _wait(device)
+            began = time.perf_counter()
+            torch.mm(factor, factor, out=products[i])
+            _wait(device)
+            shortest[i] = min(shortest[i], time.perf_counter() - began)
+    return Rates(flops / shortest[0], flops / shortest[1])
 
 
 def _wait(device: torch.device) -> None:
