@@ -37,7 +37,7 @@ class Room:
 
     def fits_device(self, vram_bytes: int) -> bool:
         """Whether a task that needs so much of a GPU can run there."""
-        return self.vram_bytes is not None and vram_bytes + memory.CUDA_CONTEXT_BYTES <= self.vram_bytes
+        return self.vram_bytes is not None and memory.card_bytes(vram_bytes) <= self.vram_bytes
 
 
 def gpus_of(devices: Sequence[str]) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ def refuse_too_large(tasks: Sequence[Task], room: Room) -> None:
         return
     if room.vram_bytes is not None:
         largest = max(tasks, key=lambda task: task.vram_bytes)
-        need = largest.vram_bytes + memory.CUDA_CONTEXT_BYTES
+        need = memory.card_bytes(largest.vram_bytes)
         if need > room.vram_bytes:
             names_cpu = "let the CPU take it: --device cuda,cpu or --device cpu"
             raise BudgetError(f"{_refusal(largest, '--vram', need, room.vram_bytes)}, or {names_cpu}")

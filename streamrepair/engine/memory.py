@@ -24,7 +24,9 @@ CUDA_HOST_BYTES = 3_000_000_000
 CUDA_FURTHER_BYTES = 500_000_000
 """What each GPU after the first adds to it."""
 CUDA_CONTEXT_BYTES = 700_000_000
-"""Device memory of the context and of the solver handles."""
+"""Device memory of the context and of the solver handles, which is not torch's."""
+CUDA_LIBRARY_BYTES = 150_000_000
+"""What torch allocates there whatever the matrix: cuBLAS's workspace, 32 MiB from Hopper on, and to measure rates."""
 RING_SLOTS = 3
 """Panels in flight per task: one filling, one waiting, one in use."""
 COPY_BYTES = 1 << 22
@@ -165,6 +167,11 @@ def device_bytes(shape: MatrixShape, backend: str) -> int:
     if backend == "full":
         return 10 * 8 * n * n + 48 * block
     return 6 * 8 * n * n + 48 * block
+
+
+def card_bytes(vram_bytes: int) -> int:
+    """Of a card, while a unit runs that needs so much of it."""
+    return CUDA_CONTEXT_BYTES + CUDA_LIBRARY_BYTES + vram_bytes
 
 
 def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: bool = False) -> int:

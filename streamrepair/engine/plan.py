@@ -180,7 +180,7 @@ class Plan:
         """Projected peak per GPU."""
         if not self.gpus:
             return None
-        return memory.CUDA_CONTEXT_BYTES + max((unit.vram_bytes for unit in self.units), default=0)
+        return memory.card_bytes(max((unit.vram_bytes for unit in self.units), default=0))
 
     @property
     def estimated_s(self) -> float:

@@ -166,7 +166,7 @@ def test_a_plan_projects_its_batches(pair: Pair) -> None:
     member = batch.tasks[0]
     assert batch.ram_bytes == member.ram_bytes + 8 * 4 * 431 * 397
     assert batch.vram_bytes == member.vram_bytes + 8 * (40 * 397**2 + 8 * 431 * 397)
-    assert plan.vram_projected_bytes == memory.CUDA_CONTEXT_BYTES + batch.vram_bytes
+    assert plan.vram_projected_bytes == memory.card_bytes(batch.vram_bytes)
     assert plan.ram_unhindered_bytes == memory.run_bytes(2, tensors=11, gpus=1) + batch.ram_bytes + memory.copy_bytes()
 
 
