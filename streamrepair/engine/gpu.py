@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from streamrepair.engine.memory import CUDA_CONTEXT_BYTES
+from streamrepair.errors import UsageError
 
 
 @contextlib.contextmanager
@@ -42,6 +43,12 @@ def release_memory() -> None:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def unusable(device: str, error: RuntimeError) -> UsageError:
+    """What is to be said of a card that torch found and cannot compute on."""
+    reason = str(error).partition("\n")[0]
+    return UsageError(f"{device} cannot be used ({reason}): free it, or name others with --device, such as cpu")
 
 
 def _available() -> bool:

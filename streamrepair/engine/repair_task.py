@@ -17,6 +17,7 @@ from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
 from streamrepair.engine import cost
 from streamrepair.engine.copying import copy
+from streamrepair.engine.gpu import unusable
 from streamrepair.engine.job import Job, Outcome
 from streamrepair.engine.nonfinite import find_nonfinite
 from streamrepair.engine.pace import Pace
@@ -152,7 +153,10 @@ def _arithmetic(job: Job, host: HostArithmetic) -> Arithmetic:
         return host
     from streamrepair.decompose.device import DeviceArithmetic  # torch is loaded for a GPU only
 
-    return Patient(DeviceArithmetic(job.worker.device, host=host))
+    try:
+        return Patient(DeviceArithmetic(job.worker.device, host=host))
+    except RuntimeError as error:  # it cannot even be asked for its rates
+        raise unusable(job.worker.device, error) from error
 
 
 def _view(job: Job, advance: Callable[[int], None], member: int) -> MatrixView:

@@ -12,12 +12,12 @@ import torch
 from streamrepair import api
 from streamrepair.checkpoint.layout import open_checkpoint
 from streamrepair.decompose import lapack
-from streamrepair.decompose.device import DeviceArithmetic
+from streamrepair.decompose.device import DeviceArithmetic, arithmetic
 from streamrepair.decompose.device.rates import Rates
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
-from streamrepair.errors import BudgetError, NumericalError
+from streamrepair.errors import BudgetError, NumericalError, UsageError
 from streamrepair.report import Report, Settings
 from streamrepair.units import parse_bytes
 from tests.engine.test_run import _check
@@ -151,3 +151,14 @@ def test_a_device_without_memory_for_anything(monkeypatch: pytest.MonkeyPatch, p
     report = _repaired(pair, tmp_path / "out")
     _check(pair, tmp_path / "out", report)
     assert "gram-float64: CUDA out of memory." in report.tensors["tall"].climbed
+
+
+def test_a_card_that_computes_nothing_is_named(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
+    """One too new for this torch, or full: the run ends, and does not go to the CPU unasked."""
+
+    def refuse(device: torch.device) -> Rates:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with …")
+
+    monkeypatch.setattr(arithmetic, "rates", refuse)
+    with pytest.raises(UsageError, match=r"^cuda:0 cannot be used \(CUDA error: no kernel image .* device\): free it"):
+        execute(_plan(pair, 4_000_000_000), tmp_path / "out", stop=StopRequest(), watcher=api.Silent())
