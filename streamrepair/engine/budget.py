@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from streamrepair.engine.gpu import unusable
 from streamrepair.errors import UsageError, shown
 
 VRAM_SHARE = 0.9
@@ -56,10 +57,23 @@ def _driver_present() -> bool:
 
 
 def default_vram_bytes(gpus: Sequence[str]) -> int:
-    """VRAM_SHARE of what the card with the least free memory has free."""
+    """VRAM_SHARE of what the card with the least free memory has free, what torch keeps for later included.
+
+    Raises:
+        UsageError: a card cannot be used.
+    """
+    return int(VRAM_SHARE * min(map(_free_bytes, gpus)))
+
+
+def _free_bytes(gpu: str) -> int:
     import torch
 
-    return int(VRAM_SHARE * min(torch.cuda.mem_get_info(torch.device(gpu))[0] for gpu in gpus))
+    card = torch.device(gpu)
+    try:
+        free = torch.cuda.mem_get_info(card)[0]
+    except RuntimeError as error:
+        raise unusable(gpu, error) from error
+    return int(free + torch.cuda.memory_reserved(card) - torch.cuda.memory_allocated(card))
 
 
 def reset_peak() -> None:

@@ -25,20 +25,49 @@ def own_stream(device: str) -> Iterator[None]:
         yield
 
 
-def cap_memory(gpus: Sequence[str], vram_bytes: int | None) -> None:
-    """Let torch take no more of each card than --vram allows: beyond it, it raises as if the card were full."""
+@contextlib.contextmanager
+def capped_memory(gpus: Sequence[str], vram_bytes: int | None) -> Iterator[None]:
+    """Let torch take no more of each card than --vram allows: beyond it, it raises as if the card were full.
+
+    What the program had there before is its own matter, and its limit is put back. The measured peak starts from here.
+
+    Raises:
+        UsageError: a card cannot be used.
+    """
     if not gpus or vram_bytes is None or not _available():
+        yield
         return
+    before = [_capped(gpu, vram_bytes) for gpu in gpus]
+    try:
+        yield
+    finally:
+        import torch
+
+        for gpu, fraction in zip(gpus, before, strict=True):
+            torch.cuda.set_per_process_memory_fraction(fraction, torch.device(gpu))
+
+
+def _capped(gpu: str, vram_bytes: int) -> float:
+    """Limit one card; the share of it that torch was allowed before."""
     import torch
 
-    for gpu in gpus:
-        total = torch.cuda.get_device_properties(torch.device(gpu)).total_memory
-        share = max(0.0, vram_bytes - CUDA_CONTEXT_BYTES) / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), torch.device(gpu))
+    card = torch.device(gpu)
+    asked = getattr(torch.cuda.memory, "get_per_process_memory_fraction", None)  # torch 2.8
+    try:
+        torch.cuda.empty_cache()
+        held = torch.cuda.memory_reserved(card)
+        total = torch.cuda.get_device_properties(card).total_memory
+        share = max(0.0, held + vram_bytes - CUDA_CONTEXT_BYTES) / total
+        before = 1.0 if asked is None else float(asked(card))
+        torch.cuda.set_per_process_memory_fraction(min(before, share), card)
+        torch.cuda.reset_peak_memory_stats(card)
+    except RuntimeError as error:
+        raise unusable(gpu, error) from error
+    return before
 
 
 def release_memory() -> None:
-    """Give back what torch keeps of this thread's card for later."""
+    """Give back what torch keeps of its cards for later."""
     if _available():
         import torch
 

@@ -113,7 +113,6 @@ def execute(
     check_apart(beside)
     beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
     budget.reset_peak()
-    gpu.cap_memory(plan.gpus, plan.vram_allowed_bytes)
     # Past the page cache is slower where there is room in it, and kinder where there is not.
     free_bytes = limits.free_bytes()
     workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=lets_go(plan, free_bytes))
@@ -173,7 +172,8 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     )
     cache = PageCache(plan, run.files, free_bytes=run.free_bytes, timeline=run.timeline)
     try:
-        _work(run, committer, cache, backlog, done.keys())
+        with gpu.capped_memory(plan.gpus, plan.vram_allowed_bytes):
+            _work(run, committer, cache, backlog, done.keys())
     finally:
         cache.close()
     run.stop.check_at_once()  # from here on it is a matter of moments
