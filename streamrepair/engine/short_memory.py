@@ -95,20 +95,16 @@ class Patient(Arithmetic):
         return self._inner.merger(vh, out_dtype)
 
     def _tried(self, attempt: Callable[[int], T]) -> T:
+        from streamrepair.decompose.device.faults import no_memory  # torch is loaded for a GPU only
+
         for parts in _PARTS:
             try:
                 return attempt(parts)
             except RuntimeError as error:
-                if parts == _PARTS[-1] or not is_out_of_memory(error):
+                if parts == _PARTS[-1] or not no_memory(error):
                     raise
             gpu.release_memory()  # after the failed attempt's frame, and all it referred to, is gone
         raise AssertionError("the last attempt returns or raises")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch, cuBLAS or cuSOLVER says that the card is full."""
-    text = str(error).lower()
-    return type(error).__name__ == "OutOfMemoryError" or "out of memory" in text or "alloc_failed" in text
 
 
 class _Cut:

@@ -145,7 +145,13 @@ def test_other_failures_of_a_device_leave_the_merge_to_the_cpu_at_once(monkeypat
 
 
 @pytest.mark.parametrize(
-    "words", ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA out of memory."]
+    "words",
+    [
+        "CUDA out of memory.",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasSgemm( handle, …)`",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+    ],
 )
 def test_memory_that_a_library_could_not_get_counts_as_such(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
     """cuBLAS says so in an error that is not torch's OutOfMemoryError: smaller blocks are tried, not the CPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Self
 
@@ -64,12 +65,15 @@ class DeviceGrams(GramBatch):
 
     def factorise(self, which: list[int]) -> list[Spectrum | NumericalError]:
         """One batched `eigh`; where it fails, each member alone, since the batch does not say whose fault it was."""
-        try:
-            chosen = self._total if len(which) == len(self._total) else self._total[which]
-            values, vectors = torch.linalg.eigh(chosen)
-            on_host: Doubles = values.cpu().numpy()
-        except RuntimeError:
-            return [_alone(self._total[i]) for i in which]
+        found: list[Spectrum | NumericalError] = []
+        with contextlib.suppress(RuntimeError):
+            found += self._together(which)
+        return found or [_alone(self._total[i]) for i in which]  # what the failure held in memory is gone
+
+    def _together(self, which: list[int]) -> list[EighSpectrum]:
+        chosen = self._total if len(which) == len(self._total) else self._total[which]
+        values, vectors = torch.linalg.eigh(chosen)
+        on_host: Doubles = values.cpu().numpy()
         return [EighSpectrum(chosen[i], values[i], vectors[i], on_host=on_host[i]) for i in range(len(which))]
 
 

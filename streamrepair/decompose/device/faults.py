@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_ALLOCATION = ("out of memory", "ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "CUSOLVER_STATUS_NOT_INITIALIZED")
+_ALLOCATION = ("out of memory", "ALLOC_FAILED", "STATUS_NOT_INITIALIZED", "`cublasCreate", "`cusolverDnCreate(")
 """cuBLAS and cuSOLVER report memory they could not get, for themselves or their handles, as errors of their own."""
 
 
