@@ -27,7 +27,8 @@ PROBES = 8
 ORTHONORMALITY = 1e-8
 RESIDUAL = 1e-10
 FACTOR = 1e-10
-_AT_ONCE = 512
+_AT_ONCE = 256
+"""Vectors that are widened at once."""
 _COUNTING = 4.0
 """What a Sturm sequence's own rounding may move, in units of ε·λ_max."""
 
@@ -110,20 +111,21 @@ def check_vectors(
     defect = orthonormality(vectors)
     if not defect <= orthonormal:
         raise NumericalError(f"singular vectors are not orthonormal (off by {defect:.1e})")
-    square = 0.0
-    for start in range(0, len(values), _AT_ONCE):  # float32 ones are widened
-        own = values[start : start + _AT_ONCE, None]
-        if isinstance(vectors, np.ndarray):
-            rows = vectors[start : start + _AT_ONCE]
-            seen, expected = rows @ images.T, rows @ probes.T
-        else:
-            part = slice(start, start + _AT_ONCE)
-            seen, expected = vectors.times(images)[part], vectors.times(probes)[part]
-        square += float(np.square((seen - own * expected) / values.max()).sum())
-    residual = (square / PROBES) ** 0.5
+    seen, expected = times(vectors, images), times(vectors, probes)
+    residual = float(np.linalg.norm((seen - values[:, None] * expected) / values.max()) / np.sqrt(PROBES))
     if not residual <= belonging:
         raise NumericalError(f"singular vectors do not belong to their values (residual {residual:.1e})")
     return defect, residual
+
+
+def times(vectors: Vectors, columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(k, p) inner products of vectors, wherever they are, with the rows of (p, n) `columns`, in float64."""
+    if not isinstance(vectors, np.ndarray):
+        return vectors.times(columns)
+    products = np.empty((len(vectors), len(columns)))
+    for start in range(0, len(vectors), _AT_ONCE):  # float32 ones are widened
+        np.matmul(vectors[start : start + _AT_ONCE], columns.T, out=products[start : start + _AT_ONCE])
+    return products
 
 
 def orthonormality(vectors: Vectors) -> float:
