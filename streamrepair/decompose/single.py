@@ -29,6 +29,7 @@ from streamrepair.decompose.truncation import (
     MOST_MIXING,
     Truncation,
     UnresolvedError,
+    errors_along,
     mixing,
     roots,
 )
@@ -63,10 +64,6 @@ _MOST_MEASURED = 4e-4
 """Likewise, up to which float32 products of Δ are tried: they and G differ on windows by a 25th to a 40th of it."""
 _TALL = 2
 """Rows per column from which products with G and Δ together are worth it."""
-_ALIKE = 4
-"""Neighbours on either side that share an error's size."""
-_AT_ONCE = 256
-"""Vectors that are widened at once."""
 _UNEVEN = 2.0
 """‖H − H′‖₂ of `windows` in units of T's error, which is of noise spread evenly: a reduction's lies along the largest
 values. Up to 1.6 was met, up to 4 of ‖ΔᵀΔ − QTQᵀ‖₂ itself, before the windows have taken the largest vectors out."""
@@ -290,21 +287,8 @@ class _Basis:
         # They may have as much of the vectors of values that are further than `error` away.
         tilt = residual / error + SKEW
         blunt = _UNEVEN * error + tilt * tilt * float(t[-1])
-        along = _along(rows[len(rows) - first.rank_kept :], seen.images)
+        along = errors_along(rows[len(rows) - first.rank_kept :], seen.images)
         return _Basis(rows, np.isin(wanted, places), np.delete(t, places), exact, error, along, blunt)
-
-
-def _along(rows: Singles, seen: Doubles) -> Doubles:
-    """(k,) ‖E·v‖ of unit vectors as rows, neighbours having about the same, from E·X given as (PROBES, n)."""
-    squares = np.empty(len(rows))
-    for start in range(0, len(rows), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        squares[part] = np.square(rows[part] @ seen.T).mean(axis=1)
-    if len(rows) == 0:
-        return squares
-    # Eight probes see the square of one to a factor of two: no nearest neighbour of τ² is to rest on so few.
-    even = np.convolve(np.pad(squares, _ALIKE, "edge"), np.full(2 * _ALIKE + 1, 1.0 / (2 * _ALIKE + 1)), "valid")
-    return np.sqrt(np.maximum(squares, even))
 
 
 def _factor_error(form: SingleTridiagonal, gram: Gram, probes: Doubles) -> tuple[float, Seen]:

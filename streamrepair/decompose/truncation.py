@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Vectors
 from streamrepair.decompose.certify import Certificate
 from streamrepair.errors import NumericalError
@@ -24,6 +25,8 @@ MOST_MIXING = 3e-5
 """‖Δ*′ − Δ*‖/‖Δ*‖ to expect at most; 1e-4 is the promise, and what is expected may be met by three times."""
 _AT_ONCE = 64
 """Kept values whose mixing is summed in one operation."""
+_ALIKE = 4
+"""Neighbours on either side that share an error's size."""
 PROMISED_GAP = 1e-5
 """Values further than this from τ, in units of τ, fall on the side where a float64 SVD has them."""
 
@@ -126,6 +129,17 @@ def mixing(
             each[np.ix_(kept_inside[part], dropped_inside)] = 0.0
             moved += float(squares[part] @ each.sum(axis=1))
     return float(np.sqrt(moved / (n * kept.sum())))
+
+
+def errors_along(vectors: Vectors, seen: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(k,) ‖E·v‖ of unit vectors as rows, neighbours having about the same, from E·X given as (PROBES, n)."""
+    if len(vectors) == 0:
+        return np.zeros(0)
+    squares = np.square(certify.times(vectors, seen)).mean(axis=1)
+    # Eight probes see the square of one to a factor of two: no nearest neighbour of τ² is to rest on so few.
+    even = np.convolve(np.pad(squares, _ALIKE, "edge"), np.full(2 * _ALIKE + 1, 1.0 / (2 * _ALIKE + 1)), "valid")
+    errors: NDArray[np.float64] = np.sqrt(np.maximum(squares, even))
+    return errors
 
 
 def roots(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -5,13 +5,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from streamrepair.decompose import certify
-from streamrepair.decompose.arithmetic import Count, on_host
+from streamrepair.decompose import certify, gram
+from streamrepair.decompose.arithmetic import Count, Gram, on_host
 from streamrepair.decompose.device.spectrum import DeviceVectors, EighSpectrum, GramMatrix
+from streamrepair.decompose.truncation import UnresolvedError
 from streamrepair.errors import NumericalError
+from streamrepair.spectral.threshold import HardThreshold
 from tests.decompose.test_cholesky_count import VALUES, ArrayMatrix, _with_values
 
 Doubles = NDArray[np.float64]
+RULE = HardThreshold()
 
 
 @pytest.fixture
@@ -30,6 +33,28 @@ def test_the_proofs_compute_what_numpy_does(matrix: Doubles) -> None:
         assert mine[0] == theirs[0] == (shift == 3.0)
         assert np.abs(mine[1]).max() < 1e-12
     np.testing.assert_array_equal(matrix, _with_values(VALUES))
+
+
+@pytest.mark.parametrize("along", ["the largest", "the nearest to the threshold"])
+def test_mixing_is_reckoned_from_the_error_along_each_kept_vector(along: str) -> None:
+    """What matters is the error that a vector close to τ² meets; its norm alone is the same in both cases."""
+    m, n, kept = 240, 60, 12
+    values = np.linspace(0.5, 1.5, n)
+    values[-kept:] = np.geomspace(40.0, 400.0, kept)
+    cut = RULE.estimate(np.sqrt(values), m, n).tau ** 2
+    values[-kept - 1 : -kept + 1] = cut * 0.9995, cut * 1.0005
+    columns = np.linalg.qr(np.random.default_rng(0).standard_normal((n, n))).Q
+    matrix, probes = (columns * values) @ columns.T, certify.probe_vectors(n)
+    vector = columns[:, -1] if along == "the largest" else columns[:, -kept]
+    images = probes @ matrix
+    exact_images = images - 1.2e-4 * np.outer(probes @ vector, vector)
+    spectrum = EighSpectrum.of(torch.from_numpy(matrix))
+    summed = Gram(images, exact_images, float(values.sum()), lambda: spectrum)
+    if along == "the largest":
+        assert gram.conclude(summed, spectrum, RULE, m, "float32").threshold.rank_kept == kept
+    else:
+        with pytest.raises(UnresolvedError, match="may mix"):
+            gram.conclude(summed, spectrum, RULE, m, "float32")
 
 
 def test_a_matrix_with_nan_has_no_cholesky_factor(matrix: Doubles) -> None:
