@@ -32,6 +32,7 @@ from machine import REPOSITORY, machine_record
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.rates import rates
 from streamrepair.engine.memory import MatrixShape, device_bytes
+from streamrepair.errors import brief
 
 SHAPES = "4096x4096,14336x4096,8192x8192,28672x8192,128256x8192"
 BATCHES = "64:512x512,32:1024x1024"
@@ -65,7 +66,7 @@ class Clock:
             long = first_s > self._limit_s / (self._repeats + 1)
             samples = [first_s] if long else [self._once(work)[0] for _ in range(self._repeats)]
         except (RuntimeError, ArithmeticError) as error:  # no memory, no convergence, no such driver
-            return {"name": name, "failed": str(error).partition("\n")[0]}
+            return {"name": name, "failed": brief(error)}
         seconds = statistics.median(samples)
         self._rates[name] = flops / seconds
         return {"name": name, "seconds": seconds, "samples": samples, "first_s": first_s, **peak, **checked}

@@ -6,6 +6,8 @@ Names from a checkpoint are hostile until `shown` has escaped them.
 
 from __future__ import annotations
 
+import re
+
 
 class StreamRepairError(Exception):
     """An expected failure; `exit_status` is what the command exits with."""
@@ -64,6 +66,15 @@ class InterruptedRunError(StreamRepairError, InterruptedError):
 
 
 _LONGEST_SHOWN = 200
+_ADVICE = re.compile(r" GPU \d+ has | This error may ")
+
+
+def brief(error: BaseException) -> str:
+    """What a library's error says, in one line and without what it goes on to advise.
+
+    torch's are a paragraph: "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …".
+    """
+    return _ADVICE.split(str(error).partition("\n")[0])[0]
 
 
 def shown(name: str, longest: int = _LONGEST_SHOWN) -> str:

@@ -14,7 +14,7 @@ from streamrepair import api
 from streamrepair.checkpoint import osfile
 from streamrepair.engine import commit
 from streamrepair.engine.stop import StopRequest
-from streamrepair.errors import StreamRepairError
+from streamrepair.errors import StreamRepairError, brief
 from tests.builders import entry, write_file
 from tests.engine.test_run import _spoil
 from tests.faults import Kernel, fails
@@ -256,3 +256,25 @@ def test_the_pair_that_is_spoilt_is_sound(tmp_path: Path, monkeypatch: pytest.Mo
     case.run()
     assert isinstance(case.pair, Pair)
     assert api.verify(case.out).damage == ()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1 GiB …",
+            "CUDA out of memory. Tried to allocate 2.00 GiB.",
+        ),
+        (
+            "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnXsyevd(…)`. This error may "
+            "appear if the input matrix contains NaN.",
+            "cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnXsyevd(…)`.",
+        ),
+        ("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be …",
+         "CUDA error: an illegal memory access was encountered"),
+        ("linalg.eigh: The algorithm failed to converge (error code: 5).",) * 2,
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_what_torch_says_is_told_without_its_advice(said: str, told: str) -> None:
+    assert brief(RuntimeError(said)) == told

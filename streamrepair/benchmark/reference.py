@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streamrepair.benchmark.sources import MemorySource
-from streamrepair.errors import NumericalError
+from streamrepair.errors import NumericalError, brief
 from streamrepair.spectral.threshold import HardThreshold
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def repaired(source: MemorySource, rule: HardThreshold, device: str) -> tuple[in
         star = (u[:, :rank] * s[:rank]) @ vh[:rank]
         (W_base.float() + star).to(stored).cpu()  # waits for a GPU
     except RuntimeError as error:  # torch's LinAlgError and OutOfMemoryError are RuntimeErrors
-        raise NumericalError(str(error).partition("\n")[0]) from error
+        raise NumericalError(brief(error)) from error
     return rank, star
 
 

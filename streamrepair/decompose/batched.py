@@ -15,7 +15,7 @@ from streamrepair.decompose import certify, gram
 from streamrepair.decompose.arithmetic import BatchArithmetic, GramBatch, Precision
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import Truncation
-from streamrepair.errors import NumericalError
+from streamrepair.errors import NumericalError, brief
 from streamrepair.spectral.threshold import HardThreshold
 
 
@@ -73,7 +73,7 @@ def _concluded(
         except NumericalError as error:
             results[number] = _bare(error)
         except (RuntimeError, np.linalg.LinAlgError) as error:  # torch's own
-            results[number] = NumericalError(str(error).partition("\n")[0])
+            results[number] = NumericalError(brief(error))
     return [results[number] for number in range(len(grams.members))]
 
 

@@ -21,7 +21,7 @@ from streamrepair.decompose.convert import difference
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource, blocks
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError, without_noise
-from streamrepair.errors import NumericalError
+from streamrepair.errors import NumericalError, brief
 from streamrepair.spectral.threshold import HardThreshold
 
 Rung = tuple[str, Callable[[], Truncation]]
@@ -87,7 +87,7 @@ def decompose(
             failures.append(f"{name}: {error}")  # squares can overflow where the input is sound
         except (ArithmeticError, RuntimeError, np.linalg.LinAlgError) as error:
             too_blunt = isinstance(error, UnresolvedError)
-            failures.append(f"{name}: {str(error).partition(chr(10))[0]}")
+            failures.append(f"{name}: {brief(error)}")
     raise NumericalError("; ".join(failures))
 
 

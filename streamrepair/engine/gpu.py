@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 from streamrepair.engine.memory import CUDA_CONTEXT_BYTES
-from streamrepair.errors import UsageError
+from streamrepair.errors import UsageError, brief
 
 
 @contextlib.contextmanager
@@ -76,8 +76,7 @@ def release_memory() -> None:
 
 def unusable(device: str, error: RuntimeError) -> UsageError:
     """What is to be said of a card that torch found and cannot compute on."""
-    reason = str(error).partition("\n")[0]
-    return UsageError(f"{device} cannot be used ({reason}): free it, or name others with --device, such as cpu")
+    return UsageError(f"{device} cannot be used ({brief(error)}): free it, or name others with --device, such as cpu")
 
 
 def _available() -> bool:

@@ -25,7 +25,7 @@ from streamrepair.engine.second_pass import failed, written
 from streamrepair.engine.short_memory import Patient, ReservedHost
 from streamrepair.engine.task import finished, passed_through
 from streamrepair.engine.view import MatrixView, StoredMatrix
-from streamrepair.errors import NumericalError
+from streamrepair.errors import NumericalError, brief
 from streamrepair.report import TensorRecord
 from streamrepair.spectral.threshold import HardThreshold
 
@@ -80,7 +80,7 @@ def _decided_together(repairs: Sequence[_Repair]) -> list[Truncation | Numerical
     try:
         return [*truncate_batch([repair.view for repair in repairs], first.rule, place, precision=precision)]
     except RuntimeError as error:  # torch's own, of a device that fails at everything
-        reason = str(error).partition("\n")[0]
+        reason = brief(error)
     return [NumericalError(reason) for _ in repairs]
 
 

@@ -21,7 +21,7 @@ from streamrepair.engine.job import Job
 from streamrepair.engine.pace import with_merge
 from streamrepair.engine.task import passed_through
 from streamrepair.engine.view import MatrixView
-from streamrepair.errors import NumericalError, shown
+from streamrepair.errors import NumericalError, brief, shown
 from streamrepair.report import TensorRecord
 
 
@@ -86,7 +86,7 @@ def _merged(
         except RuntimeError as error:
             if isinstance(arithmetic, HostArithmetic):
                 raise
-            left = f"merge: {str(error).partition(chr(10))[0]}"
+            left = f"merge: {brief(error)}"
             merged = _Merged(job, view, host.merger(truncation.vh, job.task.out.dtype), truncation.vh, left=(left,))
             merged.run()
     except WrongMergeError as error:

@@ -9,7 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-MESSAGE = "CUDA out of memory.\nTried to allocate 2.00 GiB."
+BRIEFLY = "CUDA out of memory. Tried to allocate 2.00 GiB."
+MESSAGE = (
+    f"{BRIEFLY} GPU 0 has a total capacity of 79.10 GiB of which 1.50 GiB is free. Including non-PyTorch memory, …"
+)
 
 
 class Exhausted(TorchDispatchMode):

@@ -12,7 +12,7 @@ from streamrepair.decompose.device.rates import Rates
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.truncation import Truncation
 from streamrepair.spectral.threshold import HardThreshold
-from tests.decompose.memory_faults import Exhausted, above, at
+from tests.decompose.memory_faults import BRIEFLY, MESSAGE, Exhausted, above, at
 from tests.decompose.sources import ArraySource, fine_tuned, low_rank_plus_noise
 
 Raw = NDArray[np.uint16]
@@ -98,7 +98,7 @@ def test_no_memory_for_the_gram_matrix_leaves_it_to_the_cpu() -> None:
         found = _decomposed(source, _device())
     assert memory.failures
     assert found.backend == "gram-float64"
-    assert found.climbed == ("gram-float64: CUDA out of memory.",)
+    assert found.climbed == (f"gram-float64: {BRIEFLY}",)
     assert isinstance(found.vh, np.ndarray)
 
 
@@ -126,7 +126,7 @@ def test_a_merge_goes_on_with_the_cpu_from_the_block_that_failed(way: str, spent
     merger = _device().merger(truncation.vh, "BF16")
     with Exhausted(lambda number, allocated: number >= spent and allocated > 1_000):
         out = _merged(source, merger)
-    assert merger.climbed == ("merge: CUDA out of memory.",)
+    assert merger.climbed == (f"merge: {BRIEFLY}",)
     assert np.mean(out != expected) < 1e-3
     assert merger.lost() == pytest.approx(_lost_on_the_host(source, truncation), rel=1e-3)
 
@@ -147,7 +147,7 @@ def test_other_failures_of_a_device_leave_the_merge_to_the_cpu_at_once(monkeypat
 @pytest.mark.parametrize(
     "words",
     [
-        "CUDA out of memory.",
+        MESSAGE,
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasSgemm( handle, …)`",
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",

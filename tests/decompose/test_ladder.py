@@ -18,6 +18,7 @@ from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
+from tests.decompose.memory_faults import MESSAGE
 from tests.decompose.sources import ArraySource, from_delta, low_rank_plus_noise
 
 RULE = HardThreshold()
@@ -304,7 +305,7 @@ def _eigh_fault(kind: str, original: Function, matrix: torch.Tensor) -> Any:
     if kind == "raises":
         raise torch.linalg.LinAlgError("failed to converge")  # type: ignore[attr-defined]
     if kind == "memory":
-        raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
+        raise RuntimeError(MESSAGE)
     values, vectors = original(matrix)
     if kind == "nan":
         vectors[0, 0] = float("nan")
@@ -341,7 +342,7 @@ def test_a_device_that_fails_at_everything_leaves_the_work_to_the_host(
     monkeypatch: pytest.MonkeyPatch, source: ArraySource
 ) -> None:
     def no_memory(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        raise torch.OutOfMemoryError(MESSAGE)
 
     for name in ("eigh", "svd", "qr"):
         monkeypatch.setattr(torch.linalg, name, no_memory)

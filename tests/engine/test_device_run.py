@@ -20,6 +20,7 @@ from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import BudgetError, NumericalError, UsageError
 from streamrepair.report import Report, Settings
 from streamrepair.units import parse_bytes
+from tests.decompose.memory_faults import BRIEFLY, MESSAGE
 from tests.engine.test_run import _check
 from tests.pairs import Pair, read_tensors, rounded_share, values, write_pair
 
@@ -107,7 +108,7 @@ def _no_memory_in_merges(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int],
         if self.dtype == torch.float32:
             calls[0] += 1
             if fails(calls[0]):
-                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+                raise torch.OutOfMemoryError(MESSAGE)
         return original(self, *arguments, **knobs)
 
     monkeypatch.setattr(torch.Tensor, "addmm_", addmm_)
@@ -126,7 +127,7 @@ def test_a_merge_without_memory_is_finished_on_the_cpu(
     report = _repaired(pair, tmp_path / "out", ram_bytes=ram_bytes)
     _check(pair, tmp_path / "out", report)
     assert not api.verify(tmp_path / "out").damage
-    left = [name for name, record in report.tensors.items() if "merge: CUDA out of memory." in record.climbed]
+    left = [name for name, record in report.tensors.items() if f"merge: {BRIEFLY}" in record.climbed]
     assert {"tall", "wide"} <= set(left) <= {"tall", "wide", "square"}  # the smallest may have been done before
     found, before = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "sound")
     for name in ("tall", "wide", "square"):
@@ -144,13 +145,13 @@ def test_memory_that_runs_out_once_is_made_do_with(monkeypatch: pytest.MonkeyPat
 
 def test_a_device_without_memory_for_anything(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:
     def no_memory(*_: Any, **__: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+        raise torch.OutOfMemoryError(MESSAGE)
 
     monkeypatch.setattr(torch, "zeros", no_memory)
     monkeypatch.setattr(torch.Tensor, "addmm_", no_memory)
     report = _repaired(pair, tmp_path / "out")
     _check(pair, tmp_path / "out", report)
-    assert "gram-float64: CUDA out of memory." in report.tensors["tall"].climbed
+    assert f"gram-float64: {BRIEFLY}" in report.tensors["tall"].climbed
 
 
 def test_a_card_that_computes_nothing_is_named(monkeypatch: pytest.MonkeyPatch, pair: Pair, tmp_path: Path) -> None:

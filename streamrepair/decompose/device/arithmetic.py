@@ -10,14 +10,13 @@ from torch import Tensor
 
 from streamrepair.decompose.arithmetic import Doubles, Gram, Precision, Vectors
 from streamrepair.decompose.device.batch import DeviceGrams
-from streamrepair.decompose.device.faults import reason
 from streamrepair.decompose.device.merge import DeviceMerger
 from streamrepair.decompose.device.rates import Rates, ieee_products, rates
 from streamrepair.decompose.device.spectrum import EighSpectrum, mirrored
 from streamrepair.decompose.device.staging import Upload, to_device
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
-from streamrepair.errors import NumericalError
+from streamrepair.errors import NumericalError, brief
 
 
 class DeviceArithmetic:
@@ -76,7 +75,7 @@ class DeviceArithmetic:
             with ieee_products():
                 return DeviceGrams.of(sources, probes, precision, upload=self._upload)
         except RuntimeError as error:
-            raise NumericalError(reason(error)) from error
+            raise NumericalError(brief(error)) from error
 
     def _delta(self, block: Panel, held: Tensor) -> Tensor:
         """Δ of a block, (rows, n), in `held`; a transposed view for a wide one."""
@@ -111,7 +110,7 @@ class DeviceArithmetic:
         try:
             result = torch.linalg.svd(to_device(matrix, self.device), full_matrices=False, driver=chosen)
         except RuntimeError as error:  # torch's LinAlgError and OutOfMemoryError are RuntimeErrors
-            raise NumericalError(reason(error)) from error
+            raise NumericalError(brief(error)) from error
         return result.U.cpu().numpy(), result.S.cpu().numpy(), result.Vh.cpu().numpy()
 
     def merger(self, vh: Vectors, out_dtype: str) -> DeviceMerger:

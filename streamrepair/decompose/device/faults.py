@@ -1,4 +1,4 @@
-"""Failures of torch in words, and which of them mean that the device has no memory left."""
+"""Which failures of torch mean that the device has no memory left."""
 
 from __future__ import annotations
 
@@ -11,8 +11,3 @@ _ALLOCATION = ("out of memory", "ALLOC_FAILED", "STATUS_NOT_INITIALIZED", "`cubl
 def no_memory(error: RuntimeError) -> bool:
     """Whether a failure of torch is for want of memory."""
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _ALLOCATION)
-
-
-def reason(error: RuntimeError) -> str:
-    """The first line of torch's message."""
-    return str(error).partition("\n")[0]

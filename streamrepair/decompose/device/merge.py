@@ -15,13 +15,13 @@ from torch import Tensor
 
 from streamrepair.decompose.arithmetic import Merger, Vectors, on_host
 from streamrepair.decompose.convert import Raw
-from streamrepair.decompose.device.faults import no_memory, reason
+from streamrepair.decompose.device.faults import no_memory
 from streamrepair.decompose.device.rates import ieee_products
 from streamrepair.decompose.device.spectrum import rows_on
 from streamrepair.decompose.device.staging import TORCH_TYPE, Crossing, Download, Upload
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
-from streamrepair.errors import NumericalError
+from streamrepair.errors import NumericalError, brief
 
 _LEAST_ROWS = 64
 """Blocks are not halved below this: the CPU is as quick."""
@@ -70,7 +70,7 @@ class DeviceMerger(Merger):
         try:
             return here + (float(self._lost) if self._lost is not None else 0.0)
         except RuntimeError as error:
-            raise NumericalError(reason(error)) from error
+            raise NumericalError(brief(error)) from error
 
     def merged(self, panels: Iterable[Panel]) -> Iterator[tuple[Panel, Raw]]:
         """Each block with its result; the next one is computed meanwhile, across panels too.
@@ -115,7 +115,7 @@ class DeviceMerger(Merger):
             if no_memory(error) and block.rows > _LEAST_ROWS:
                 self._rows = max(_LEAST_ROWS, block.rows // 2)
                 return None
-            failure = reason(error)
+            failure = brief(error)
         self._to_host(failure)
         return None
 
@@ -126,7 +126,7 @@ class DeviceMerger(Merger):
         try:
             vectors = on_host(self._vh)
         except RuntimeError as error:
-            raise NumericalError(f"the kept vectors are lost with their device ({reason(error)})") from error
+            raise NumericalError(f"the kept vectors are lost with their device ({brief(error)})") from error
         self._host = (self._fallback or HostArithmetic()).merger(vectors, self._out_dtype)
 
     def _queued(self, block: Panel) -> Crossing:
@@ -160,4 +160,4 @@ def _arrived(crossing: Crossing) -> Raw:
     try:
         return crossing.arrived()
     except RuntimeError as error:
-        raise NumericalError(reason(error)) from error
+        raise NumericalError(brief(error)) from error

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from streamrepair.decompose import cholesky_count
 from streamrepair.decompose.arithmetic import Count, Doubles, ResidentVectors, Spectrum, Vectors
-from streamrepair.decompose.device.faults import reason
 from streamrepair.decompose.device.staging import to_device
-from streamrepair.errors import NumericalError
+from streamrepair.errors import NumericalError, brief
 
 
 class DeviceVectors(ResidentVectors):
@@ -106,7 +105,7 @@ class EighSpectrum(Spectrum):
         try:
             values, vectors = torch.linalg.eigh(gram)
         except RuntimeError as error:  # torch's LinAlgError and OutOfMemoryError are RuntimeErrors
-            raise NumericalError(reason(error)) from error
+            raise NumericalError(brief(error)) from error
         return cls(gram, values, vectors)
 
     @property
@@ -130,7 +129,7 @@ class EighSpectrum(Spectrum):
         try:
             return cholesky_count.prove(GramMatrix(self.gram), self._values, self._top(top), shift, bound)
         except RuntimeError as error:
-            raise NumericalError(reason(error)) from error
+            raise NumericalError(brief(error)) from error
 
     def top(self, count: int) -> DeviceVectors:
         """The last `count` columns, as rows; a copy, so that the rest can be let go."""
