@@ -36,6 +36,8 @@ from streamrepair.errors import brief
 
 SHAPES = "4096x4096,14336x4096,8192x8192,28672x8192,128256x8192"
 BATCHES = "64:512x512,32:1024x1024"
+FAILURES = (RuntimeError, ArithmeticError)
+"""No memory, no convergence, no such driver."""
 
 Record = dict[str, Any]
 
@@ -65,7 +67,7 @@ class Clock:
             del result
             long = first_s > self._limit_s / (self._repeats + 1)
             samples = [first_s] if long else [self._once(work)[0] for _ in range(self._repeats)]
-        except (RuntimeError, ArithmeticError) as error:  # no memory, no convergence, no such driver
+        except FAILURES as error:
             return {"name": name, "failed": brief(error)}
         seconds = statistics.median(samples)
         self._rates[name] = flops / seconds
@@ -109,14 +111,25 @@ def measured(source: pairs.Source, arithmetic: DeviceArithmetic, clock: Clock, *
     found: Record = {
         "shape": list(source.base.shape),
         "projected_device_bytes": device_bytes(shape, "gram"),
-        "stages": contenders.stages(source, arithmetic, clock.wait),
+        "stages": _tried(lambda: contenders.stages(source, arithmetic, clock.wait)),
         "runs": [],
     }
-    answer = contenders.answer(source, arithmetic.device) if check else None
+    answer = _tried(lambda: contenders.answer(source, arithmetic.device)) if check else None
+    if isinstance(answer, dict):
+        found["answer"] = answer
+    check_answer = answer.check if isinstance(answer, contenders.Answer) else None
     for name, work in [("streamrepair", ours), *contenders.others(source, arithmetic.device)]:
         say(f"  {name}")
-        found["runs"].append(clock.measure(name, flops, work, answer.check if answer else None))
+        found["runs"].append(clock.measure(name, flops, work, check_answer))
     return found
+
+
+def _tried(work: Callable[[], Any]) -> Any:
+    """What it gives, or why there is nothing: what a card has no memory for must not end all that it has."""
+    try:
+        return work()
+    except FAILURES as error:
+        return {"failed": brief(error)}
 
 
 def batches(text: str, arithmetic: DeviceArithmetic, clock: Clock) -> Iterator[Record]:
@@ -173,7 +186,11 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Measures and writes after every case, so that a run cut short leaves what it had; 1 if an answer was wrong."""
+    """Measures and writes after every case, so that a run cut short leaves what it had.
+
+    Returns:
+        1 if an answer was wrong, or could not be held against float64 though it was to be.
+    """
     arguments = _arguments()
     device = torch.device(arguments.device)
     arithmetic = DeviceArithmetic(arguments.device)
@@ -205,7 +222,8 @@ def main() -> int:
         record["whole"] = runs.whole(arguments.model, device, arguments.repeats)
         path.write_text(json.dumps(record, indent=1) + "\n")
     ours = [run for case in record["cases"] for run in case["runs"] if run["name"] == "streamrepair"]
-    return 1 if any("seconds" not in run or not run.get("check", {}).get("passed", True) for run in ours) else 0
+    wrong = any("seconds" not in run or not run.get("check", {}).get("passed", True) for run in ours)
+    return 1 if wrong or any("answer" in case for case in record["cases"]) else 0
 
 
 if __name__ == "__main__":

@@ -66,3 +66,25 @@ def test_what_would_take_too_long_is_left_out_and_said_to_be(tmp_path: Path) -> 
     first, second = json.loads((tmp_path / "cuda.json").read_text())["cases"]
     assert all(len(run["samples"]) == 1 for run in first["runs"])  # the long first run stands for all
     assert all("expected to take" in run["left_out"] for run in second["runs"])
+
+
+def test_what_the_device_has_no_memory_for_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
+    """The truth takes more than anything else; without it there are times, and no success."""
+    broken = "\n".join(
+        [
+            "import cuda, sys, torch",
+            "def no_memory(*_):",
+            "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has …')",
+            "cuda.contenders.answer = no_memory",
+            "sys.exit(cuda.main())",
+        ]
+    )
+    arguments = ["--device", "cpu", "--shapes", "96x64", "--spectra", "gapped", "--batches", "", "--model", ""]
+    (tmp_path / "broken.py").write_text(broken)
+    path = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])}
+    command = [sys.executable, str(tmp_path / "broken.py"), *arguments, "--results", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=path)
+    assert done.returncode == 1
+    (case,) = json.loads((tmp_path / "cuda.json").read_text())["cases"]
+    assert case["answer"] == {"failed": "CUDA out of memory. Tried to allocate 9 GiB."}
+    assert all(run["seconds"] > 0 and "check" not in run for run in case["runs"])
