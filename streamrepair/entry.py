@@ -23,9 +23,26 @@ def main() -> int:
 
     gc.enable()
     try:
-        return run()
+        status = run()
     finally:
         gc.freeze()  # nor is it at the end, when the interpreter would look once more
+    return _ended(status)
+
+
+def _ended(status: int) -> int:
+    """The exit status; the process ends here if a worker is left in the middle of its work.
+
+    One that is in torch's C++ when the interpreter ends takes the process down with it: aborted, with another status.
+    """
+    import contextlib
+    import threading
+
+    if any(thread.daemon for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    return status
 
 
 def _end(number: int, _frame: FrameType | None) -> None:

@@ -411,6 +411,34 @@ def test_a_signal_while_the_command_is_still_being_loaded_is_75(
     assert run(pair.base, pair.ft, tmp_path / "out", "--quiet") == Result(0, "", "")
 
 
+LEFT_BEHIND = """
+import sys, threading, time
+import torch
+import streamrepair.cli
+
+def work():
+    while True:
+        torch.linalg.eigh(torch.eye(200, dtype=torch.float64))
+
+def failed():
+    threading.Thread(target=work, daemon=True).start()
+    time.sleep(0.3)
+    print("said")
+    return 5
+
+streamrepair.cli.main = failed
+from streamrepair.entry import main
+sys.exit(main())
+"""
+
+
+def test_a_worker_that_is_left_in_torch_changes_no_status() -> None:
+    """As a card's is, when another worker's failure ends the run; the interpreter's end would abort the process."""
+    words = [sys.executable, "-c", LEFT_BEHIND]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (5, "said\n", "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 @pytest.mark.parametrize("words", ["$1 $2 $3", "$1 $2 $3 --json", "plan $1 $2", "--help", "--version"])
 def test_a_full_standard_output_is_one_line_and_no_bug(pair: Pair, tmp_path: Path, words: str) -> None:
