@@ -34,6 +34,7 @@ from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.convert import STORED_TYPE, Raw
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.truncation import Truncation
+from streamrepair.engine.gpu import unusable
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
@@ -235,7 +236,10 @@ def _arithmetic(device: str) -> Arithmetic:
         return HostArithmetic()
     from streamrepair.decompose.device import DeviceArithmetic  # torch is loaded for a GPU only
 
-    return DeviceArithmetic(device)
+    try:
+        return DeviceArithmetic(device)
+    except RuntimeError as error:
+        raise unusable(device, error) from error
 
 
 def _two_at_once(worker: _Worker, repeats: int) -> tuple[float, ...]:
