@@ -16,11 +16,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from streamrepair.decompose import certify
 from streamrepair.decompose.convert import widened
 from streamrepair.decompose.device import DeviceArithmetic
+from streamrepair.decompose.device import arithmetic as device_arithmetic
 from streamrepair.decompose.device import rates as device_rates
 from streamrepair.decompose.device.rates import Rates, ieee_products, rates
 from streamrepair.decompose.device.staging import TORCH_TYPE, Download, Upload
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
+from streamrepair.errors import NumericalError
 from tests.decompose.sources import ArraySource, fine_tuned, from_delta, low_rank_plus_noise, stored
 
 Doubles = NDArray[np.float64]
@@ -299,6 +301,27 @@ def test_float32_products_are_summed_in_float64() -> None:
         errors.append(float(np.abs(gram.images - probes @ (delta.T @ delta)).max() / gram.trace))
     assert errors[0] < 3e-7
     assert errors[1] < 1e-14
+
+
+@pytest.mark.parametrize(
+    ("n", "driver", "chosen"), [(8, "default", None), (8, "gesvd", "gesvd"), (1100, "default", "gesvd")]
+)
+def test_large_matrices_are_not_left_to_jacobis_method(
+    monkeypatch: pytest.MonkeyPatch, n: int, driver: str, chosen: str | None
+) -> None:
+    """It is what torch takes on a GPU if it is not told otherwise: minutes, where gesvd needs seconds."""
+    drivers, device = [], DeviceArithmetic("cpu", measured=FAST)
+
+    def svd(matrix: torch.Tensor, *, full_matrices: bool, driver: str | None) -> Any:
+        drivers.append(driver)
+        raise RuntimeError("that is all there was to know")
+
+    monkeypatch.setattr(torch.linalg, "svd", svd)
+    monkeypatch.setattr(device_arithmetic, "to_device", lambda matrix, _: torch.from_numpy(matrix))
+    device.device = torch.device("cuda")
+    with pytest.raises(NumericalError):
+        device.svd(np.eye(n), driver)
+    assert drivers == [chosen]
 
 
 @pytest.mark.parametrize("out_dtype", TORCH_TYPE)

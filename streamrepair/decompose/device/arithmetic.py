@@ -18,6 +18,9 @@ from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.errors import NumericalError, brief
 
+_MOST_JACOBI = 1024
+"""Columns up to which Jacobi's method may be the quicker SVD; above, an A100 takes three times as long for it."""
+
 
 class DeviceArithmetic:
     """One torch device.
@@ -101,12 +104,13 @@ class DeviceArithmetic:
         return result
 
     def svd(self, matrix: Doubles, driver: str) -> tuple[Doubles, Doubles, Doubles]:
-        """cuSOLVER's default driver, or gesvd, which is slow and sure.
+        """torch's default driver, which is Jacobi's method, or gesvd: that is sure, and for large matrices quicker.
 
         Raises:
             NumericalError: no convergence, or no memory for the workspace.
         """
-        chosen = "gesvd" if driver == "gesvd" and self.device.type == "cuda" else None
+        sure = driver == "gesvd" or len(matrix) > _MOST_JACOBI
+        chosen = "gesvd" if sure and self.device.type == "cuda" else None
         try:
             result = torch.linalg.svd(to_device(matrix, self.device), full_matrices=False, driver=chosen)
         except RuntimeError as error:  # torch's LinAlgError and OutOfMemoryError are RuntimeErrors
