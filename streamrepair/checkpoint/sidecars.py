@@ -21,6 +21,7 @@ from streamrepair.errors import InputError, OutputError
 from streamrepair.report import REPORT_NAME
 
 _DEEPEST = 3
+"""Levels of folders that are looked into, the checkpoint's own among them."""
 _LARGEST_BYTES = 1 << 28
 
 
@@ -51,7 +52,7 @@ def _is_carried(path: str) -> bool:
 def left_beside(checkpoint: Checkpoint) -> tuple[str, ...]:
     """What is named as a sidecar and is no file, sorted: links that lead nowhere or in circles, FIFOs, devices.
 
-    And folders (with a slash at the end) that cannot be listed, or that a link leads to.
+    And folders (with a slash at the end) that cannot be listed, lie deeper than is looked, or are links.
 
     Raises:
         InputError: the folder cannot be listed.
@@ -88,11 +89,12 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, bool]]:
             if stat.S_ISDIR(mode):
                 # checkpoint-500 and the like are whole checkpoints of their own, and so is what we made, or are making.
                 own = name.startswith(("checkpoint-", "runs", "original", "onnx")) or _is_result(folder / name)
-                if depth < _DEEPEST and not own:
-                    if entry.is_symlink():  # it may lead anywhere, and round in circles
-                        yield f"{prefix}{name}/", False
-                    else:
-                        yield from _walk(folder / name, f"{prefix}{name}/", depth + 1)
+                if own:
+                    continue
+                if entry.is_symlink() or depth == _DEEPEST:  # a link may lead anywhere, and round in circles
+                    yield f"{prefix}{name}/", False
+                else:
+                    yield from _walk(folder / name, f"{prefix}{name}/", depth + 1)
             elif is_wanted(name):
                 yield prefix + name, stat.S_ISREG(mode)
             elif is_missed(prefix + name) and stat.S_ISREG(mode):

@@ -54,7 +54,7 @@ def _of_files_beside(plan: Plan) -> Iterator[str]:
     broken = left_beside(plan.ft)
     if broken:
         listed = ", ".join(map(shown, broken[:_LISTED]))
-        yield f"FT: left out beside the weights, being neither regular files nor readable folders of its own: {listed}"
+        yield f"FT: left out beside the weights, no regular files or readable folders three deep at most: {listed}"
     if left := not_carried(plan.ft):
         more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
         listed = ", ".join(map(shown, left[:_LISTED])) + more

@@ -102,6 +102,15 @@ def test_linked_folders_are_not_walked(ft: Path, tmp_path: Path) -> None:
     assert sidecars(open_checkpoint(ft, side="FT")) == CARRIED
 
 
+def test_folders_deeper_than_is_looked_are_told_of(ft: Path) -> None:
+    (ft / "a" / "b" / "c").mkdir(parents=True)
+    for folder in ("a", "a/b", "a/b/c"):
+        (ft / folder / "tokenizer.json").write_text("{}")
+    opened = open_checkpoint(ft, side="FT")
+    assert [name for name in sidecars(opened) if name.startswith("a/")] == ["a/b/tokenizer.json", "a/tokenizer.json"]
+    assert left_beside(opened) == ("a/b/c/",)
+
+
 @pytest.mark.parametrize("mark", ["streamrepair.json", ".streamrepair/lock"])
 def test_a_result_among_them_is_not_carried_along(ft: Path, mark: str) -> None:
     """FT named as one file may have OUT beside it: every repetition would copy the result into itself."""

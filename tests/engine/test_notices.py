@@ -72,7 +72,7 @@ def test_what_is_named_as_a_sidecar_and_is_no_file_is_told_of(tmp_path: Path) ->
     (pair.ft / "templates").symlink_to(tmp_path / "shared")
     (pair.ft / "original").symlink_to(tmp_path / "shared")  # needed by nobody, as it would not be without the link
     said = (
-        "FT: left out beside the weights, being neither regular files nor readable folders of its own: "
+        "FT: left out beside the weights, no regular files or readable folders three deep at most: "
         "templates/, tokenizer.json, vocab.json"
     )
     assert _told(pair.base, pair.ft) == [said]
@@ -87,7 +87,7 @@ def test_a_folder_beside_the_weights_that_cannot_be_listed_is_told_of(
     (pair.ft / "lost+found").mkdir()
     planned = api.plan(pair.base, pair.ft)
     monkeypatch.setattr(sidecars, "os", Kernel(("scandir",), fails(2, errno.EACCES)))
-    said = "FT: left out beside the weights, being neither regular files nor readable folders of its own: lost+found/"
+    said = "FT: left out beside the weights, no regular files or readable folders three deep at most: lost+found/"
     assert plan_warnings(planned) == [said]
     monkeypatch.setattr(sidecars, "os", Kernel(("scandir",), fails(1, errno.EACCES)))
     with pytest.raises(InputError, match="cannot be listed"):
