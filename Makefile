@@ -19,7 +19,7 @@ help:
 	@echo 'make demo    repair the small pair that ships with the sources, and measure what it won back'
 	@echo 'make test    every test; make quick leaves out the slow ones'
 	@echo 'make lint    format, style and types; make check: that and every test'
-	@echo 'make bench   measure, and fill the tables of README.md and docs/performance.md'
+	@echo 'make bench   measure, and fill the tables of README.md and docs'
 	@echo 'make clean   remove .venv, caches and the demonstration output'
 
 demo: $(DEMO)

@@ -1,4 +1,4 @@
-"""Fills the tables of README.md and docs/performance.md from bench/results/*.json; no number in them is typed by hand.
+"""Fills the tables of README.md and docs/*.md from bench/results/*.json; no number in them is typed by hand.
 
     python bench/tables.py [--check]
 
@@ -13,7 +13,7 @@ A table goes between the lines `<!-- bench:NAME -->` and `<!-- /bench -->`, NAME
 - plan: `streamrepair plan` as a whole process;
 - campaign: the runs of `python -m tests.crash.campaign`;
 - recovery: `resume_cost.py` and `verify_speed.py`.
-The first four take what `end_to_end.py` writes, plan what `plan_70b.py` does. `--check` writes nothing and ends with 1
+The first three and exact take what `end_to_end.py` writes, plan what `plan_70b.py` does. `--check` writes nothing and ends with 1
 if a table is not what the results say.
 """
 
