@@ -24,7 +24,12 @@ Spectra = Annotated[
     ),
 ]
 Backends = Annotated[
-    list[str] | None, Parameter(group=MEANS, negative=(), help="Backends, repeatable or with commas. Default: all.")
+    list[str] | None,
+    Parameter(
+        group=MEANS,
+        negative=(),
+        help="auto, gram, randomized, fast or full, repeatable or with commas. Default: all but auto.",
+    ),
 ]
 Check = Annotated[
     bool,
@@ -38,6 +43,8 @@ Threads = Annotated[
     Parameter(group=MEANS, converter=whole_number, help="Most threads of the reference. Default: one per processor."),
 ]
 
+_DTYPE, _DEVICE, _REPEATS = "bf16", "auto", 3  # where nothing is said
+
 
 def bench(
     base: ShapesOf = None,
@@ -46,14 +53,14 @@ def bench(
     *,
     shape: Shapes = None,
     spectrum: Spectra = None,
-    dtype: Annotated[str, Parameter(group=NUMBERS, help="Of inputs and output: bf16, f16 or f32.")] = "bf16",
+    dtype: Annotated[str, Parameter(group=NUMBERS, help="Of inputs and output: bf16, f16 or f32.")] = _DTYPE,
     check: Check = True,
     backend: Backends = None,
-    device: Device = "auto",
+    device: Device = _DEVICE,
     threads: Threads = None,
     repeats: Annotated[
         int, Parameter(group=MEANS, converter=whole_number, help="Timed runs of each; the median counts.")
-    ] = 3,
+    ] = _REPEATS,
     calibrate: Annotated[
         bool,
         Parameter(
@@ -67,8 +74,13 @@ def bench(
 ) -> int:
     """Time the backends on this device, on synthetic deltas, against torch.linalg.svd in memory and float64."""
     if calibrate:
-        given = {"BASE": base, "--shape": shape, "--spectrum": spectrum, "--backend": backend, "--plot": plot}
-        if idle := [name for name, value in given.items() if value is not None]:
+        given: dict[str, object] = {"BASE": base, "--shape": shape, "--spectrum": spectrum, "--backend": backend}
+        given |= {"--threads": threads, "--plot": plot}
+        changed = {"--dtype": dtype != _DTYPE, "--no-check": not check, "--device": device != _DEVICE}
+        changed["--repeats"] = repeats != _REPEATS
+        idle = [name for name, value in given.items() if value is not None]
+        idle += [name for name, is_other in changed.items() if is_other]
+        if idle:
             raise UsageError(f"{idle[0]} means nothing with --calibrate, which only measures speeds: leave it out")
         return _calibrated(json=json)
     from streamrepair.benchmark import plot as chart

@@ -165,6 +165,11 @@ def test_speeds_that_cannot_be_kept_are_shown_all_the_same(tmp_path: Path) -> No
         (["--shape", "96x64", "--threads", "1.5"], "--threads: expected a whole number, not '1.5'"),
         (["--calibrate", "--plot", "c.svg"], "--plot means nothing with --calibrate"),
         (["--calibrate", "base"], "BASE means nothing with --calibrate"),
+        (["--calibrate", "--threads", "1"], "--threads means nothing with --calibrate"),
+        (["--calibrate", "--repeats", "1"], "--repeats means nothing with --calibrate"),
+        (["--calibrate", "--dtype", "f32"], "--dtype means nothing with --calibrate"),
+        (["--calibrate", "--device", "cpu"], "--device means nothing with --calibrate"),
+        (["--calibrate", "--no-check"], "--no-check means nothing with --calibrate"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(arguments: list[str], word: str, tmp_path: Path) -> None:
