@@ -13,8 +13,8 @@ A table goes between the lines `<!-- bench:NAME -->` and `<!-- /bench -->`, NAME
 - plan: `streamrepair plan` as a whole process;
 - campaign: the runs of `python -m tests.crash.campaign`;
 - recovery: `resume_cost.py` and `verify_speed.py`.
-The first three and exact take what `end_to_end.py` writes, plan what `plan_70b.py` does. `--check` writes nothing and ends with 1
-if a table is not what the results say.
+The first three and exact take what `end_to_end.py` writes, plan what `plan_70b.py` does. `--check` writes nothing and
+ends with 1 if a table is not what the results say.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class UsageError(StreamRepairError, ValueError):
 
 
 class InputError(StreamRepairError, ValueError):
-    """BASE or FT is malformed, incomplete, non-finite or unsuitable; refused, nothing of OUT is left."""
+    """BASE or FT is malformed, incomplete, non-finite, unsuitable or changed, or OUT holds something else; refused."""
 
     exit_status = 3
 

@@ -7,7 +7,7 @@ A backend's answer is used only when these pass. They cost O(n²) per probe wher
   eigenvalue is off by more than ‖E‖₂.
 - *Median* and *count*: Sturm sequences on T, on either side of λ_med and at τ², count the values above independently of
   the eigenvalue solver (Sylvester), whose values Q·T·Qᵀ does not hold; where there is no T, see `cholesky_count`.
-- *Vectors*: ‖VᵀV − I‖ in full, and the residual VᵀG − ΛVᵀ on the probes.
+- *Vectors*, rows of V: ‖VVᵀ − I‖ in full, and the residual VG − ΛV on the probes.
 
 Source: Hutchinson 1990; Halko, Martinsson & Tropp 2011, section 4.3 (a posteriori bounds from random probes);
 Parlett, The Symmetric Eigenvalue Problem, sections 3.3 and 10.
@@ -42,7 +42,7 @@ class Certificate:
     orthonormality: float
     """Norm of the largest row of VVᵀ − I."""
     residual: float
-    """‖(VᵀG − ΛVᵀ)X‖_F / (λ_max·√probes)."""
+    """‖(VG − ΛV)X‖_F / (λ_max·√probes)."""
 
 
 def probe_vectors(n: int) -> NDArray[np.float64]:

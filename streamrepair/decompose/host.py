@@ -217,7 +217,7 @@ class HostMerger(Merger):
 
 
 class TridiagonalSpectrum(Spectrum):
-    """LAPACK's dsytrd, dsterf, then dstemr and dormtr for the vectors asked for.
+    """LAPACK's dsytrd and dsterf; of the vectors asked for T's own, and these turned back by `householder`.
 
     Args:
         gram: (n, n) float64, C upper triangle set; it is overwritten by the reflectors.

@@ -138,7 +138,7 @@ def _given(found: Truncation | NumericalError) -> Truncation:
 
 
 def _mostly_empty(source: PanelSource, rule: HardThreshold) -> Truncation:
-    """A delta most of whose rows are zero has rank below half: its median is zero, which a count of rows proves.
+    """A delta with at most (n − 1) // 2 rows that are not zero has rank below half of n: its median is zero.
 
     Embeddings fine-tuned on text that meets few tokens are like that, and a full SVD of them is dear.
 

@@ -7,8 +7,8 @@ all values to use one of them and a few more. Here, on the Gram matrix G,
    are white noise's, else from a start block of its own (`krylov_search`);
 2. an inertia count and shift-and-invert make the median exact (`order_statistic`) – or, if an interval will do
    (`estimate="fast"`), this is left out and the interval is stated;
-3. at least k: k Ritz values lie above τ² (Cauchy's interlacing); at most k: τ²·I − (G − VΘVᵀ) has a Cholesky factor
-   (Weyl). Together they prove the kept rank without assuming a gap.
+3. at least k: k Ritz values lie above τ² (Cauchy's interlacing); at most k: c·I − (G − VᵀΘV), c just below τ²,
+   has a Cholesky factor (Weyl). Together they prove the kept rank without assuming a gap.
 
 It gives up early, at little cost, where many values are kept: `gram` then goes on from the same G.
 

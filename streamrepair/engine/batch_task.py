@@ -42,7 +42,7 @@ def run_batch(batch: Batch, around: Surroundings, worker: Worker) -> Iterator[Ou
         for job in jobs:
             if job.dry:
                 heirs[0].spent.add(job.spent)
-        # Not imported above: a run that only copies never loads torch.
+        # Not imported above: a run that only copies needs none of SciPy.
         from streamrepair.engine.repair_task import repair_batch
 
         around.hold_threads()

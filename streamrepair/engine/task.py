@@ -71,7 +71,7 @@ def _repair(job: Job) -> tuple[TensorRecord, str | None]:
     digest = copy_while_equal(job)
     if digest is not None:
         return passed_through(job.task, "copied", "delta is zero", digest), None
-    # Not imported above: a run that only copies never loads torch.
+    # Not imported above: a run that only copies needs none of SciPy.
     from streamrepair.engine.repair_task import repair
 
     job.around.hold_threads()

@@ -28,7 +28,7 @@ class Span:
     """Something that took time."""
 
     track: str
-    """Who did it: a lane, a lane's reader, a lane while it is lent, or the committer."""
+    """Who did it: a lane, a lane's reader, a lane while it is lent, the committer, who reads ahead."""
     kind: str
     """task, member (of a batch, inside the batch's task), lent, read, write, memory, sync."""
     name: str

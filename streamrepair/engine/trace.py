@@ -16,7 +16,7 @@ _PROCESS = 1
 
 
 def chrome_trace(timeline: Timeline, lanes: list[str]) -> bytes:
-    """The trace as JSON: a track for each lane, below it its reader and what it does for others; one for commits."""
+    """The trace as JSON: tracks for each lane, its reader, what it does for others; for commits and reading ahead."""
     tracks = [track for lane in lanes for track in (lane, f"{lane} reader", lane + LENT)]
     tracks += sorted({span.track for span in timeline.spans} - set(tracks))
     number = {track: i for i, track in enumerate(tracks, 1)}

@@ -1,8 +1,7 @@
 """A pair of matrices on disk as a stream of tall panels: the seam between files and decompositions.
 
 A tall weight is read as consecutive rows; a wide one whole where it is small, else as blocks of columns, a stretch of
-each row. A thread reads the next panel while the present one is computed on, in a ring of three
-reused buffers.
+each row. A thread reads the next panel while the present one is computed on, in a ring of three reused buffers.
 """
 
 from __future__ import annotations
