@@ -43,11 +43,14 @@ class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
     action: Action
     """repaired; copied (Δ = 0); kept_ft (passed through from FT); dropped (only BASE has it)."""
     reason: str
+    """Why it is not repaired; "" if it is."""
     shape: tuple[int, ...]
     dtype: str
     """Dtype in the output (in BASE for a dropped one)."""
     rank_total: int | None = None
+    """Singular values of Δ: its shorter side."""
     rank_kept: int | None = None
+    """Those of them above τ."""
     sigma_hat: float | None = None
     """Noise level in the fused scale σ·√max(m, n)."""
     threshold: float | None = None
@@ -67,9 +70,11 @@ class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
     within_interval: int | None = None
     """Singular values in that interval: the kept rank may be off by as many."""
     backend: str | None = None
+    """What decided, and in which precision: gram-float32, randomized-float64, rows, row-space, full, …"""
     climbed: tuple[str, ...] = ()
     """Why cheaper backends were left."""
     seconds: float = 0.0
+    """Of its work, reading and writing included; of a batch's decision its share."""
     digest: str | None = None
     """XXH3-128 of the tensor's bytes in the output."""
     warnings: tuple[str, ...] = ()

@@ -1,7 +1,7 @@
 """Mutated headers and indices: refused in one printable line, or read as an independent reader reads them.
 
 A kept corpus is mutated at the level of JSON's tokens, where a byte more or less seldom gets past the first check. The
-suite tries a few thousand mutants; `FUZZ_EXAMPLES=200000 pytest tests/hostile/test_fuzz.py` goes on for as long as
+suite tries 1,200 mutants; `FUZZ_EXAMPLES=200000 pytest tests/hostile/test_fuzz.py` goes on for as long as
 wanted. What it finds belongs into the corpus, from where every later run begins.
 """
 
