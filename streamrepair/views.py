@@ -168,7 +168,9 @@ def why(task: Task, unit: Unit, settings: Settings) -> str:
         return "predicted to be quicker where few values are kept; hands over where many are"
     if settings.sigma == "tail":
         return "--sigma tail needs more values than block Krylov finds"
-    return "the reduction is predicted to be about as quick as block Krylov, or quicker"
+    too_few = "too few columns for block Krylov, whose basis would be as large as the matrix"
+    slower = "the reduction is predicted to be about as quick as block Krylov, or quicker"
+    return too_few if settings.backend == "randomized" else slower
 
 
 def predicted_s(task: Task, rates: Rates) -> dict[str, float]:

@@ -551,6 +551,9 @@ def test_a_plan_says_why_each_backend_and_what_more_memory_would_do(tmp_path: Pa
     forced = run(*options, "--ram", "4GB", "--backend", "randomized").out
     assert "repair, randomized or gram " in forced
     assert "\nrandomized or gram: --backend randomized\n" in forced
+    small = write_pair(tmp_path / "small", {"c": (200, 200)})
+    forced = run("plan", small.base, small.ft, "--device", "cpu", "--backend", "randomized").out
+    assert "\ngram: too few columns for block Krylov, whose basis would be as large as the matrix\n" in forced
     data = json.loads(run(*options, "--ram", little, "--json").out)
     assert (data["workers"], data["budget"]["side_by_side"]) == (2, 1)
     for tensor in data["tensors"].values():
