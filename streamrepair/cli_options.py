@@ -37,7 +37,8 @@ Device = Annotated[
     str,
     Parameter(
         group=MEANS,
-        help="auto, cpu, cuda (all cards), or a list: cuda:0,cuda:1; with cpu in it the CPU takes small matrices.",
+        help="auto (all cards, or the CPU if there are none), cpu, cuda (all cards), or a list: cuda:0,cuda:1; with "
+        "cpu in it the CPU takes small matrices.",
     ),
 ]
 Workers = Annotated[
