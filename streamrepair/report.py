@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, TypeVar, get_args, get_type_hints
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import msgspec
@@ -21,6 +21,7 @@ REPORT_NAME = "streamrepair.json"
 _LARGEST_SCALE = 1e100  # its square, times that of a noise level, is still a number
 
 Action = Literal["repaired", "copied", "kept_ft", "dropped"]
+Record = TypeVar("Record")
 
 
 def storable(path: str) -> str:
@@ -35,6 +36,19 @@ def storable(path: str) -> str:
 def restored(text: str) -> str:
     """The path that `storable` made the text of."""
     return os.fsdecode(unquote_to_bytes(text.removeprefix("file:"))) if text.startswith("file:") else text
+
+
+def decoded(content: bytes, kind: type[Record]) -> Record:
+    """The record that JSON holds.
+
+    Raises:
+        msgspec.MsgspecError: it holds none, whichever way it is broken: msgspec lets text that is no UTF-8 and deep
+            nesting through as errors of Python's own.
+    """
+    try:
+        return msgspec.json.decode(content, type=kind)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(str(error)) from error
 
 
 class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from streamrepair.checkpoint.headers import ShardHeader, read_header
 from streamrepair.checkpoint.layout import Checkpoint, joined_digest, open_checkpoint
 from streamrepair.checkpoint.write import digest_file, digest_range
 from streamrepair.errors import DamageError, InputError, shown
-from streamrepair.report import REPORT_FORMAT, REPORT_NAME, Report, TensorRecord, restored
+from streamrepair.report import REPORT_FORMAT, REPORT_NAME, Report, TensorRecord, decoded, restored
 
 _READERS = 2
 _LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "*.gguf", "adapter_config.json")
@@ -108,7 +108,7 @@ def read_report(out: Path) -> Report:
             raise DamageError(
                 f"{shown(str(path))}: missing: OUT is not a result, or its run has not finished: run the repair again"
             )
-        report = msgspec.json.decode(wholefile.read_whole(path), type=Report)
+        report = decoded(wholefile.read_whole(path), Report)
     except OSError as error:
         raise DamageError(
             f"{shown(str(path))}: cannot be looked up ({error.strerror}): check OUT's name and mode"

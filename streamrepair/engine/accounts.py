@@ -14,7 +14,7 @@ from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.journal import Journal
 from streamrepair.engine.timeline import FILES
 from streamrepair.errors import InputError
-from streamrepair.report import ResourceUse, Session, Timings
+from streamrepair.report import ResourceUse, Session, Timings, decoded
 
 _LINE_BYTES = 700
 """Of a line but for its workers; about 400, with small numbers."""
@@ -48,7 +48,7 @@ class Accounts:
             OutputError: the file cannot be opened.
         """
         try:
-            lines = [msgspec.json.decode(line, type=_Line) for line in self._journal.open()]
+            lines = [decoded(line, _Line) for line in self._journal.open()]
         except (InputError, msgspec.MsgspecError):
             self._journal.close()
             osfile.unlink(self._path)

@@ -16,7 +16,7 @@ from streamrepair.engine.statement import shard_index, stated_dtype
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.workspace import Workspace
 from streamrepair.errors import InputError, OutputError, shown
-from streamrepair.report import REPORT_NAME, Report, TensorRecord, restored
+from streamrepair.report import REPORT_NAME, Report, TensorRecord, decoded, restored
 
 _LISTED = 5
 
@@ -72,7 +72,7 @@ def finished_report(
     if not whole or len(done) < len(plan.tasks):
         return None
     try:
-        report = msgspec.json.decode(wholefile.read_whole(out / REPORT_NAME), type=Report)
+        report = decoded(wholefile.read_whole(out / REPORT_NAME), Report)
     except (InputError, msgspec.MsgspecError):
         return None
     if any(report.tensors.get(name) != record for name, record in done.items()):

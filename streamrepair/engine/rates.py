@@ -18,6 +18,7 @@ import msgspec
 from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.decompose.speed import CPU, Rates
 from streamrepair.errors import InputError, OutputError
+from streamrepair.report import decoded
 from streamrepair.version import __version__
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def machine() -> str:
 def load() -> Rates | None:
     """The measurement of this machine, if there is one."""
     try:
-        measured = msgspec.json.decode(wholefile.read_whole(path()), type=Measured)
+        measured = decoded(wholefile.read_whole(path()), Measured)
     except (InputError, RuntimeError, msgspec.MsgspecError):  # RuntimeError: no home folder
         return None
     return measured.rates if (measured.machine, measured.version) == (machine(), __version__) else None

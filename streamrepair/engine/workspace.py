@@ -22,7 +22,7 @@ from streamrepair.checkpoint.journal import Journal
 from streamrepair.checkpoint.write import ShardFile, ShardLayout
 from streamrepair.engine.accounts import Accounts
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
-from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord, restored
+from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord, decoded, restored
 from streamrepair.units import format_bytes
 
 STATE = ".streamrepair"
@@ -196,13 +196,13 @@ class Workspace:
         if (report := self._earlier_report()) is not None:
             names |= report.headers.keys()
         with contextlib.suppress(InputError, msgspec.MsgspecError):
-            before = msgspec.json.decode(wholefile.read_whole(self.state / "run.json"), type=Fingerprint)
+            before = decoded(wholefile.read_whole(self.state / "run.json"), Fingerprint)
             names |= {Path(restored(path)).name for path in before.ft}
         return names | {path.name for path in self.out.glob(_WEIGHTS[1]) if _shards_in(path) <= names}
 
     def _earlier_report(self) -> Report | None:
         with contextlib.suppress(InputError, msgspec.MsgspecError):
-            return msgspec.json.decode(wholefile.read_whole(self.out / REPORT_NAME), type=Report)
+            return decoded(wholefile.read_whole(self.out / REPORT_NAME), Report)
         return None
 
     def _check_space(self, *, overwrite: bool) -> None:
@@ -263,7 +263,7 @@ class Workspace:
     def _refuse_changed(self, fingerprint: Fingerprint) -> None:
         path = self.state / "run.json"
         try:
-            before = msgspec.json.decode(wholefile.read_whole(path), type=Fingerprint)
+            before = decoded(wholefile.read_whole(path), Fingerprint)
         except (InputError, msgspec.MsgspecError) as error:
             raise InputError(f"{shown(str(path))}: unreadable ({error}): start anew with --overwrite") from error
         self.began_on = before.device
@@ -275,7 +275,7 @@ class Workspace:
 
     def _entry(self, line: bytes) -> JournalEntry:
         try:
-            return msgspec.json.decode(line, type=JournalEntry)
+            return decoded(line, JournalEntry)
         except msgspec.MsgspecError as error:
             raise InputError(
                 f"{shown(str(self.state / 'journal'))}: a record is not understood ({error}): "
@@ -286,6 +286,6 @@ class Workspace:
 def _shards_in(index: Path) -> set[str]:
     """The shards that an index names; what is no name of a shard if it cannot be read."""
     try:
-        return set(msgspec.json.decode(wholefile.read_whole(index), type=_Index).weight_map.values())
+        return set(decoded(wholefile.read_whole(index), _Index).weight_map.values())
     except (InputError, msgspec.MsgspecError):
         return {""}

@@ -256,9 +256,10 @@ def test_another_version_does_not_go_on(small: Pair, tmp_path: Path, monkeypatch
     path.write_text(path.read_text().replace('"version": "', '"version": "0.0.0-'))
     with pytest.raises(InputError, match=r"streamrepair was 0\.0\.0-"):
         api.repair(small.base, small.ft, out)
-    path.write_text("{")
-    with pytest.raises(InputError, match=r"run\.json: unreadable"):
-        api.repair(small.base, small.ft, out)
+    for content in (b"{", b'{"version": "\xff"}'):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"run\.json: unreadable"):
+            api.repair(small.base, small.ft, out)
 
 
 def test_bytes_that_do_not_read_back_are_never_sealed(

@@ -193,6 +193,17 @@ def test_a_result_without_a_report_is_none(out: Path, content: bytes | None) -> 
         api.verify(out)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_report_that_is_no_text_is_written_again(pair: Pair, out: Path, nested: bool, overwrite: bool) -> None:
+    path = out / "streamrepair.json"
+    path.write_bytes(b'{"x": ' + b"[" * 100_000 if nested else path.read_bytes().replace(b"xxh3-128", b"\xff", 1))
+    with pytest.raises(DamageError, match=r"streamrepair\.json: unreadable"):
+        api.verify(out)
+    api.repair(pair.base, pair.ft, out, overwrite=overwrite)
+    assert not api.verify(out).damage
+
+
 def test_what_cannot_be_looked_up_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(DamageError, match=r"cannot be looked up \(File name too long\)"):
         api.verify(tmp_path / ("n" * 300))
