@@ -13,6 +13,8 @@ from streamrepair.errors import InputError, UsageError, shown
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes whose values are the weights themselves; 8-bit and narrower floats mean something only with their scales."""
+_NO_CODES = (*FLOATS, "BOOL", "I64", "U64", "C64")
+"""Dtypes that no quantised weight is stored in; wide integers are positions and counters."""
 LEAST_ELEMENTS = 1024
 """Smaller matrices are passed through: the law of large random matrices says nothing about them."""
 
@@ -85,6 +87,7 @@ def pair(base: Checkpoint, ft: Checkpoint, selection: Selection) -> tuple[Pairin
 
 
 def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection) -> Iterator[Pairing]:
+    codes = _codes(ft)
     for position, shard in enumerate(ft.shards):
         for entry in shard.tensors:
             if ft.tensors.get(entry.name) != (position, entry):
@@ -93,7 +96,11 @@ def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection) -> Iterator[P
                 continue
             found = base.tensors.get(entry.name)
             other = Side(*found) if found else None
-            refusal = _refusal(entry, other.entry if other else None) or selection.refusal(entry.name)
+            refusal = (
+                _refusal(entry, other.entry if other else None)
+                or _refusal_of_scales(entry, codes)
+                or selection.refusal(entry.name)
+            )
             intent: Intent = "keep" if refusal else "repair"
             yield Pairing(entry.name, intent, refusal or "", other, Side(position, entry))
 
@@ -105,6 +112,26 @@ def _refusal(ft: TensorEntry, base: TensorEntry | None) -> str | None:
     if ft.shape != base.shape:
         return f"shapes differ: {list(base.shape)} in base, {list(ft.shape)} fine-tuned"
     return _of_no_kind(ft, base)
+
+
+def _codes(ft: Checkpoint) -> dict[str, str]:
+    """Module → a quantised weight in it, by the last part of its name: the module is its name up to the last dot."""
+    found: dict[str, str] = {}
+    for name, (_, entry) in ft.tensors.items():
+        module, _, own = name.rpartition(".")
+        if module and len(entry.shape) >= 2 and entry.dtype not in _NO_CODES:
+            found.setdefault(module, own)
+    return found
+
+
+def _refusal_of_scales(entry: TensorEntry, codes: dict[str, str]) -> str | None:
+    """Why a matrix is passed through that means nothing without the codes beside it, which are; or None.
+
+    The scales and zero points of FP8 blocks, GPTQ, AWQ, HQQ and the like are matrices of plain floats. FT's codes with
+    other scales than FT's would be neither checkpoint's weight.
+    """
+    own = codes.get(entry.name.rpartition(".")[0])
+    return None if own is None else f"belongs to the quantised {own} beside it"
 
 
 def is_of_no_kind(pairing: Pairing) -> bool:

@@ -58,6 +58,43 @@ def test_what_is_passed_through_and_why(tmp_path: Path, base: Raw, ft: Raw, reas
     assert found["x"].intent == "repair"
 
 
+SCALES = np.zeros((32, 32), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "dtype"),
+    [
+        ("weight", "weight_scale_inv", "F8_E4M3"),
+        ("qweight", "scales", "I32"),
+        ("weight_packed", "weight_scale", "I32"),
+        ("W_q", "zero", "U8"),
+        ("weight", "biases", "U32"),
+        ("weight", "SCB", "I8"),
+    ],
+)
+def test_scales_stay_with_the_codes_that_they_scale(tmp_path: Path, codes: str, scales: str, dtype: str) -> None:
+    size = {"F8_E4M3": 1, "I8": 1, "U8": 1, "I32": 4, "U32": 4}[dtype]
+    tensors: Tensors = {
+        f"layers.0.q.{scales}": SCALES,
+        f"layers.0.q.{codes}": (dtype, (64, 64), bytes(4096 * size)),
+        "layers.0.q.norm.weight": MATRIX,
+        "layers.0.k.weight": MATRIX,
+    }
+    found = _paired(tmp_path, tensors, tensors)
+    assert found[f"layers.0.q.{scales}"].reason == f"belongs to the quantised {codes} beside it"
+    assert [p.name for p in found.values() if p.intent == "repair"] == ["layers.0.q.norm.weight", "layers.0.k.weight"]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [np.zeros((64, 64), np.int64), np.zeros((64, 64), np.bool_), np.zeros(64, np.int32), np.int8(0)],
+    ids=["positions", "mask", "list", "number"],
+)
+def test_a_matrix_beside_integers_that_are_no_weight_is_repaired(tmp_path: Path, beside: Raw) -> None:
+    tensors: Tensors = {"attn.index": beside, "attn.bias_table": MATRIX}
+    assert _paired(tmp_path, tensors, tensors)["attn.bias_table"].intent == "repair"
+
+
 def test_exactly_the_least_number_of_elements_is_repaired(tmp_path: Path) -> None:
     whole = np.zeros((32, LEAST_ELEMENTS // 32), np.float32)
     assert _paired(tmp_path, {"w": whole}, {"w": whole})["w"].intent == "repair"
