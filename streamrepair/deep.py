@@ -28,6 +28,8 @@ _LEAST_ROUNDED = 0.99
 """Share of 16-bit values that must be the exact ones rounded; repairs give more than 0.999."""
 _LARGEST_ERROR = 1e-4
 """Largest ‖Δ*_out − Δ*‖/‖Δ*‖ beyond rounding: what the repair promises."""
+_NEGLIGIBLE = 1e-6
+"""Of rms(Δ*): an error as small is that of float32, wherever the value itself is nearer to zero than that."""
 _SIGNIFICAND_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 _LEAST_EXPONENT = {"BF16": -126, "F16": -14, "F32": -126, "F64": -1022}
 
@@ -53,6 +55,8 @@ def recompute(report: Report, result: Checkpoint, sample: int) -> tuple[DeepChec
 class _Agreement:
     """Sums over the blocks of one tensor."""
 
+    negligible: float
+    """Errors up to this are none: nothing is known of a 16-bit value's rounding where Δ* is zero, and so is W_base."""
     right: int = 0
     largest_ulp: float = 0.0
     error_square: float = 0.0
@@ -61,8 +65,9 @@ class _Agreement:
     def add(self, value: Doubles, exact: Doubles, correction: Doubles, dtype: str) -> None:
         """Take in one block: stored values, W_base + Δ* in float64, Δ* alone."""
         error, unit = np.abs(value - exact), _unit(exact, dtype)
-        self.right += int(np.count_nonzero(error <= (0.5 + 1e-6) * unit))
         self.error_square += float(np.square(error).sum())
+        error[error <= self.negligible] = 0.0
+        self.right += int(np.count_nonzero(error <= (0.5 + 1e-6) * unit))
         self.rounding_square += float(np.square(0.5 * unit).sum())
         # Where W_base and Δ* cancel, the sum is as exact as they are: measured in units of the larger.
         unit = _unit(np.maximum(np.abs(exact), np.abs(correction)), dtype)
@@ -75,7 +80,8 @@ def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: Input
     rule = HardThreshold(scale=report.settings.scale, sigma=report.settings.sigma)
     truncation = full.truncate(view, rule, arithmetic=HostArithmetic())
     written = MatrixView(files=files, base=base, ft=result, scratch=Scratch(), panel_rows=view.panel_rows)
-    agreement, vh = _Agreement(), on_host(truncation.vh).astype(np.float64)
+    rms = truncation.frob_delta_out / (view.rows * view.cols) ** 0.5
+    agreement, vh = _Agreement(_NEGLIGIBLE * rms), on_host(truncation.vh).astype(np.float64)
     for pair, found in zip(view.panels(), written.panels(), strict=True):
         for block, stored in zip(pair.blocks(), found.blocks(), strict=True):
             delta, exact, value = (np.empty(block.ft.shape) for _ in range(3))

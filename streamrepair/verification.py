@@ -46,7 +46,7 @@ class DeepCheck(msgspec.Struct, frozen=True, kw_only=True):
     rank_kept: int
     rank_exact: int
     correctly_rounded: float
-    """Share of output values that are the float64 result rounded to nearest."""
+    """Share of output values that are the float64 result rounded to nearest, or within 1e-6 of rms(Δ*) of it."""
     largest_ulp: float
     """Largest distance from the float64 result, in units in the last place of the larger of value and correction."""
     delta_error: float

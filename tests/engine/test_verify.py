@@ -7,12 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from streamrepair import api
 from streamrepair.errors import DamageError, InputError, UsageError
 from tests.command import run
-from tests.pairs import DEMO, Pair, write_pair
+from tests.pairs import DEMO, Pair, stored, write_pair, write_split
 
 SHAPES = {"a": (64, 40), "b": (40, 64), "v": (40,), "c": (64, 64)}
 
@@ -260,6 +261,21 @@ def test_deep_finds_other_bytes_that_the_report_vouches_for(tmp_path: Path, dtyp
     result = api.verify(out, deep=True)
     assert sorted(d.where for d in result.damage) == ["b", "w"]
     assert all("float64" in d.what for d in result.damage)
+
+
+@pytest.mark.parametrize("shape", [(300, 300), (128, 127)])
+def test_deep_does_not_ask_for_exact_zeros(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """Where W_base is zero and Δ has no say, all but the last bits of Δ* are rounding, and any of them is right."""
+    rng = np.random.default_rng(0)
+    delta = np.zeros(shape)
+    changed = rng.permutation(shape[1])[: shape[1] // 2 + 2]
+    delta[:, changed] = 0.01 * rng.standard_normal((shape[0], len(changed)))
+    base = write_split(tmp_path / "base", {"w": stored(np.zeros(shape), "BF16")}, 1)
+    ft = write_split(tmp_path / "ft", {"w": stored(delta, "BF16")}, 1)
+    assert api.repair(base, ft, tmp_path / "out").tensors["w"].action == "repaired"
+    result = api.verify(tmp_path / "out", deep=True)
+    assert result.damage == ()
+    assert result.deep[0].correctly_rounded > 0.99
 
 
 def test_deep_states_how_well_a_float32_result_agrees(tmp_path: Path) -> None:
