@@ -9,6 +9,7 @@ from typing import Literal
 
 from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.checkpoint.naming import is_adapter, same_by_another_name
 from streamrepair.errors import InputError, UsageError, shown
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -75,7 +76,7 @@ def pair(base: Checkpoint, ft: Checkpoint, selection: Selection) -> tuple[Pairin
     if not any(name in base.tensors for name in ft.tensors):
         raise InputError(
             f"BASE {shown(base.given)} and FT {shown(ft.given)} have no tensor name in common "
-            f"(BASE has {_first(base)}, FT has {_first(ft)}): name a checkpoint and one that was fine-tuned from it"
+            f"(BASE has {_first(base)}, FT has {_first(ft)}): {_remedy(base, ft)}"
         )
     selection.refusal("")  # a pattern that does not compile is refused even where nothing would be matched
     pairings = [*_of_ft(base, ft, selection)]
@@ -84,6 +85,17 @@ def pair(base: Checkpoint, ft: Checkpoint, selection: Selection) -> tuple[Pairin
         if name not in written:
             pairings.append(Pairing(name, "drop", "not in the fine-tuned checkpoint", Side(shard, entry), None))
     return tuple(pairings)
+
+
+def _remedy(base: Checkpoint, ft: Checkpoint) -> str:
+    """What to do about two checkpoints without a name in common."""
+    for side, checkpoint in (("BASE", base), ("FT", ft)):
+        if is_adapter(checkpoint.tensors):
+            return f"{side} is an adapter: merge it into its base (peft: merge_and_unload), and name what that saves"
+    if (found := same_by_another_name(ft.tensors, base.tensors)) is not None:
+        name, other = map(shown, found)
+        return f"{other} in BASE seems to be {name} in FT: save one of them by the class of model that saved the other"
+    return "name a checkpoint and one that was fine-tuned from it"
 
 
 def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection) -> Iterator[Pairing]:

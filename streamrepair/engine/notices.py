@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from streamrepair.checkpoint.beside import kind_of
+from streamrepair.checkpoint.naming import same_by_another_name
 from streamrepair.checkpoint.pairing import NOT_IN_BASE, Selection, is_of_no_kind
 from streamrepair.checkpoint.sidecars import left_beside, not_carried, sidecars
 from streamrepair.engine.job import Outcome
@@ -28,9 +29,11 @@ def plan_warnings(plan: Plan) -> list[str]:
         )
     if missing := [t for t in plan.tasks if t.pairing.base is None and t.pairing.reason == NOT_IN_BASE]:
         n = len(missing)
-        found.append(
-            f"{counted(n, 'tensor')} of FT {_are(n)} not in BASE and {_are(n)} kept, e.g. {shown(missing[0].name)}"
-        )
+        same = same_by_another_name((t.name for t in missing), [pairing.name for pairing in plan.dropped])
+        told = f"e.g. {shown(same[0] if same else missing[0].name)}"
+        if same:
+            told += f"; BASE has {shown(same[1])}, and only equal names are paired"
+        found.append(f"{counted(n, 'tensor')} of FT {_are(n)} not in BASE and {_are(n)} kept, {told}")
     if short := [t for t in plan.tasks if t.shape is not None and t.shape.cols < _FEW]:
         have = "1 matrix has" if len(short) == 1 else f"{len(short)} matrices have"
         found.append(

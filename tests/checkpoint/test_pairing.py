@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,24 @@ def test_what_is_passed_through_and_why(tmp_path: Path, base: Raw, ft: Raw, reas
     assert found["w"].intent == "keep"
     assert found["w"].reason.startswith(reason)
     assert found["x"].intent == "repair"
+
+
+@pytest.mark.parametrize("side", ["base", "ft"])
+def test_names_that_differ_by_a_prefix_are_told_of(tmp_path: Path, side: str) -> None:
+    long = {f"model.layers.{i}.q.weight": MATRIX for i in range(3)}
+    short = {name.removeprefix("model."): tensor for name, tensor in long.items()}
+    base, ft = (long, short) if side == "base" else (short, long)
+    found = f"{next(iter(base))} in BASE seems to be {next(iter(ft))} in FT"
+    with pytest.raises(InputError, match=f"no tensor name in common.*{re.escape(found)}: save one of them"):
+        _paired(tmp_path, base, ft)
+
+
+@pytest.mark.parametrize("side", ["BASE", "FT"])
+def test_an_adapter_is_to_be_merged_first(tmp_path: Path, side: str) -> None:
+    whole = {"model.layers.0.q.weight": MATRIX}
+    adapter = {f"base_model.model.model.layers.0.q.lora_{ab}.weight": MATRIX for ab in "AB"}
+    with pytest.raises(InputError, match=f"no tensor name in common.*: {side} is an adapter: merge it into its base"):
+        _paired(tmp_path, *((adapter, whole) if side == "BASE" else (whole, adapter)))
 
 
 SCALES = np.zeros((32, 32), np.float32)

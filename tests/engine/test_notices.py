@@ -62,6 +62,17 @@ def test_one_of_something_is_said_so(tmp_path: Path) -> None:
     ]
 
 
+def test_another_prefix_is_told_of(tmp_path: Path) -> None:
+    """A head alone is shared, and a run would make a copy of FT that passes for a repair."""
+    w = bf16(np.eye(64))
+    base = write_split(tmp_path / "base", {"lm_head.weight": w, "model.layers.0.q.weight": w}, 1)
+    ft = write_split(tmp_path / "ft", {"lm_head.weight": w, "model.language_model.layers.0.q.weight": w}, 1)
+    assert _told(base, ft)[1] == (
+        "1 tensor of FT is not in BASE and is kept, e.g. model.language_model.layers.0.q.weight; BASE has "
+        "model.layers.0.q.weight, and only equal names are paired"
+    )
+
+
 def test_what_is_named_as_a_sidecar_and_is_no_file_is_told_of(tmp_path: Path) -> None:
     """In a half-downloaded snapshot of the Hub's cache the tokenizer is a link that leads nowhere."""
     pair = write_pair(tmp_path, {"w": SIDE}, shards=(1, 1))
