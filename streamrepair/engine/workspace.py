@@ -168,6 +168,8 @@ class Workspace:
         for path in (self.out, self.state, self.work):  # what is written below a link is written elsewhere
             if osfile.is_other_than_folder(path):
                 what = f"OUT {shown(str(path))}" if path == self.out else shown(str(path))
+                if path == self.out and path.is_dir():
+                    raise InputError(f"{what} is a link: name the folder it leads to, {shown(str(path.resolve()))}")
                 raise InputError(f"{what} is not a folder: name a new or an empty one as OUT")
         if not self.out.is_dir():
             return
