@@ -114,6 +114,15 @@ def _is_result(folder: Path) -> bool:
     return False
 
 
+def stated_model(checkpoint: Checkpoint) -> str | None:
+    """The kind of model that config.json beside the weights states; None if it states none, or cannot be read."""
+    with contextlib.suppress(InputError, ValueError, RecursionError):
+        config = json.loads(wholefile.read_whole(checkpoint.folder / "config.json", _LARGEST_BYTES))
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        return kind if isinstance(kind, str) else None
+    return None
+
+
 def check_sidecars(checkpoint: Checkpoint) -> int:
     """Open every sidecar and look at its size, so that none stops the run once the weights are done; their bytes.
 

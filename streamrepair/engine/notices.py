@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from streamrepair.checkpoint.beside import kind_of
 from streamrepair.checkpoint.naming import same_by_another_name
 from streamrepair.checkpoint.pairing import NOT_IN_BASE, Selection, is_of_no_kind
-from streamrepair.checkpoint.sidecars import left_beside, not_carried, sidecars
+from streamrepair.checkpoint.sidecars import left_beside, not_carried, sidecars, stated_model
 from streamrepair.engine.job import Outcome
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import InputError, shown
@@ -49,6 +49,10 @@ def plan_warnings(plan: Plan) -> list[str]:
             found.append(f"{side}: {counted(n, 'tensor')} {_are(n)} in its shards but not in its index")
         if checkpoint.stray_files:
             found.append(f"{side}: ignored weight files {', '.join(map(shown, checkpoint.stray_files[:_LISTED]))}")
+    kinds = [stated_model(checkpoint) for checkpoint in (plan.base, plan.ft)]
+    if None not in kinds and kinds[0] != kinds[1]:
+        base, ft = (shown(str(kind)) for kind in kinds)
+        found.append(f"BASE is a model of type {base}, FT of type {ft}, by their config.json: was FT tuned from BASE?")
     return [*found, *_of_files_beside(plan)]
 
 

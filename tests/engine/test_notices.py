@@ -73,6 +73,17 @@ def test_another_prefix_is_told_of(tmp_path: Path) -> None:
     )
 
 
+def test_models_of_two_types_are_told_of(tmp_path: Path) -> None:
+    """Their tensors may have the same names and shapes, and the result would be BASE with little of FT."""
+    pair = write_pair(tmp_path, {"w": SIDE}, shards=(1, 1))
+    (pair.ft / "config.json").write_text('{"model_type": "other"}')
+    said = "BASE is a model of type none, FT of type other, by their config.json: was FT tuned from BASE?"
+    assert _told(pair.base, pair.ft) == [said]
+    for unsaid in ("{}", '{"model_type": 1}', "[]", "{", "[" * 100_000):
+        (pair.ft / "config.json").write_text(unsaid)
+        assert _told(pair.base, pair.ft) == []
+
+
 def test_what_is_named_as_a_sidecar_and_is_no_file_is_told_of(tmp_path: Path) -> None:
     """In a half-downloaded snapshot of the Hub's cache the tokenizer is a link that leads nowhere."""
     pair = write_pair(tmp_path, {"w": SIDE}, shards=(1, 1))
