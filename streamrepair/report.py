@@ -237,6 +237,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """File → digest of the copy; none in reports of earlier versions."""
     headers: dict[str, str]
     """Shard → digest of its header."""
+    index_digest: str | None = None
+    """Of the index; null without one, and in reports of earlier versions."""
     warnings: tuple[str, ...]
     tensors: dict[str, TensorRecord]
 

@@ -80,7 +80,7 @@ def verify(out: Path, *, deep: bool = False, sample: int = 5) -> Verified:
     shards, damage = _shards(out, report)
     damage += [*_structure(report, shards), *_records(report), *_beside(out, report)]
     checkpoint = None if damage else _indexed(out, damage)
-    damage += [*_digests(report, shards), *_sidecar_digests(out, report)]
+    damage += [*_digests(report, shards), *_index_digest(out, report), *_sidecar_digests(out, report)]
     checks: tuple[DeepCheck, ...] = ()
     if deep and checkpoint is not None:
         from streamrepair.deep import recompute
@@ -233,6 +233,13 @@ def _digests(report: Report, shards: list[ShardHeader]) -> list[Damage]:
 
     with ThreadPoolExecutor(_READERS) as pool:
         return [damage for found in pool.map(check, jobs) for damage in found]
+
+
+def _index_digest(out: Path, report: Report) -> Iterator[Damage]:
+    """Its metadata, too, which nothing else covers."""
+    indices = list(out.glob("*.safetensors.index.json"))
+    if report.index_digest is not None and len(indices) == 1:
+        yield from _differing(indices[0].name, report.index_digest, partial(digest_file, indices[0]))
 
 
 def _sidecar_digests(out: Path, report: Report) -> Iterator[Damage]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from streamrepair.checkpoint import osfile, refusals, wholefile
 from streamrepair.checkpoint.beside import is_missed, is_wanted
 from streamrepair.checkpoint.layout import Checkpoint
-from streamrepair.checkpoint.write import digest_text, new_digest
+from streamrepair.checkpoint.write import digest_of
 from streamrepair.errors import InputError, OutputError
 from streamrepair.report import REPORT_NAME
 
@@ -151,9 +151,7 @@ def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, 
             if not target.parent.resolve().is_relative_to(out.resolve()):
                 raise OutputError(f"{refusals.shown_path(target.parent)}: leads out of OUT by a link: remove the link")
         wholefile.write_atomic(target, data)
-        digest = new_digest()
-        digest.update(data)
-        digests[name] = digest_text(digest)
+        digests[name] = digest_of(data)
     return digests
 
 

@@ -262,6 +262,11 @@ def new_digest() -> xxhash.xxh3_128:
     return xxhash.xxh3_128()
 
 
+def digest_of(data: bytes) -> str:
+    """Digest of bytes in memory."""
+    return digest_text(xxhash.xxh3_128(data))
+
+
 def digest_text(digest: xxhash.xxh3_128) -> str:
     """The digest as it stands in reports."""
     return f"xxh3-128:{digest.hexdigest()}"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 
 from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.checkpoint.write import digest_of
 from streamrepair.engine.accounts import most_bytes, summed, summed_uses
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan
@@ -109,6 +110,7 @@ def make_report(
         sidecars=tuple(map(storable, sidecars)),
         sidecar_digests={storable(name): digest for name, digest in sidecars.items()},
         headers={layout.name: layout.header_digest for layout in plan.layouts},
+        index_digest=None if plan.ft.index_name is None else digest_of(shard_index(plan)),
         warnings=(
             *plan_warnings(plan),
             *(message for session in sessions for message in session.warnings),

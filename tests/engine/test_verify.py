@@ -121,6 +121,30 @@ def test_a_missing_index(out: Path) -> None:
     assert "no index" in what
 
 
+@pytest.mark.parametrize("offset", [7, -60])
+def test_a_bit_flipped_in_the_index_is_found(out: Path, pair: Pair, offset: int) -> None:
+    """In its metadata, too, of which no tensor tells."""
+    path = out / "model.safetensors.index.json"
+    content = bytearray(path.read_bytes())
+    whole = bytes(content)
+    content[offset] ^= 1
+    path.write_bytes(content)
+    assert "digest" in _found(out)[path.name]
+    assert not api.verify(out, repair=True).damage
+    assert path.read_bytes() == whole
+
+
+def test_a_report_without_a_digest_of_the_index(out: Path) -> None:
+    """As earlier versions wrote them."""
+    path = out / "streamrepair.json"
+    report = json.loads(path.read_text())
+    assert report.pop("index_digest").startswith("xxh3-128:")
+    path.write_text(json.dumps(report))
+    index = out / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("total_size", "total_sjze"))
+    assert _found(out) == {}
+
+
 @pytest.mark.parametrize("cut", [1, 5000])
 def test_a_truncated_shard(out: Path, cut: int) -> None:
     path = out / "model-00001-of-00002.safetensors"
