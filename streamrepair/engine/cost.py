@@ -21,6 +21,8 @@ COPY_BYTES_PER_S = 1.0e9
 """Reading, comparing, digesting and writing a tensor that is passed through."""
 DISK_BYTES_PER_S = 1.5e9
 """Reads and writes together, where nothing better is known."""
+TENSOR_START_S = 1.3e-4
+"""Of the interpreter for a tensor, whatever its size: one at a time, by however many workers."""
 BATCH_START = 0.25
 """Of the start of a repair, what each further member of a batch takes: its checks and its merge; not measured."""
 
@@ -59,7 +61,7 @@ def _of_task(task: Task, place: str, cpu: Rates) -> Stages:
     A task that tries block Krylov first is counted as if that gave up: real fine-tunes mostly keep too much for it.
     """
     if task.shape is None:
-        return Stages(0.0, 0.0, task.out.nbytes / COPY_BYTES_PER_S)
+        return Stages(0.0, 0.0, TENSOR_START_S + task.out.nbytes / COPY_BYTES_PER_S)
     method = "full" if task.backend == "full" else "gram"
     return predicted(task.shape, method, cpu if place == "cpu" else CUDA)
 
@@ -82,6 +84,7 @@ def estimate_s(units: Sequence[Unit], lanes: Sequence[str], room_bytes: int, cpu
     cpus = workers_at(lanes, "cpu")
     helped_s = [_helped_s(unit, cpu) if cpus > 1 else unit_s for unit, unit_s in zip(units, each_s, strict=True)]
     found = sum(unit.read_once_bytes + unit.out_bytes for unit in units) / DISK_BYTES_PER_S
+    found = max(found, TENSOR_START_S * sum(len(unit.tasks) for unit in units))
     for place in PLACES:
         here = [i for i, unit in enumerate(units) if unit.place == place]
         workers = max(1, workers_at(lanes, place))
