@@ -37,7 +37,8 @@ def _counterpart(name: str, others: Collection[str]) -> str | None:
         if len(parts) - before < _LEAST_SHARED:
             break
         shared = ".".join(parts[before:])
-        found = [other for other in others if other == shared or other.endswith(f".{shared}")]
+        behind = f".{shared}"
+        found = [other for other in others if other.endswith(behind) or other == shared]
         if found:  # in a text and in a vision model, perhaps: then nothing is known
             return found[0] if len(found) == 1 else None
     return None
