@@ -100,7 +100,8 @@ def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: Input
         largest_ulp=agreement.largest_ulp,
         delta_error=beyond / (truncation.frob_delta_out or truncation.frob_delta_in or 1.0),
     )
-    undecidable = max(truncation.undecidable, report.tensors[name].undecidable or 0)
+    record = report.tensors[name]
+    undecidable = max(truncation.undecidable, record.undecidable or 0, record.within_interval or 0)
     return msgspec.structs.replace(check, fault=_fault(check, result.entry.dtype, undecidable))
 
 

@@ -271,6 +271,26 @@ def test_deep_finds_a_rank_that_was_edited(out: Path) -> None:
     assert damage[0].what.startswith("rank 1, a float64 SVD keeps ")
 
 
+@pytest.mark.parametrize("within", [0, 1])
+def test_deep_allows_a_rank_what_the_report_leaves_open(pair: Pair, tmp_path: Path, within: int) -> None:
+    """`--noise-estimate fast` states an interval for τ, and how many values lie in it."""
+    exact = api.repair(pair.base, pair.ft, tmp_path / "exact", include="^b$").tensors["b"]
+    out = tmp_path / "out"
+    assert exact.rank_kept is not None
+    for scale in np.arange(1.0, 3.0, 0.02):  # up to where one value less is kept
+        report = api.repair(pair.base, pair.ft, out, scale=float(scale), include="^b$", overwrite=True)
+        kept = report.tensors["b"].rank_kept
+        if kept != exact.rank_kept:
+            break
+    assert kept == exact.rank_kept - 1
+    _edited(out, {"within_interval": within})
+    path = out / "streamrepair.json"
+    edited = json.loads(path.read_text())
+    edited["settings"]["scale"] = 1.0
+    path.write_text(json.dumps(edited))
+    assert [d.where for d in api.verify(out, deep=True).damage] == ["b"] * (1 - within)
+
+
 @pytest.mark.parametrize("dtypes", [("BF16", "BF16"), ("F32", "F32")])
 def test_deep_finds_other_bytes_that_the_report_vouches_for(tmp_path: Path, dtypes: tuple[str, str]) -> None:
     """FT's tensor in the place of the repaired one, its digest in the report: only the inputs can tell."""
