@@ -113,20 +113,28 @@ def test_a_gpu_is_planned_for_where_there_is_none(pair: Pair, tmp_path: Path) ->
 
 
 NO_TORCH = """
-import sys
+import importlib.metadata, os, sys
 sys.modules["torch"] = None
 from streamrepair import api
 import streamrepair.engine.budget as budget
 budget._driver_present = lambda: True
-for options in ({"device": "cpu"}, {"device": "cuda", "vram": "24GB"}, {"device": "cuda:1", "vram": 24 * 10**9}):
+for options in ({"device": "cpu"}, {"device": "cuda", "vram": "24GB"}, {"device": "cuda:1", "vram": 24 * 10**9},
+                {"device": "cpu, cpu"}):
     print(api.plan(*sys.argv[1:], ram="16GB", **options).device)
+for hidden in ("", "-1"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = hidden
+    print(api.plan(*sys.argv[1:], ram="16GB").device)
+os.environ["CUDA_VISIBLE_DEVICES"] = "0"
+importlib.metadata.version = lambda name: "2.13.0+cpu"
+print(api.plan(*sys.argv[1:], ram="16GB").device)
 """
 
 
 def test_a_plan_whose_budgets_are_stated_loads_no_torch(pair: Pair) -> None:
+    """Nor one for the CPU beside a driver, where no card can be used: 200 MB would not have been projected."""
     words = [sys.executable, "-c", NO_TORCH, str(pair.base), str(pair.ft)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.stdout.split(), done.stderr) == (["cpu", "cuda:0", "cuda:1"], "")
+    assert (done.stdout.split(), done.stderr) == (["cpu", "cuda:0", "cuda:1", *["cpu"] * 4], "")
 
 
 def test_every_exported_name_is_there_and_the_functions_are_the_apis() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def resolve_devices(text: str, *, absent: bool = False) -> tuple[str, ...]:
         UsageError: no such device here.
     """
     words = [word.strip() for word in text.split(",")] if isinstance(text, str) else [""]
-    if words == ["cpu"] or (words == ["auto"] and not _driver_present()):
-        return ("cpu",)  # without loading torch to be told so
+    if set(words) == {"cpu"} or (words == ["auto"] and (not _driver_present() or _cards_are_out_of_reach())):
+        return ("cpu",)  # without loading torch to be told so: a CPU's projection has no room for it
     for word in words:
         name, colon, index = word.partition(":")
         understood = word == "cpu" or (name == "cuda" and (not colon or (index.isascii() and index.isdigit())))
@@ -54,6 +55,18 @@ def _cards() -> int:
 
 def _driver_present() -> bool:
     return Path("/proc/driver/nvidia").exists() or any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+
+
+def _cards_are_out_of_reach() -> bool:
+    """Whether torch would find no card, whatever there is: all are hidden from it, or it was built for CPUs."""
+    from importlib import metadata
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip()
+    if not visible or visible.startswith("-"):  # the list ends at the first number that is none
+        return True
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return metadata.version("torch").endswith("+cpu")
+    return False
 
 
 def default_vram_bytes(gpus: Sequence[str]) -> int:
