@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib import import_module
@@ -36,18 +37,28 @@ _LOWER = b"L"  # of the Fortran view: the upper triangle of the C-ordered array
 _UPPER = b"U"  # likewise: the C lower triangle, where factors lie beside the matrix they are of
 
 
-@cache
+_loading = threading.Lock()
+
+
 def tables() -> tuple[dict[str, object], ...]:
     """Name → pointer of SciPy's LAPACK and BLAS routines.
 
     Their modules are loaded by themselves: `scipy.linalg` around them takes a quarter of a second, most of it other
     packages that nothing here needs.
     """
+    with _loading:  # while one thread loads a module, another would find half of it
+        return _tables()
+
+
+@cache
+def _tables() -> tuple[dict[str, object], ...]:
     import scipy  # sees to the libraries' places
 
     found = []
-    for module in ("scipy.linalg.cython_lapack", "scipy.linalg.cython_blas"):
-        found.append((sys.modules.get(module) or _alone(module, scipy.__path__)).__pyx_capi__)
+    for name in ("scipy.linalg.cython_lapack", "scipy.linalg.cython_blas"):
+        # One that is there already is imported all the same: that waits for whoever is about it.
+        module = import_module(name) if name in sys.modules else _alone(name, scipy.__path__)
+        found.append(module.__pyx_capi__)
     return tuple(found)
 
 

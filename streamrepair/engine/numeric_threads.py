@@ -15,12 +15,41 @@ if TYPE_CHECKING:
     from threadpoolctl import threadpool_limits
 
 
-class NumericThreads:
-    """Holds every BLAS in the process to one thread from the first `hold` to `release`."""
+class _Process:
+    """The runs that hold this process's BLAS, and what was set before the first of them; to be used under its lock."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        self._holding: set[int] = set()
         self._limits: threadpool_limits | None = None
+
+    def limit(self, holder: object) -> None:
+        from threadpoolctl import threadpool_limits
+
+        lapack.tables()  # a library is limited only once it is loaded
+        _become_controlling()
+        limits = threadpool_limits(limits=1)
+        self._limits = self._limits or limits  # the first one knows what was set before
+        self._holding.add(id(holder))
+
+    def release(self, holder: object) -> None:
+        self._holding.discard(id(holder))
+        if self._limits is not None and not self._holding:
+            _become_controlling()
+            self._limits.restore_original_limits()
+            self._limits = None
+
+
+_process = _Process()
+
+
+class NumericThreads:
+    """Holds every BLAS in the process to one thread from the first `hold` to `release`.
+
+    Where several runs do, as a program's threads may start them, to the last one's `release`.
+    """
+
+    def __init__(self) -> None:
         self._here = threading.local()
 
     def hold(self) -> None:
@@ -30,23 +59,15 @@ class NumericThreads:
         """
         if getattr(self._here, "held", False):
             return
-        with self._lock:
-            from threadpoolctl import threadpool_limits
-
-            lapack.tables()  # a library is limited only once it is loaded
-            _become_controlling()
-            limits = threadpool_limits(limits=1)
-            self._limits = self._limits or limits  # the first one knows what was set before
+        with _process.lock:
+            _process.limit(self)
             self._here.held = True
 
     def release(self) -> None:
-        """Put the process's settings back."""
-        with self._lock:
-            if self._limits is not None:
-                _become_controlling()
-                self._limits.restore_original_limits()
-                self._limits = None
-                self._here = threading.local()
+        """Put the process's settings back, unless another run goes on."""
+        with _process.lock:
+            _process.release(self)
+            self._here = threading.local()
 
 
 def _become_controlling() -> None:

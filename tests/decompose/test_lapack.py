@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -7,12 +10,40 @@ from numpy.typing import NDArray
 from streamrepair.decompose import lapack
 from streamrepair.errors import NumericalError
 
+SEVERAL_THREADS = """
+import sys, threading
+from streamrepair.decompose import lapack
+
+sys.setswitchinterval(1e-6)
+start, found = threading.Barrier(8), []
+
+
+def load():
+    start.wait()
+    found.append(len(lapack.tables()))
+
+
+threads = [threading.Thread(target=load) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(found)
+"""
+
 REALS = [np.float32, np.float64]
 TOLERANCE = {np.float32: 2e-5, np.float64: 1e-13}
 SIZES = [1, 2, 3, 64, 201]
 
 RealType = type[np.float32] | type[np.float64]
 Doubles = NDArray[np.float64]
+
+
+def test_several_threads_may_load_the_routines_at_once() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SEVERAL_THREADS], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == (f"{[2] * 8}\n", "")
 
 
 def _random(shape: tuple[int, int], real: RealType, order: str, seed: int = 0) -> lapack.Real:

@@ -57,6 +57,19 @@ def test_sums_are_the_same_in_every_run_of_a_process() -> None:
     numbers.release()
 
 
+def test_the_last_of_several_runs_puts_the_settings_back() -> None:
+    """A program's threads may have a run each: the first one's end is none for the others."""
+    before = _threads()
+    first, second = NumericThreads(), NumericThreads()
+    _in_another_thread(first.hold)
+    _in_another_thread(second.hold)
+    first.release()
+    first.release()
+    assert _threads() == {1}
+    second.release()
+    assert _threads() == before
+
+
 def test_releasing_what_is_not_held_changes_nothing() -> None:
     before = _threads()
     NumericThreads().release()
