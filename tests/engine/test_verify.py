@@ -322,6 +322,21 @@ def test_deep_does_not_ask_for_exact_zeros(tmp_path: Path, shape: tuple[int, int
     assert result.deep[0].correctly_rounded > 0.99
 
 
+def test_deep_leaves_float16_what_delta_may_be_off_by(tmp_path: Path) -> None:
+    """Its unit is an eighth of bfloat16's: an error of 1e-5 of Δ* moves a value in a hundred, with Δ as large as W."""
+    rng, n = np.random.default_rng(0), 300
+    left, right = (np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in "lr")
+    delta = (left / np.arange(1.0, n + 1)) @ right.T
+    weight = rng.standard_normal((n, n))
+    base = write_split(tmp_path / "base", {"w": stored(weight, "F16")}, 1)
+    ft = write_split(tmp_path / "ft", {"w": stored(weight + 0.7 * delta / delta.std(), "F16")}, 1)
+    api.repair(base, ft, tmp_path / "out")
+    result = api.verify(tmp_path / "out", deep=True)
+    assert result.damage == ()
+    assert result.deep[0].correctly_rounded > 0.97
+    assert result.deep[0].delta_error < 1e-4
+
+
 def test_deep_states_how_well_a_float32_result_agrees(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, {"w": (300, 80), "v": (80, 300)})
     api.repair(pair.base, pair.ft, tmp_path / "out", out_dtype="float32")
