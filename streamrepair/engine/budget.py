@@ -95,6 +95,13 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+def resident_bytes() -> int:
+    """The process's resident memory now (VmRSS); 0 where that cannot be told."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def peak_bytes() -> int:
     """The process's peak resident memory (VmHWM)."""
     with contextlib.suppress(OSError, ValueError, IndexError):

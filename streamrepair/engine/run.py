@@ -158,7 +158,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         )
     unchanged = _unchanged_check(run)
     _check_dropped(run)
-    for message in machine_warnings(plan, run.free_bytes):
+    for message in machine_warnings(plan, free_bytes=run.free_bytes, resident_bytes=budget.resident_bytes()):
         run.warn(message)
     backlog = Backlog(run.stop, free_bytes=run.free_bytes)
     committer = Committer(

@@ -12,6 +12,7 @@ from streamrepair import api
 from streamrepair.checkpoint import sidecars
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.errors import InputError
+from streamrepair.units import format_bytes
 from tests.builders import Raw, bf16
 from tests.faults import Kernel, fails
 from tests.pairs import write_pair, write_split
@@ -82,6 +83,18 @@ def test_models_of_two_types_are_told_of(tmp_path: Path) -> None:
     for unsaid in ("{}", '{"model_type": 1}', "[]", "{", "[" * 100_000):
         (pair.ft / "config.json").write_text(unsaid)
         assert _told(pair.base, pair.ft) == []
+
+
+def test_a_program_that_holds_much_itself_is_told_of(tmp_path: Path) -> None:
+    """One that has imported torch holds 200 MB, which no projection from headers knows."""
+    pair = write_pair(tmp_path, {"w": SIDE}, shards=(1, 1))
+    held = np.ones(20_000_000)
+    ram = api.plan(pair.base, pair.ft).ram_projected_bytes + 1_000_000
+    (said,) = api.repair(pair.base, pair.ft, tmp_path / "little", ram=ram).warnings
+    assert said.startswith("the program held ")
+    assert said.endswith(f" are used, --ram allows {format_bytes(ram)}")
+    assert api.repair(pair.base, pair.ft, tmp_path / "much", ram="16GB").warnings == ()
+    del held
 
 
 def test_what_is_named_as_a_sidecar_and_is_no_file_is_told_of(tmp_path: Path) -> None:
