@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from streamrepair.checkpoint import osfile, refusals, wholefile
 from streamrepair.checkpoint.beside import is_missed, is_wanted
@@ -116,9 +117,9 @@ def _is_result(folder: Path) -> bool:
 
 def stated_model(checkpoint: Checkpoint) -> str | None:
     """The kind of model that config.json beside the weights states; None if it states none, or cannot be read."""
-    with contextlib.suppress(InputError, ValueError, RecursionError):
-        config = json.loads(wholefile.read_whole(checkpoint.folder / "config.json", _LARGEST_BYTES))
-        kind = config.get("model_type") if isinstance(config, dict) else None
+    with contextlib.suppress(InputError):
+        settings = _settings(wholefile.read_whole(checkpoint.folder / "config.json", _LARGEST_BYTES))
+        kind = settings.get("model_type") if settings else None
         return kind if isinstance(kind, str) else None
     return None
 
@@ -177,12 +178,16 @@ def _content(checkpoint: Checkpoint, name: str, dtype: str | None) -> bytes:
     return _with_dtype(data, dtype) if name == "config.json" and dtype is not None else data
 
 
+def _settings(data: bytes) -> dict[str, Any] | None:
+    """What a config.json holds; None where that is no JSON, or no object."""
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(config := json.loads(data), dict):
+            return config
+    return None
+
+
 def _with_dtype(data: bytes, dtype: str) -> bytes:
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError):
-        return data
-    if not isinstance(config, dict):
+    if (config := _settings(data)) is None:
         return data
     # Multimodal models state it again for each of their parts.
     for part in (config, *(v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))):

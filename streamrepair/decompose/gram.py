@@ -15,19 +15,19 @@ from functools import partial
 import numpy as np
 
 from streamrepair.decompose import certify, randomized, single
-from streamrepair.decompose.arithmetic import Arithmetic, Count, Doubles, Gram, Precision, Spectrum
+from streamrepair.decompose.arithmetic import Arithmetic, Count, Gram, Precision, Spectrum
 from streamrepair.decompose.choose import Estimate
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import (
     LEAST_FLOAT32_VALUE,
-    MOST_MIXING,
     NonFiniteDeltaError,
     Truncation,
     UnresolvedError,
     decide,
     errors_along,
     mixing,
+    refuse_mixing,
 )
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
@@ -117,7 +117,8 @@ def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precis
         raise UnresolvedError(f"{close} values within {bound:.1e} of the squared threshold")
     if precision == "float32":
         error = difference + gram.images - gram.exact_images
-        _check_mixing(values, errors_along(spectrum.top(threshold.rank_kept), error))
+        along = errors_along(spectrum.top(threshold.rank_kept), error)
+        refuse_mixing(mixing(values, threshold.rank_kept, along))
     close = _checked_count(spectrum.count_above(threshold.tau * threshold.tau, bound), threshold.rank_kept, close)
     if precision == "float32" and close:
         raise UnresolvedError(f"a count leaves {close} values near the squared threshold open")
@@ -133,19 +134,6 @@ def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precis
         certificate=certify.Certificate(bound, orthonormality, residual),
         undecidable=close,
     )
-
-
-def _check_mixing(values: Doubles, errors: Doubles) -> None:
-    """Refuse vectors that may have mixed with dropped ones.
-
-    Args:
-        errors: (k,) what of G's error each kept vector meets, in the order of `values`.
-
-    Raises:
-        UnresolvedError: by more than is allowed.
-    """
-    if not (turned := mixing(values, len(errors), errors)) <= MOST_MIXING:
-        raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
 
 
 def _checked_count(counted: Count, rank: int, close: int) -> int:

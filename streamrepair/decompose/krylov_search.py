@@ -13,7 +13,7 @@ from streamrepair.decompose import certify
 from streamrepair.decompose.krylov import BlockLanczos, Density, Guess, Ritz
 from streamrepair.decompose.single_copy import COARSE, SingleCopy
 from streamrepair.decompose.symmetric import Seen, SymmetricPair
-from streamrepair.decompose.truncation import MOST_MIXING, UnresolvedError
+from streamrepair.decompose.truncation import UnresolvedError, refuse_mixing
 from streamrepair.spectral import marchenko_pastur
 from streamrepair.spectral.noise import sigma_from_median
 from streamrepair.spectral.threshold import HardThreshold, aspect_ratio, tau
@@ -185,9 +185,7 @@ class Search:
         following = float(found[count])
         ceiling = low - 1e-3 * (low - following)
         rest = min(ceiling, max(following + float(residuals[count]), 0.5 * low))
-        turned = _rotation(found, residuals + 0.5 * self.bound, count, rest)
-        if not turned <= MOST_MIXING:
-            raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
+        refuse_mixing(_rotation(found, residuals + 0.5 * self.bound, count, rest))
         values, vectors = found[:count][::-1], vectors[:count][::-1]
         self._prove_none_above(low, ceiling, values, vectors)
         return values, vectors, following, int(np.count_nonzero(values < high))

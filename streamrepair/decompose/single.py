@@ -31,6 +31,7 @@ from streamrepair.decompose.truncation import (
     UnresolvedError,
     errors_along,
     mixing,
+    refuse_mixing,
     roots,
 )
 from streamrepair.decompose.windows import SKEW, Slack, Windows, ritz
@@ -206,9 +207,8 @@ def _decided(basis: _Basis, by: tuple[Products, Slack], matrix: _Matrix) -> Trun
     margin = windows.error(cut, unsure) + unsure
     if close := int(np.count_nonzero(~(np.abs(windows.values - cut) > margin))):
         raise UnresolvedError(f"{close} values within {margin:.1e} of the squared threshold")
-    turned = mixing(values, threshold.rank_kept, basis.errors(threshold.rank_kept), basis.exact) + windows.mixing(cut)
-    if not turned <= MOST_MIXING:
-        raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
+    outside = mixing(values, threshold.rank_kept, basis.errors(threshold.rank_kept), basis.exact)
+    refuse_mixing(outside + windows.mixing(cut))
     vectors = _assembled(windows, basis, values, threshold.rank_kept)
     top = values[n - threshold.rank_kept :]
     defect, residual = certify.check_vectors(

@@ -131,6 +131,16 @@ def mixing(
     return float(np.sqrt(moved / (n * kept.sum())))
 
 
+def refuse_mixing(turned: float) -> None:
+    """Hold that kept and dropped vectors turned Δ* by no more than is allowed; NaN is more.
+
+    Raises:
+        UnresolvedError: they may have.
+    """
+    if not turned <= MOST_MIXING:
+        raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
+
+
 def errors_along(vectors: Vectors, seen: NDArray[np.float64]) -> NDArray[np.float64]:
     """(k,) ‖E·v‖ of unit vectors as rows, neighbours having about the same, from E·X given as (PROBES, n)."""
     if len(vectors) == 0:

@@ -28,11 +28,13 @@ def vectors(diagonal: Doubles, off: Doubles, values: Doubles) -> Doubles:
     Args:
         diagonal: (n,). off: (n − 1,). values: (k,) eigenvalues, accurate to rounding.
     """
-    found, beside = np.full((len(values), len(diagonal)), np.nan), np.abs(off)
+    found, beside = np.empty((len(values), len(diagonal))), np.abs(off)
     around = np.append(beside, 0.0) + np.append(0.0, beside)
     norm = float((np.abs(diagonal) + around).max())
     shift = float((diagonal - around).min()) - _MARGIN * norm  # Gershgorin
     pivots, lower = diagonal - shift, np.append(off, 0.0)
     if lapack.factor_tridiagonal(pivots, lower):
         lapack.twisted_vectors(pivots, lower, values - shift, found)
+    else:
+        found.fill(np.nan)
     return found
