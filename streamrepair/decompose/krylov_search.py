@@ -6,14 +6,16 @@ Source: Halko, Martinsson & Tropp 2011; Musco & Musco 2015; Parlett, The Symmetr
 
 from __future__ import annotations
 
+from typing import NamedTuple, Protocol
+
 import numpy as np
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
+from streamrepair.decompose.arithmetic import Precision
 from streamrepair.decompose.krylov import BlockLanczos, Density, Guess, Ritz
-from streamrepair.decompose.single_copy import COARSE, SingleCopy
-from streamrepair.decompose.symmetric import Seen, SymmetricPair
-from streamrepair.decompose.truncation import UnresolvedError, refuse_mixing
+from streamrepair.decompose.order_statistic import Located
+from streamrepair.decompose.truncation import LEAST_FLOAT32_VALUE, UnresolvedError
 from streamrepair.spectral import marchenko_pastur
 from streamrepair.spectral.noise import sigma_from_median
 from streamrepair.spectral.threshold import HardThreshold, aspect_ratio, tau
@@ -35,40 +37,65 @@ _DENSITY_STEPS = 12
 _WHITE = 0.01
 """Of the second moment, relative: so far from the Marchenko–Pastur law the median is still met to a few places."""
 _SHARPENING = 3
-_AT_ONCE = 64
 _SEED = 0xB10C
+_SOON = 8
+"""Steps in which the top has converged if there is a gap below it."""
+_BLUNTEST = 1e-2
+"""Error of the operator, in units of the median eigenvalue, past which nothing is tried."""
+_DEVIATIONS = 4.0
+"""Standard errors on either side of a fast estimate's median."""
+_DISCRETE = 0.002
+"""Of all places, that the quadrature itself may be off by."""
+
+Pairs = tuple[Doubles, Doubles, Doubles]
+"""(k,) values, descending, (k, n) vectors as rows, (k,) norms of their residuals."""
+
+
+class Operator(Protocol):
+    """A symmetric operator whose largest eigenvalues are sought."""
+
+    @property
+    def size(self) -> int:
+        """n."""
+        ...
+
+    def times(self, vectors: Doubles) -> Doubles:
+        """(k, n) images of the rows of `vectors`, precise enough to span a basis."""
+        ...
+
+    def refined(self, pairs: Pairs) -> Pairs:
+        """Ritz pairs that `times` led to, by products in the precision that values are wanted in."""
+        ...
+
+
+class Top(NamedTuple):
+    """Ritz pairs above a cut, descending, and what comes next."""
+
+    values: Doubles
+    vectors: Doubles
+    residuals: Doubles
+    following: float
+    """The next Ritz value."""
+    following_residual: float
 
 
 class Search:
-    """What is known of the spectrum of G so far.
+    """What is known of the spectrum of ΔᵀΔ so far.
 
     Args:
-        matrix: G. seen: G on probes. single: whether G is no more precise than float32, so that products with a float32
-            copy may span the basis. rule: for τ. shape: of the delta.
-        bound: ‖G − ΔᵀΔ‖₂. most_kept: share of the rank above which it hands over.
+        operator: ΔᵀΔ, or what stands for it. rule: for τ. shape: of the delta.
+        bound: norm of what the operator is off by. most_kept: share of the rank above which it hands over.
     """
 
     def __init__(
-        self,
-        matrix: SymmetricPair,
-        seen: Seen,
-        *,
-        single: bool,
-        rule: HardThreshold,
-        shape: tuple[int, int],
-        bound: float,
-        most_kept: float,
+        self, operator: Operator, *, rule: HardThreshold, shape: tuple[int, int], bound: float, most_kept: float
     ) -> None:
-        n = matrix.size
-        self._copy = SingleCopy(matrix) if single else None
-        if self._copy is None:
-            matrix.fill()
-        self._apply = matrix.times if self._copy is None else self._copy.times
-        self.matrix, self.shape, self.rule, self.bound = matrix, shape, rule, bound
-        self._seen, self._most_kept = seen, most_kept
+        n = operator.size
+        self._operator, self._most_kept = operator, most_kept
+        self.size, self.shape, self.rule, self.bound = n, shape, rule, bound
         self.place = (n - 1) // 2
         capacity = max(n // CAPACITY_SHARE, (LOOK_AT + 2) * BLOCK)
-        self.lanczos = BlockLanczos(self._apply, n, block=BLOCK, capacity=capacity, seed=_SEED)
+        self.lanczos = BlockLanczos(operator.times, n, block=BLOCK, capacity=capacity, seed=_SEED)
         self.ritz: Ritz
 
     def cut(self, median: float) -> float:
@@ -77,9 +104,51 @@ class Search:
         root = tau(sigma_from_median(max(median, 0.0) ** 0.5, beta), beta, scale=self.rule.scale)
         return root * root  # infinite rather than an OverflowError
 
+    def begin(self) -> None:
+        """Find what clearly belongs to the top.
+
+        Raises:
+            UnresolvedError: too many values would be kept, or there is no room for them.
+        """
+        # The first estimate is a rough one: what is settled at first lies clear of the noise.
+        rough = 1.2 * self.look()
+        if not self.settle(rough, steps=_SOON):
+            better = self.density()  # of how many are kept, before more is spent on them
+            self.refuse_many(self.size - better.position(self.cut(better.at(self.place))))
+            self.settle(rough)
+
+    def refuse_blunt(self, median: float, precision: Precision) -> None:
+        """Hold that the operator is sharp enough for a median eigenvalue of about this.
+
+        Raises:
+            UnresolvedError: it is not.
+        """
+        if precision == "float32" and median < LEAST_FLOAT32_VALUE:
+            raise UnresolvedError(f"a median eigenvalue of about {median:.1e}")
+        if not self.bound <= _BLUNTEST * median:
+            raise UnresolvedError(f"bound {self.bound:.1e} against a median eigenvalue of about {median:.1e}")
+
+    def estimated(self, density: Density) -> Located:
+        """λ_med as a start block saw it, with half of its confidence interval as bound."""
+        median = density.at(self.place)
+        spread = _DEVIATIONS * density.spread(median) + _DISCRETE * self.size
+        low, high = density.at(self.place - spread), density.at(self.place + spread)
+        return Located(median, max(high - median, median - low))
+
+    def around(self, median: float, off: float) -> tuple[float, float]:
+        """Between which values of the operator τ² lies, if the median eigenvalue is known to `off`.
+
+        Raises:
+            UnresolvedError: that could be anything.
+        """
+        low, high = self.cut(median - off) - self.bound, self.cut(median + off) + self.bound
+        if not low > 0.0:
+            raise UnresolvedError(f"the squared threshold is known to {self.bound:.1e} only")
+        return low, high
+
     def look(self) -> float:
         """A first estimate of τ², from the first few steps."""
-        n = self.matrix.size
+        n = self.size
         while self.lanczos.size < LOOK_AT * BLOCK:
             self.lanczos.extend()
         self.ritz = self.lanczos.ritz()
@@ -103,7 +172,8 @@ class Search:
             self.refuse_many(above)
             # As if the threshold were a little lower: its exact value may not be known yet.
             rest = max(0.9 * cut, float(self.ritz.values[min(above, self.lanczos.size - 1)]))
-            if above < self.lanczos.size and _rotation(self.ritz.values, self.ritz.residuals, above, rest) <= _ROTATION:
+            turned = rotation(self.ritz.values[:above], self.ritz.residuals[:above], rest)
+            if above < self.lanczos.size and turned <= _ROTATION:
                 return True
             if self.lanczos.full:
                 raise UnresolvedError(f"the kept vectors did not converge in {self.lanczos.size} Krylov vectors")
@@ -115,11 +185,15 @@ class Search:
                     self.lanczos.extend()
             self.ritz = self.lanczos.ritz()
 
-    def as_noise(self) -> Guess | None:
-        """The median if what has not converged is white noise, as its first two moments tell; None if it is not."""
+    def as_noise(self, moments: tuple[float, float]) -> Guess | None:
+        """The median if what has not converged is white noise, as its first two moments tell; None if it is not.
+
+        Args:
+            moments: the sums of all eigenvalues and of their squares.
+        """
         apart, beta = self._converged, aspect_ratio(*self.shape)
-        left, top = self.matrix.size - apart, self.ritz.values[:apart]
-        first, second = self.matrix.moments()
+        left, top = self.size - apart, self.ritz.values[:apart]
+        first, second = moments
         first, second = (first - float(top.sum())) / left, (second - float(top @ top)) / left
         if not (first > 0.0 and abs(second / (first * first) - (1.0 + beta)) <= _WHITE * (1.0 + beta)):
             return None
@@ -136,10 +210,10 @@ class Search:
 
     def density(self) -> Density:
         """The distribution of what has not converged, from a block of its own."""
-        n, apart = self.matrix.size, self._converged
+        n, apart = self.size, self._converged
         known = self.lanczos.vectors(self.ritz.coefficients[:, :apart])
         rest = BlockLanczos(
-            self._apply, n, block=BLOCK, capacity=(_DENSITY_STEPS + 1) * BLOCK, seed=_SEED + 1, without=known
+            self._operator.times, n, block=BLOCK, capacity=(_DENSITY_STEPS + 1) * BLOCK, seed=_SEED + 1, without=known
         )
         for _ in range(_DENSITY_STEPS):
             rest.extend()
@@ -151,11 +225,11 @@ class Search:
         Raises:
             UnresolvedError: they are too many.
         """
-        if expected > self._most_kept * self.matrix.size:
-            part = expected / self.matrix.size
+        if expected > self._most_kept * self.size:
+            part = expected / self.size
             raise UnresolvedError(f"about {part:.0%} of the values would be kept: the reduction is quicker")
 
-    def _sharpen(self, cut: float) -> None:
+    def sharpen(self, cut: float) -> None:
         """A few more steps for the largest value below, which the report tells of."""
         for _ in range(_SHARPENING):
             count = int(np.count_nonzero(self.ritz.values > cut))
@@ -168,69 +242,32 @@ class Search:
             self.lanczos.extend()
             self.ritz = self.lanczos.ritz()
 
-    def proven(self, low: float, high: float) -> tuple[Doubles, Doubles, float, int]:
-        """All eigenvalues of G above `low`, ascending, their vectors as rows, and the proof that there are no more.
-
-        Returns:
-            Values, vectors, the largest Ritz value below, and how many values lie between `low` and `high`.
+    def top(self, low: float) -> Top:
+        """All Ritz pairs above `low`, refined.
 
         Raises:
-            UnresolvedError: there may be others.
-        """
-        self._sharpen(low)
-        found, vectors, residuals = self._top(low)
-        count = int(np.count_nonzero(found > low))
-        if not (low > 0.0 and count < len(found)):
-            raise UnresolvedError(f"the squared threshold is known to {self.bound:.1e} only")
-        following = float(found[count])
-        ceiling = low - 1e-3 * (low - following)
-        rest = min(ceiling, max(following + float(residuals[count]), 0.5 * low))
-        refuse_mixing(_rotation(found, residuals + 0.5 * self.bound, count, rest))
-        values, vectors = found[:count][::-1], vectors[:count][::-1]
-        self._prove_none_above(low, ceiling, values, vectors)
-        return values, vectors, following, int(np.count_nonzero(values < high))
-
-    def _prove_none_above(self, low: float, c: float, values: Doubles, vectors: Doubles) -> None:
-        """Hold that no other eigenvalue of G lies above `low`, by a factor of G − Σ θ·v·vᵀ shifted by the lower c.
-
-        Raises:
-            UnresolvedError: there may be one.
-        """
-        what = (c, values, vectors, self._seen)
-        # In float32 where its error, which is measured, will be well below what is allowed.
-        if self._copy is not None and low - c > COARSE * c and c + self._copy.none_above(*what) <= low:
-            return
-        if not c + self.matrix.none_above(*what) <= low:
-            raise UnresolvedError(f"not all values above {low:.3g} were found")
-
-    def _top(self, low: float) -> tuple[Doubles, Doubles, Doubles]:
-        """Eigenpairs of G above `low` and the next one, descending: values, vectors as rows, norms of the residuals.
-
-        Where float32 products made the basis, by Rayleigh–Ritz with G itself.
+            UnresolvedError: there is none below to tell them from.
         """
         ritz, wanted = self.ritz, int(np.count_nonzero(self.ritz.values > low)) + 1
         vectors = self.lanczos.vectors(ritz.coefficients[:, :wanted])
-        if self._copy is None:
-            return ritz.values[:wanted], vectors, ritz.residuals[:wanted]
-        images = self.matrix.times(vectors)
-        values, mix = np.linalg.eigh(images @ vectors.T)
-        vectors = mix.T @ vectors
-        norms = np.empty(len(values))
-        for start in range(0, len(values), _AT_ONCE):
-            part = slice(start, start + _AT_ONCE)
-            norms[part] = np.linalg.norm(mix[:, part].T @ images - values[part, None] * vectors[part], axis=1)
-        return values[::-1], vectors[::-1], norms[::-1]
+        values, vectors, norms = self._operator.refined((ritz.values[:wanted], vectors, ritz.residuals[:wanted]))
+        count = int(np.count_nonzero(values > low))
+        if count == len(values):
+            raise UnresolvedError(f"no value below {low:.3g} was found")
+        return Top(values[:count], vectors[:count], norms[:count], float(values[count]), float(norms[count]))
 
 
-def _rotation(values: Doubles, residuals: Doubles, count: int, rest: float) -> float:
-    """‖Δ*′ − Δ*‖/‖Δ*‖ to first order, if the other eigenvalues lie below `rest` (Davis & Kahan 1970).
+def rotation(values: Doubles, residuals: Doubles, rest: float) -> float:
+    """‖Δ*′ − Δ*‖/‖Δ*‖ to first order, if the eigenvalues that are not kept lie below `rest` (Davis & Kahan 1970).
 
     Args:
-        values: descending. residuals: what each vector's image may be off by; an error of G of norm ‖E‖₂ that is spread
-            over the matrix moves a vector by half of it. count: of values that are kept.
+        values: (k,) of those that are kept, descending.
+        residuals: (k,) what each vector's image may be off by; an error of norm ‖E‖₂ that is spread over the operator
+            moves a vector by half of it.
     """
-    values, residuals = values[:count], residuals[:count]
+    if len(values) == 0:
+        return 0.0
     gaps = values - rest
-    if count == 0 or gaps.min() <= 0.0:
-        return np.inf if count else 0.0
+    if not gaps.min() > 0.0:
+        return np.inf
     return float(np.sqrt(np.sum(np.square(residuals / gaps) * (values + rest)) / values.sum()))

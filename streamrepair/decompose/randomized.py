@@ -17,33 +17,32 @@ Source: Parlett, The Symmetric Eigenvalue Problem, sections 3.3, 10.1, 11.5.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Gram, Precision, Products
 from streamrepair.decompose.choose import MOST_KEPT, Estimate
+from streamrepair.decompose.gram_operator import GramOperator
 from streamrepair.decompose.krylov import Density, Guess
-from streamrepair.decompose.krylov_search import Search
+from streamrepair.decompose.krylov_search import Search, Top, rotation
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.order_statistic import Located, locate
 from streamrepair.decompose.symmetric import Seen, SymmetricPair
-from streamrepair.decompose.truncation import LEAST_FLOAT32_VALUE, Truncation, UnresolvedError, roots
+from streamrepair.decompose.truncation import Truncation, UnresolvedError, refuse_mixing, roots
 from streamrepair.decompose.windows import rayleigh_ritz
 from streamrepair.spectral.threshold import HardThreshold
 
 Doubles = NDArray[np.float64]
 
-_SOON = 8
-"""Steps in which the top has converged if there is a gap below it."""
-_BLUNTEST = 1e-2
-"""Error of G, in units of the median eigenvalue, past which nothing is tried."""
 _SHARP = 2e-5
 """Error of the median eigenvalue, relative, that is promised: half of it is what τ may be off by."""
 _RESIDUAL = 1e-5
 """‖(VG − ΛV)X‖/(λ_max·‖X‖); what it allows in Δ* is bounded by the rotation."""
-_DEVIATIONS = 4.0
-"""Standard errors on either side of a fast estimate's median."""
+_Exact = tuple[SymmetricPair, Doubles, Products | None]
+"""What finds the exact median: G, probes that entered no computation, images under ΔᵀΔ itself."""
 
 
 def truncate(
@@ -76,84 +75,112 @@ def truncate(
     matrix = SymmetricPair(gram.matrix)
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it passes no check
-            bound = certify.spectral_bound(gram.images - gram.exact_images)
+            operator = GramOperator(matrix, Seen(probes, gram.images), single=precision == "float32")
             search = Search(
-                matrix,
-                Seen(probes, gram.images),
-                single=precision == "float32",
+                operator,
                 rule=rule,
                 shape=(source.rows, source.cols),
-                bound=bound,
+                bound=certify.spectral_bound(gram.images - gram.exact_images),
                 most_kept=most_kept,
             )
-            return _decided(search, gram, probes, (precision, estimate, products))
+            search.begin()
+            median, fast = _median(search, (matrix, probes, products), precision, estimate)
+            low, high = search.around(median.value, median.bound + (search.bound if fast else 0.0))
+            top = _proven(search, operator, low)
     finally:
         matrix.restore()
+    if not fast and (within := int(np.count_nonzero(top.values < high))):
+        raise UnresolvedError(f"{within} values within {high - low:.1e} of the squared threshold")
+    facts = Facts(probes, gram.images, gram.trace, precision)
+    return concluded(search, median, top, facts, interval=(low, high) if fast else None)
 
 
-def _decided(
-    search: Search, gram: Gram, probes: Doubles, how: tuple[Precision, Estimate, Products | None]
-) -> Truncation:
-    precision, estimate, products = how
-    # The first estimate is a rough one: what is settled at first lies clear of the noise.
-    rough = 1.2 * search.look()
-    if not search.settle(rough, steps=_SOON):
-        better = search.density()  # of how many are kept, before more is spent on them
-        search.refuse_many(search.matrix.size - better.position(search.cut(better.at(search.place))))
-        search.settle(rough)
+def _median(search: Search, exact: _Exact, precision: Precision, estimate: Estimate) -> tuple[Located, bool]:
+    """λ_med, and whether it is an estimate only."""
+    matrix, _, _ = exact
     density: Density | None = None
-    guess = search.as_noise() if estimate == "exact" else None
+    guess = search.as_noise(matrix.moments()) if estimate == "exact" else None
     if guess is None:
         density = search.density()
         guess = density.guess(search.place)
-    if precision == "float32" and guess.value < LEAST_FLOAT32_VALUE:
-        raise UnresolvedError(f"a median eigenvalue of about {guess.value:.1e}")
-    if not search.bound <= _BLUNTEST * guess.value:
-        raise UnresolvedError(f"bound {search.bound:.1e} against a median eigenvalue of about {guess.value:.1e}")
+    search.refuse_blunt(guess.value, precision)
     search.settle(search.cut(guess.value))
-    if fast := estimate == "fast" and density is not None and density.continuous(search.place):
-        median = _estimated(search, density)
-    else:
-        median = _exact_median(search, guess, probes, products)
-    off = median.bound + (search.bound if fast else 0.0)
-    low, high = search.cut(median.value - off), search.cut(median.value + off)
+    if estimate == "fast" and density is not None and density.continuous(search.place):
+        return search.estimated(density), True
+    return _exact_median(search, guess, exact), False
+
+
+def _proven(search: Search, operator: GramOperator, low: float) -> Top:
+    """All eigenpairs above `low`, and the proof that there are no more.
+
+    Raises:
+        UnresolvedError: there may be others.
+    """
     search.settle(low)
-    values, vectors, following, within = search.proven(low - search.bound, high + search.bound)
-    if within and not fast:
-        raise UnresolvedError(f"{within} values within {high - low:.1e} of the squared threshold")
-    threshold = search.rule.from_median(median.value**0.5, roots(np.append(following, values)), *search.shape)
+    search.sharpen(low)
+    top = search.top(low)
+    ceiling = low - 1e-3 * (low - top.following)
+    rest = min(ceiling, max(top.following + top.following_residual, 0.5 * low))
+    refuse_mixing(rotation(top.values, top.residuals + 0.5 * search.bound, rest))
+    operator.prove_none_above(low, ceiling, top.values, top.vectors)
+    return top
+
+
+class Facts(NamedTuple):
+    """What is known without a spectrum."""
+
+    probes: Doubles
+    """(p, n) X."""
+    images: Doubles
+    """(p, n) ΔᵀΔ·X, which vectors are held against."""
+    trace: float
+    """‖Δ‖_F²."""
+    precision: Precision
+
+
+def concluded(
+    search: Search, median: Located, top: Top, facts: Facts, *, interval: tuple[float, float] | None
+) -> Truncation:
+    """The decision from all eigenpairs above the lower end of what τ² may be.
+
+    Args:
+        interval: of τ², where the median is an estimate.
+
+    Raises:
+        NumericalError: vectors did not pass the checks.
+    """
+    values, vectors = top.values[::-1], top.vectors[::-1]
+    threshold = search.rule.from_median(median.value**0.5, roots(np.append(top.following, values)), *search.shape)
     kept = slice(len(values) - threshold.rank_kept, None)
     defect, residual = certify.check_vectors(
-        vectors[kept], values[kept], probes, gram.images, orthonormal=certify.ORTHONORMALITY, belonging=_RESIDUAL
+        vectors[kept],
+        values[kept],
+        facts.probes,
+        facts.images,
+        orthonormal=certify.ORTHONORMALITY,
+        belonging=_RESIDUAL,
     )
     return Truncation(
         values=roots(values[kept]),
         threshold=threshold,
         vh=np.ascontiguousarray(vectors[kept]),
-        frob_delta_in=gram.trace**0.5,
-        backend=f"randomized-{precision}",
+        frob_delta_in=facts.trace**0.5,
+        backend=f"randomized-{facts.precision}",
         certificate=certify.Certificate(median.bound + search.bound, defect, residual),
-        interval=((max(0.0, low - search.bound)) ** 0.5, (high + search.bound) ** 0.5) if fast else None,
-        within=within,
+        interval=(interval[0] ** 0.5, interval[1] ** 0.5) if interval else None,
+        within=int(np.count_nonzero(values < interval[1])) if interval else 0,
     )
 
 
-def _estimated(search: Search, density: Density) -> Located:
-    """λ_med as the start block saw it, with half of its confidence interval as bound."""
-    median = density.at(search.place)
-    spread = _DEVIATIONS * density.spread(median) + 0.002 * search.matrix.size  # the quadrature's own error
-    low, high = density.at(search.place - spread), density.at(search.place + spread)
-    return Located(median, max(high - median, median - low))
-
-
-def _exact_median(search: Search, guess: Guess, probes: Doubles, products: Products | None) -> Located:
+def _exact_median(search: Search, guess: Guess, exact: _Exact) -> Located:
     """λ_med by counting; where G's own error is more than is promised of it, by ΔᵀΔ around that place.
 
     Raises:
         UnresolvedError: it is not known sharply enough.
     """
+    matrix, probes, products = exact
     found = locate(
-        search.matrix,
+        matrix,
         search.place,
         guess.value,
         guess.slope,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, gram, ladder, lapack, randomized
 from streamrepair.decompose.choose import MOST_KEPT, Estimate
+from streamrepair.decompose.gram_operator import GramOperator
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.krylov import BlockLanczos, Guess, Ritz
 from streamrepair.decompose.krylov_search import Search
@@ -314,9 +315,10 @@ def test_white_noise_has_its_median_where_its_moments_say(noise: str, white: boo
     probes = certify.probe_vectors(n)
     pair = SymmetricPair(matrix.copy())
     seen = Seen(probes, probes @ matrix)
-    search = Search(pair, seen, single=False, rule=RULE, shape=(m, n), bound=0.0, most_kept=0.2)
+    operator = GramOperator(pair, seen, single=False)
+    search = Search(operator, rule=RULE, shape=(m, n), bound=0.0, most_kept=0.2)
     assert search.settle(1.2 * search.look(), steps=8)
-    guess = search.as_noise()
+    guess = search.as_noise(pair.moments())
     assert (guess is not None) == white
     if guess is not None:
         values = np.linalg.eigvalsh(matrix)
@@ -330,7 +332,7 @@ def test_a_wrong_guess_of_the_median_costs_no_more_than_time(monkeypatch: pytest
     right = _alone(source)
     asked = []
 
-    def wrong(search: Search) -> Guess:
+    def wrong(search: Search, moments: tuple[float, float]) -> Guess:
         asked.append(search)
         return Guess(1.5 * right.threshold.s_median**2, 1.0)
 
