@@ -177,8 +177,9 @@ def predicted_s(task: Task, rates: Rates) -> dict[str, float]:
     """Backend → predicted seconds: `randomized` if 3% are kept, `gram` if 3% and if 20% are."""
     assert task.shape is not None
     few, many = 0.03, 0.2
+    method = "held" if task.shape.held else "randomized"
     return {
-        "randomized": round(cost.predicted(task.shape, "randomized", rates, few).total_s, 6),
+        "randomized": round(cost.predicted(task.shape, method, rates, few).total_s, 6),
         "gram": round(cost.predicted(task.shape, "gram", rates, few).total_s, 6),
         "gram_many_kept": round(cost.predicted(task.shape, "gram", rates, many).total_s, 6),
         "full": round(cost.predicted(task.shape, "full", rates).total_s, 6),

@@ -14,7 +14,7 @@ import numpy as np
 from streamrepair.decompose import certify, gram
 from streamrepair.decompose.arithmetic import BatchArithmetic, GramBatch, Precision
 from streamrepair.decompose.operator import PanelSource
-from streamrepair.decompose.truncation import Truncation
+from streamrepair.decompose.truncation import Truncation, check_sums
 from streamrepair.errors import NumericalError, brief
 from streamrepair.spectral.threshold import HardThreshold
 
@@ -59,7 +59,7 @@ def _concluded(
     sound = []
     for number, member in enumerate(grams.members):
         try:
-            gram.check_sums(member)
+            check_sums(member.trace, member.exact_images)
             sound.append(number)
         except NumericalError as error:  # kept from the others: eigh of a batch with NaN may fail as a whole
             results[number] = _bare(error)

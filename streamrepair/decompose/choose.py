@@ -6,6 +6,7 @@ day.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Literal
 
@@ -23,11 +24,18 @@ _LEAST_COLUMNS = 256
 _LEAST_FAST_COLUMNS = 512
 """Likewise: the start block is the same for all matrices of that n, and one that is unlucky with diagonal deltas would
 have its interval for τ miss with most of them."""
+_FEW = 0.03
+"""Share of the rank that is kept where few are."""
+_MOST_HELD_ROWS = 4
+"""Rows per column of a delta that is held whole: in float32 16n² bytes, where G and its copy take 12n²."""
 _IN_VAIN = 0.25
 """By how much it has to be quicker: most matrices keep more, and to find that out costs 0.2 of 5 seconds at 4096²."""
 
 MOST_BATCHED_COLUMNS = 1024
 """Longest short side of matrices that a GPU decides in batches: above this one keeps it busy alone."""
+
+
+_SHARES = tuple(percent / 200 for percent in range(1, round(200 * MOST_KEPT) + 1))
 
 
 @cache
@@ -39,12 +47,32 @@ def krylov_share(backend: Backend, estimate: Estimate, cols: int) -> float:
     if backend == "randomized":
         return MOST_KEPT
     method = "fast" if estimate == "fast" else "randomized"
-    shares = [percent / 200 for percent in range(1, round(200 * MOST_KEPT) + 1)]
-    share = max((share for share in shares if _quicker(method, cols, share)), default=0.0)
+
+    def quicker(share: float) -> bool:
+        # Of a square matrix: what follows from the other side is the same for both.
+        krylov, reduction = (speed.predicted(cols, cols, name, speed.CPU, share).factor_s for name in (method, "gram"))
+        return (1.0 + _IN_VAIN) * krylov <= reduction
+
+    return _largest(quicker)
+
+
+@cache
+def held_share(backend: Backend, estimate: Estimate, rows: int, cols: int) -> float:
+    """The same for `matrix_free`, by a delta that is held in float32 in place of a Gram matrix."""
+    if backend not in ("auto", "randomized") or estimate == "exact" or cols < _LEAST_FAST_COLUMNS:
+        return 0.0
+
+    def seconds(method: str, share: float) -> float:
+        return speed.predicted(rows, cols, method, speed.CPU, share).total_s
+
+    if rows > _MOST_HELD_ROWS * cols or seconds("held", _FEW) > seconds("fast", _FEW):
+        return 0.0
+    if backend == "randomized":
+        return MOST_KEPT
+    return _largest(lambda share: (1.0 + _IN_VAIN) * seconds("held", share) <= seconds("gram", share))
+
+
+def _largest(quicker: Callable[[float], bool]) -> float:
+    """The largest share at which a method is quicker; 0 if that is too few to be tried for."""
+    share = max((share for share in _SHARES if quicker(share)), default=0.0)
     return share if share >= _LEAST_KEPT else 0.0
-
-
-def _quicker(method: str, cols: int, share: float) -> bool:
-    # Of a square matrix: what follows from the other side is the same for both.
-    krylov, reduction = (speed.predicted(cols, cols, name, speed.CPU, share).factor_s for name in (method, "gram"))
-    return (1.0 + _IN_VAIN) * krylov <= reduction

@@ -14,16 +14,17 @@ from functools import partial
 
 import numpy as np
 
-from streamrepair.decompose import certify, randomized, single
+from streamrepair.decompose import certify, matrix_free, randomized, single
 from streamrepair.decompose.arithmetic import Arithmetic, Count, Gram, Precision, Spectrum
 from streamrepair.decompose.choose import Estimate
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import (
     LEAST_FLOAT32_VALUE,
-    NonFiniteDeltaError,
+    OutgrownError,
     Truncation,
     UnresolvedError,
+    check_sums,
     decide,
     errors_along,
     mixing,
@@ -41,12 +42,14 @@ def truncate(
     precision: Precision,
     krylov: float = 0.0,
     estimate: Estimate = "exact",
+    held: float = 0.0,
 ) -> Truncation:
-    """Decide and factor one delta through its Gram matrix.
+    """Decide and factor one delta through its Gram matrix, or without one where few values are kept.
 
     Args:
         krylov: share of the rank up to which `randomized` goes first; 0: not at all.
         estimate: of the noise; "fast" is `randomized`'s alone.
+        held: share up to which `matrix_free` goes before that.
 
     Raises:
         UnresolvedError: this precision cannot tell the kept rank.
@@ -54,14 +57,20 @@ def truncate(
         NumericalError: LAPACK failed or its answer did not pass the checks.
     """
     probes = certify.probe_vectors(source.cols)
+    left: tuple[str, ...] = ()
+    if held and precision == "float32" and isinstance(arithmetic, HostArithmetic):
+        try:
+            return matrix_free.truncate(source, rule, arithmetic=arithmetic, probes=probes, most_kept=held)
+        except (ArithmeticError, np.linalg.LinAlgError) as error:
+            left = (f"randomized-float32 without a Gram matrix: {error}",)
+            krylov = 0.0 if isinstance(error, OutgrownError) else krylov
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is met just below
         gram = arithmetic.gram(source, probes, precision)
-    check_sums(gram)
-    left: tuple[str, ...] = ()
+    check_sums(gram.trace, gram.exact_images)
     if krylov and gram.matrix is not None:
         try:
             products = partial(arithmetic.products, source) if isinstance(arithmetic, HostArithmetic) else None
-            return randomized.truncate(
+            found = randomized.truncate(
                 source,
                 rule,
                 gram=gram,
@@ -71,26 +80,14 @@ def truncate(
                 most_kept=krylov,
                 products=products,
             )
+            return replace(found, climbed=left)
         except (ArithmeticError, np.linalg.LinAlgError) as error:
-            left = (f"randomized-{precision}: {error}",)
+            left = (*left, f"randomized-{precision}: {error}")
     if precision == "float32" and isinstance(arithmetic, HostArithmetic):
         found = single.truncate(source, rule, arithmetic=arithmetic, gram=gram, probes=probes)
     else:
         found = conclude(gram, gram.factorise(), rule, source.rows, precision)
     return replace(found, climbed=left)
-
-
-def check_sums(gram: Gram) -> None:
-    """Refuse a Gram matrix that there is nothing to find out from.
-
-    Raises:
-        NonFiniteDeltaError: the sums are not finite.
-        UnresolvedError: all of them vanished.
-    """
-    if not (np.isfinite(gram.trace) and np.isfinite(gram.exact_images).all()):
-        raise NonFiniteDeltaError(f"the sum of squares of the delta is {gram.trace}")
-    if gram.trace == 0.0:
-        raise UnresolvedError("every square vanished")
 
 
 def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precision: Precision) -> Truncation:

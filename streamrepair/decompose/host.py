@@ -14,6 +14,7 @@ from streamrepair.decompose import certify, halves, householder, lapack, twisted
 from streamrepair.decompose.arithmetic import Count, Doubles, Gram, Merger, Precision, Spectrum, Vectors, on_host
 from streamrepair.decompose.convert import STORED_TYPE, Raw, Real, RealType, difference, narrow, widened
 from streamrepair.decompose.halves import Both, in_halves, in_turn, middle
+from streamrepair.decompose.held import Held, HeldDelta
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.decompose.scratch import Scratch
 
@@ -85,6 +86,24 @@ class HostArithmetic:
 
         self._both(corners, lambda: lapack.add_product(left.T, right, gram[:h, h:], beta=beta))
 
+    def hold(self, source: PanelSource, probes: Doubles) -> Held:
+        """Δ whole in float32, and its images of probes, in one pass."""
+        stored: Real | None = None
+        columns = np.ascontiguousarray(probes.T, np.float32)
+        exact, trace = np.zeros(columns.shape), 0.0
+        for block in blocks(source):
+            if stored is None:
+                stored = np.empty((source.cols, source.rows) if block.wide else (source.rows, source.cols), np.float32)
+            rows = slice(block.start, block.start + block.rows)
+            part = stored[:, rows] if block.wide else stored[rows]
+            self._subtract(block, part)
+            delta = part.T if block.wide else part
+            exact += delta.T @ (delta @ columns)
+            trace += float(np.einsum("ij,ij->i", part, part).sum(dtype=np.float64))
+            wide = block.wide
+        assert stored is not None
+        return Held(HeldDelta(stored.T if wide else stored, self._both), np.ascontiguousarray(exact.T), trace)
+
     def products(self, source: PanelSource, vectors: Doubles) -> tuple[Doubles, Doubles]:
         """(k, n) ΔᵀΔ·v for each row v of `vectors`, and (k, k) inner products vᵀΔᵀΔ·w, in float64, in one pass."""
         images, inner = np.zeros(vectors.shape), np.zeros((len(vectors), len(vectors)))
@@ -139,13 +158,16 @@ class HostArithmetic:
     def _delta(self, block: Panel, real: RealType) -> Real:
         """Δ of a block, (rows, n), in the scratch's one place for it; a transposed view for a wide one."""
         stored: Real = self._scratch.array("delta", block.ft.shape, real)
+        self._subtract(block, stored)
+        return stored.T if block.wide else stored
+
+    def _subtract(self, block: Panel, out: Real) -> None:
+        """Δ of a block as it is stored, in the precision of `out`."""
 
         def part(rows: slice) -> None:
-            difference(block.ft[rows], block.ft_dtype, block.base[rows], block.base_dtype, stored[rows])
+            difference(block.ft[rows], block.ft_dtype, block.base[rows], block.base_dtype, out[rows])
 
-        cols = stored.shape[0 if block.wide else 1]
-        in_halves(part, len(stored), cols, self._both)
-        return stored.T if block.wide else stored
+        in_halves(part, len(out), out.shape[0 if block.wide else 1], self._both)
 
 
 def _flush(partial: Real, total: Doubles, *, first: bool) -> None:

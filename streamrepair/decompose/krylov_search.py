@@ -15,7 +15,7 @@ from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Precision
 from streamrepair.decompose.krylov import BlockLanczos, Density, Guess, Ritz
 from streamrepair.decompose.order_statistic import Located
-from streamrepair.decompose.truncation import LEAST_FLOAT32_VALUE, UnresolvedError
+from streamrepair.decompose.truncation import LEAST_FLOAT32_VALUE, OutgrownError, UnresolvedError
 from streamrepair.spectral import marchenko_pastur
 from streamrepair.spectral.noise import sigma_from_median
 from streamrepair.spectral.threshold import HardThreshold, aspect_ratio, tau
@@ -34,6 +34,9 @@ _ROUGHLY = 1.15
 _ROTATION = 3e-6
 """‖Δ*′ − Δ*‖/‖Δ*‖ up to which the basis is extended."""
 _DENSITY_STEPS = 12
+_PROOF_STEPS = 24
+_UNSEEN = 1e-12
+"""Probability of a start block that does not see the largest value."""
 _WHITE = 0.01
 """Of the second moment, relative: so far from the Marchenko–Pastur law the median is still met to a few places."""
 _SHARPENING = 3
@@ -97,6 +100,7 @@ class Search:
         capacity = max(n // CAPACITY_SHARE, (LOOK_AT + 2) * BLOCK)
         self.lanczos = BlockLanczos(operator.times, n, block=BLOCK, capacity=capacity, seed=_SEED)
         self.ritz: Ritz
+        self._largest_beside = -1, np.inf
 
     def cut(self, median: float) -> float:
         """τ² for a median eigenvalue."""
@@ -108,7 +112,7 @@ class Search:
         """Find what clearly belongs to the top.
 
         Raises:
-            UnresolvedError: too many values would be kept, or there is no room for them.
+            OutgrownError: too many values would be kept, or there is no room for them.
         """
         # The first estimate is a rough one: what is settled at first lies clear of the noise.
         rough = 1.2 * self.look()
@@ -164,7 +168,7 @@ class Search:
             Whether that is so; it need not be after `steps` steps.
 
         Raises:
-            UnresolvedError: too many are, or there is no room for them.
+            OutgrownError: too many are, or there is no room for them.
         """
         most = np.inf if steps is None else self.lanczos.size + steps * BLOCK
         while True:
@@ -176,7 +180,7 @@ class Search:
             if above < self.lanczos.size and turned <= _ROTATION:
                 return True
             if self.lanczos.full:
-                raise UnresolvedError(f"the kept vectors did not converge in {self.lanczos.size} Krylov vectors")
+                raise OutgrownError(f"the kept vectors did not converge in {self.lanczos.size} Krylov vectors")
             if self.lanczos.size >= most:
                 return False
             # The Ritz pairs of a large basis cost more than a step.
@@ -210,24 +214,54 @@ class Search:
 
     def density(self) -> Density:
         """The distribution of what has not converged, from a block of its own."""
-        n, apart = self.size, self._converged
-        known = self.lanczos.vectors(self.ritz.coefficients[:, :apart])
-        rest = BlockLanczos(
-            self._operator.times, n, block=BLOCK, capacity=(_DENSITY_STEPS + 1) * BLOCK, seed=_SEED + 1, without=known
-        )
+        apart = self._converged
+        rest = self._beside(apart, _DENSITY_STEPS)
         for _ in range(_DENSITY_STEPS):
             rest.extend()
-        return Density.of(rest.ritz(), n - apart)
+        ritz = rest.ritz()
+        self._largest_beside = apart, float(ritz.values[0])
+        return Density.of(ritz, self.size - apart)
+
+    def _beside(self, apart: int, steps: int) -> BlockLanczos:
+        """Room for so many steps from a random block on the complement of the largest Ritz vectors."""
+        known = self.lanczos.vectors(self.ritz.coefficients[:, :apart])
+        capacity = (steps + 1) * BLOCK
+        return BlockLanczos(
+            self._operator.times, self.size, block=BLOCK, capacity=capacity, seed=_SEED + 1, without=known
+        )
+
+    def ceiling(self, low: float) -> tuple[float, float]:
+        """A bound of all eigenvalues but those found above `low`, and the largest that was seen of these others.
+
+        On the complement of k vectors lies none above λ_{k+1} or below it (Courant & Fischer), and a random start block
+        sees it (`unseen`): the bound holds but for a probability of 1e-12.
+
+        Raises:
+            UnresolvedError: it is above `low`, so that a value may have been missed.
+        """
+        count = int(np.count_nonzero(self.ritz.values > low))
+        apart, largest = self._largest_beside
+        if apart == count and (bound := largest / (1.0 - unseen(self.size, _DENSITY_STEPS)) + self.bound) <= low:
+            return bound, largest
+        rest = self._beside(count, _PROOF_STEPS)
+        for step in range(1, _PROOF_STEPS + 1):
+            rest.extend()
+            if step < _DENSITY_STEPS or step % 4:
+                continue
+            largest = float(rest.ritz().values[0])
+            if (bound := largest / (1.0 - unseen(self.size, step)) + self.bound) <= low:
+                return bound, largest
+        raise UnresolvedError(f"other values may lie up to {bound / low:.3f} times the squared threshold")
 
     def refuse_many(self, expected: float) -> None:
         """Hand over where more values are kept than may be.
 
         Raises:
-            UnresolvedError: they are too many.
+            OutgrownError: they are too many.
         """
         if expected > self._most_kept * self.size:
             part = expected / self.size
-            raise UnresolvedError(f"about {part:.0%} of the values would be kept: the reduction is quicker")
+            raise OutgrownError(f"about {part:.0%} of the values would be kept: the reduction is quicker")
 
     def sharpen(self, cut: float) -> None:
         """A few more steps for the largest value below, which the report tells of."""
@@ -255,6 +289,16 @@ class Search:
         if count == len(values):
             raise UnresolvedError(f"no value below {low:.3g} was found")
         return Top(values[:count], vectors[:count], norms[:count], float(values[count]), float(norms[count]))
+
+
+def unseen(n: int, steps: int, *, block: int = BLOCK, chance: float = _UNSEEN) -> float:
+    """How far below the largest eigenvalue of a positive operator its largest Ritz value may be, as a share of it.
+
+    From one random vector it is further than ε with a probability of at most 1.648·√n·exp(−√ε·(2·steps − 1))
+    (Kuczyński & Woźniakowski 1992); from a block of them only where that happens to each.
+    """
+    root = float(np.log(1.648 * np.sqrt(n) / chance ** (1.0 / block))) / (2 * steps - 1)
+    return min(1.0 - 1e-9, root * root)
 
 
 def rotation(values: Doubles, residuals: Doubles, rest: float) -> float:

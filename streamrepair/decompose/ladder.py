@@ -16,7 +16,7 @@ import numpy as np
 
 from streamrepair.decompose import full, gram, row_space
 from streamrepair.decompose.arithmetic import Arithmetic, Precision
-from streamrepair.decompose.choose import Backend, Estimate, krylov_share
+from streamrepair.decompose.choose import Backend, Estimate, held_share, krylov_share
 from streamrepair.decompose.convert import difference
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource, blocks
@@ -114,6 +114,7 @@ def _rungs(
                 precision=precision,
                 krylov=krylov,
                 estimate=estimate,
+                held=held_share(backend, estimate, source.rows, source.cols),
             )
             rungs.append((f"gram-{precision}", attempt))
         if not isinstance(arithmetic, HostArithmetic):

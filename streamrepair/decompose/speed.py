@@ -68,6 +68,8 @@ _STEPS = 21
 """Krylov steps for a first look, for the density, and for what the report tells."""
 _BASIS = 3.0
 """Krylov vectors for each one that is kept."""
+_HELD_STEPS, _HELD_BASIS = 12, 2.0
+"""The same where no Gram matrix is formed: for the density, and where there is a gap."""
 _STEP_S = 1.2e-6
 """Per n: making a step's vectors orthogonal to those before."""
 _COPY_S = 5e-9
@@ -100,19 +102,22 @@ def predicted(
     """Seconds of a repair by one worker.
 
     Args:
-        rows, cols: longer and shorter side. method: "gram", "randomized", "fast" or "full". kept: share of the rank.
-        narrow: whether the result is stored in 16 bits.
+        rows, cols: longer and shorter side. method: "gram", "randomized", "fast", "held" or "full".
+        kept: share of the rank. narrow: whether the result is stored in 16 bits.
     """
     m, n = float(rows), float(cols)
     k, single = kept * n, rates.float32_first and narrow and method != "full"
     product = rates.float32_flops_per_s if single else rates.float64_flops_per_s
     slow = CPU.memory_bytes_per_s / rates.memory_bytes_per_s
     convert = 0.5 * _CONVERT_S * slow * m * n
-    gram = m * n * n * (2 if method == "full" else 1) / product + convert
+    squared = {"full": 2, "held": 0}.get(method, 1)
+    gram = squared * m * n * n / product + convert
     if method == "full":
         factor = 9 * n**3 / (_SVD * rates.float64_flops_per_s)
     elif method == "gram":
         factor = _tridiagonal_s(n, k, rates, single=single, slow=slow)
+    elif method == "held":
+        factor = _held_s(m, n, k, rates, slow=slow)
     else:
         factor = _krylov_s(n, k, rates, single=single, slow=slow, exact=method == "randomized")
     return Stages(gram, rates.start_s + factor, 4 * m * n * k / product + convert)
@@ -128,6 +133,13 @@ def _tridiagonal_s(n: float, k: float, rates: Rates, *, single: bool, slow: floa
     reduction = 2 / 3 * n**3 / product + n**3 / 6 * item / speed
     windows = 4 * n * n * _WINDOWS / rates.float64_flops_per_s if single else 0.0
     return reduction + slow * (_VALUES_S * n * n + _VECTORS_S * n * k) + 3 * n * n * k / product + windows
+
+
+def _held_s(m: float, n: float, k: float, rates: Rates, *, slow: float) -> float:
+    """Steps and values of k vectors by two products with the delta each."""
+    product = rates.float32_flops_per_s
+    step = 4 * _BLOCK * m * n / (_SKINNY * product) + slow * _STEP_S * n
+    return (_HELD_STEPS + _HELD_BASIS * k / _BLOCK) * step + 4 * m * n * k / product
 
 
 def _krylov_s(n: float, k: float, rates: Rates, *, single: bool, slow: float, exact: bool) -> float:

@@ -35,6 +35,10 @@ class UnresolvedError(NumericalError):
     """The precision of this backend cannot tell the kept rank; a sharper one may."""
 
 
+class OutgrownError(UnresolvedError):
+    """A Krylov basis would have to be larger than pays: too many values are kept, or they are too near to others."""
+
+
 class NonFiniteDeltaError(NumericalError):
     """Sums over the delta are not finite: an input holds NaN or Inf, or float32 sums overflowed."""
 
@@ -75,6 +79,22 @@ class Truncation:
         kept = self.values[len(self.values) - self.threshold.rank_kept :]
         largest = float(kept[-1]) if len(kept) else 0.0
         return largest * float(np.linalg.norm(kept / largest)) if largest > 0.0 else 0.0
+
+
+def check_sums(trace: float, images: NDArray[np.float64]) -> None:
+    """Refuse sums over a delta that there is nothing to find out from.
+
+    Args:
+        trace: ‖Δ‖_F². images: ΔᵀΔ on probes.
+
+    Raises:
+        NonFiniteDeltaError: they are not finite.
+        UnresolvedError: all of them vanished.
+    """
+    if not (np.isfinite(trace) and np.isfinite(images).all()):
+        raise NonFiniteDeltaError(f"the sum of squares of the delta is {trace}")
+    if trace == 0.0:
+        raise UnresolvedError("every square vanished")
 
 
 def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: int, n: int) -> tuple[Threshold, int]:

@@ -56,6 +56,8 @@ class MatrixShape:
     out_item_bytes: int
     kept_share: float = 0.5
     """Largest share of the rank that can be kept: half, since τ is above the median, unless --scale is small."""
+    held: bool = False
+    """Whether block Krylov goes without a Gram matrix first, by a delta that is held whole."""
 
     @property
     def block(self) -> int:
@@ -135,7 +137,22 @@ def randomized_bytes(shape: MatrixShape) -> int:
     median = 8 * beside * n + 40 * beside * beside + 8 * 7 * 56 * n
     kept = 3 * 8 * n * (max(1, n // KRYLOV_KEPT) + 1)
     search = copy + basis + 8 * 8 * 16 * n + max(density, median, kept)
-    return max(gram_bytes(shape), _sums_bytes(n) + search + _kept_on_bytes(shape))
+    held = held_bytes(shape) if shape.held else 0
+    return max(gram_bytes(shape), _sums_bytes(n) + search + _kept_on_bytes(shape), held)
+
+
+def held_bytes(shape: MatrixShape) -> int:
+    """Peak of block Krylov without a Gram matrix: the delta in float32, the basis, and the larger of two.
+
+    These are vectors that are held apart and the basis of 400 that bounds the rest, with its Ritz pairs; and kept
+    vectors, as they are, in float32 and rotated, their images likewise, and products of a block of 2048 rows.
+    """
+    m, n = shape.rows, shape.cols
+    c, k, beside = max(n // KRYLOV_SHARE, KRYLOV_LEAST), max(1, n // KRYLOV_KEPT) + 1, min(n, KRYLOV_MEDIAN)
+    proof = 8 * c * n + 8 * beside * n + 40 * beside * beside
+    kept = 44 * k * n + 12 * min(2048, m) * k + 40 * k * k
+    step = 8 * 8 * 16 * n + 2 * 4 * 16 * m
+    return 4 * m * n + 8 * c * n + 40 * c * c + step + max(proof, kept) + _kept_on_bytes(shape)
 
 
 def full_bytes(shape: MatrixShape) -> int:

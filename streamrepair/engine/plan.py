@@ -13,7 +13,7 @@ from streamrepair.checkpoint.headers import ITEM_BITS, TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
 from streamrepair.checkpoint.write import ShardLayout, layout_like
-from streamrepair.decompose.choose import krylov_share
+from streamrepair.decompose.choose import held_share, krylov_share
 from streamrepair.decompose.speed import CPU, Rates
 from streamrepair.engine import batches, cost, memory, schedule
 from streamrepair.engine.batches import Batch
@@ -265,7 +265,8 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     elif ft.entry.shape[0] < ft.entry.shape[1]:
         rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
     backend = "full" if settings.backend == "full" else "gram"
-    if settings.sigma == "median" and krylov_share(settings.backend, settings.noise_estimate, shape.cols):
+    krylov = krylov_share(settings.backend, settings.noise_estimate, shape.cols)
+    if settings.sigma == "median" and (krylov or shape.held):
         backend = "randomized"
     ram = memory.repair_bytes(shape, backend, rows)
     return Task(pairing, ft, ft.shard, out, shape, rows, backend, "cpu", ram, 0, cost.flops(shape, backend))
@@ -287,11 +288,14 @@ def matrix_shape(base: TensorEntry, ft: TensorEntry, out: TensorEntry, settings:
     """What a pair's memory and cost depend on."""
     # τ exceeds the median by a factor of at least √2 (β → 0) at scale 1, so at most half of the values can be kept.
     halved = settings.sigma == "median" and settings.scale >= 0.71
+    rows, cols = max(ft.shape), min(ft.shape)
+    held = held_share(settings.backend, settings.noise_estimate, rows, cols) if ITEM_BITS[out.dtype] == 16 else 0.0
     return MatrixShape(
-        rows=max(ft.shape),
-        cols=min(ft.shape),
+        rows=rows,
+        cols=cols,
         base_item_bytes=ITEM_BITS[base.dtype] // 8,
         ft_item_bytes=ITEM_BITS[ft.dtype] // 8,
         out_item_bytes=ITEM_BITS[out.dtype] // 8,
         kept_share=0.5 if halved else 1.0,
+        held=held > 0.0,
     )

@@ -133,7 +133,7 @@ def test_nor_where_few_values_are_kept(tmp_path: Path, shape: tuple[int, int], e
         assert record["backend"].startswith("randomized")  # type: ignore[index]
 
 
-def _live_bytes(delta: Doubles, dtype: str, *, krylov: float, scale: float) -> int:
+def _live_bytes(delta: Doubles, dtype: str, *, krylov: float, scale: float, fast: bool = False) -> int:
     """Peak of NumPy's own arrays over two matrices, one after the other, in one worker; panels are not among them."""
     source, scratch, rule = fine_tuned(delta, dtype), Scratch(), HardThreshold(scale=scale)
     host = HostArithmetic(scratch)
@@ -144,9 +144,17 @@ def _live_bytes(delta: Doubles, dtype: str, *, krylov: float, scale: float) -> i
             found = None
             if dtype == "BF16":  # the float64 attempt is made outside: the failed one's arrays live in its traceback
                 with contextlib.suppress(UnresolvedError):
-                    found = gram.truncate(source, rule, arithmetic=host, precision="float32", krylov=krylov)
+                    found = gram.truncate(
+                        source,
+                        rule,
+                        arithmetic=host,
+                        precision="float32",
+                        krylov=krylov,
+                        estimate="fast" if fast else "exact",
+                        held=krylov if fast else 0.0,
+                    )
             found = found or gram.truncate(source, rule, arithmetic=host, precision="float64", krylov=krylov)
-            assert found.backend.startswith("randomized") == bool(krylov)
+            assert found.backend.startswith("randomized") == (bool(krylov) and not found.climbed)
             for _ in host.merger(found.vh, dtype).merged(source.panels()):
                 pass
             del found
@@ -179,6 +187,19 @@ def test_every_array_of_block_krylov_is_in_the_model(n: int, rows: int, dtype: s
     item = 4 if dtype == "F32" else 2
     live = _live_bytes(_delta((rows, n), round(0.03 * n)), dtype, krylov=MOST_KEPT, scale=1.0)
     assert live <= memory.randomized_bytes(MatrixShape(rows, n, item, item, item)) <= 2.0 * live
+
+
+@pytest.mark.parametrize(("n", "rows"), [(601, 2399), (1201, 1201), (1201, 4801)])
+def test_every_array_without_a_gram_matrix_is_in_the_model(n: int, rows: int) -> None:
+    live = _live_bytes(_delta((rows, n), round(0.03 * n)), "BF16", krylov=MOST_KEPT, scale=1.0, fast=True)
+    assert live <= memory.held_bytes(MatrixShape(rows, n, 2, 2, 2, held=True)) <= 2.0 * live
+
+
+def test_what_was_held_is_let_go_before_a_gram_matrix_is_formed() -> None:
+    """Where many values are kept; the failed attempt's arrays must not live on in its traceback."""
+    n = 1201
+    live = _live_bytes(_delta((4 * n, n), n // 3), "BF16", krylov=0.08, scale=1.0, fast=True)
+    assert live <= memory.randomized_bytes(MatrixShape(4 * n, n, 2, 2, 2, held=True))
 
 
 @pytest.mark.parametrize(("n", "rows"), [(307, 5003), (601, 1811), (601, 601)])
