@@ -28,7 +28,7 @@ ORTHONORMALITY = 1e-8
 RESIDUAL = 1e-10
 FACTOR = 1e-10
 _AT_ONCE = 256
-"""Vectors that are widened at once."""
+"""Vectors that are widened, or multiplied with all others, at once."""
 _COUNTING = 4.0
 """What a Sturm sequence's own rounding may move, in units of ε·λ_max."""
 
@@ -137,9 +137,15 @@ def orthonormality(vectors: Vectors) -> float:
         return 0.0
     if not isinstance(vectors, np.ndarray):
         return vectors.orthonormality()
-    product = vectors @ vectors.T
-    product.flat[:: len(vectors) + 1] -= product.dtype.type(1.0)
-    return float(np.sqrt(np.einsum("ij,ij->i", product, product).max()))
+    squares = np.zeros(len(vectors), vectors.dtype)
+    for start in range(0, len(vectors), _AT_ONCE):  # all products at once would be as large as the vectors themselves
+        product = vectors[start : start + _AT_ONCE] @ vectors[start:].T
+        count = len(product)
+        product.flat[:: product.shape[1] + 1] -= product.dtype.type(1.0)
+        squares[start : start + count] += np.einsum("ij,ij->i", product, product)
+        # What lies right of the stripe's square is the transpose of what lies below it.
+        squares[start + count :] += np.einsum("ij,ij->j", product[:, count:], product[:, count:])
+    return float(np.sqrt(squares.max()))
 
 
 def check_place(

@@ -87,9 +87,9 @@ def _check(r: Doubles, u: Doubles, s: Doubles, vh: Doubles) -> None:
         raise NumericalError(f"the SVD misses its matrix or its vectors are not orthonormal ({worst:.1e})")
 
 
-def scaled_norm(matrix: Doubles) -> float:
-    """‖·‖_F without overflow or underflow of the squares."""
-    largest = float(np.abs(matrix).max(initial=0.0))
+def scaled_norm(matrix: Doubles, *, overwrite: bool = False) -> float:
+    """‖·‖_F without overflow or underflow of the squares; if the matrix may be overwritten in no further memory."""
+    largest = float(max(matrix.max(initial=0.0), -matrix.min(initial=0.0)))
     if largest == 0.0 or not np.isfinite(largest):
         return largest
-    return largest * float(np.linalg.norm(matrix / largest))
+    return largest * float(np.linalg.norm(np.divide(matrix, largest, out=matrix if overwrite else None)))

@@ -65,6 +65,7 @@ class HostArithmetic:
         if partial is not total and (rows or first):
             _flush(partial, total, first=first)
         del partial
+        self._scratch.release("delta")
         self._scratch.release("partial")
         self._scratch.release("gram")  # from here on it belongs to the result
         images = lapack.times_symmetric(total, probes)
@@ -129,6 +130,7 @@ class HostArithmetic:
         for block in blocks(source):
             delta = self._delta(block, real)
             yield delta, delta @ vectors.T
+        self._scratch.release("delta")
 
     def triangular_factor(self, source: PanelSource) -> Doubles:
         """R by sequential TSQR (Demmel, Grigori, Hoemmen & Langou 2012)."""
@@ -141,6 +143,7 @@ class HostArithmetic:
             if not np.isfinite(stacked).all():
                 return np.full((source.cols, source.cols), np.nan)
             r = scipy.linalg.qr(stacked, mode="r", overwrite_a=True, check_finite=False)[0][: source.cols]
+        self._scratch.release("delta")
         return r
 
     def svd(self, matrix: Doubles, driver: str) -> tuple[Doubles, Doubles, Doubles]:

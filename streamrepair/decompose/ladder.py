@@ -157,7 +157,7 @@ def _mostly_empty(source: PanelSource, rule: HardThreshold) -> Truncation:
         if not np.isfinite(largest).all():
             raise NonFiniteDeltaError("a row of the delta is not finite")
         occupied += int(np.count_nonzero(largest))
-        norm = math.hypot(norm, full.scaled_norm(delta))
+        norm = math.hypot(norm, full.scaled_norm(delta, overwrite=True))
         if occupied > (n - 1) // 2:
             raise NumericalError("too many rows are not zero to prove that the median is")
     return without_noise(n, source.rows, rule, norm=norm, backend="rows")

@@ -51,15 +51,15 @@ def truncate(source: PanelSource, rule: HardThreshold, *, thorough: bool) -> Tru
 
 def _basis(source: PanelSource, size: int) -> Doubles:
     """(n, size) Q, orthonormal columns that span ΔᵀS; S is normal, the same for every matrix of these sides."""
-    sketch: Doubles = np.zeros((source.cols, size))
+    sketch: Doubles = np.zeros((size, source.cols))  # LAPACK's order of its transpose, which is then factored in place
     random = np.random.Generator(np.random.SFC64([source.rows, source.cols, size]))
     for delta in _deltas(source):
-        lapack.add_product(delta.T, random.standard_normal((len(delta), size)), sketch)
+        lapack.add_product(random.standard_normal((len(delta), size)).T, delta, sketch)
     if not np.isfinite(sketch).all():
         raise NonFiniteDeltaError("a sum over the delta is not finite")
     import scipy.linalg  # late: a quarter of a second that most runs need not spend
 
-    return np.asarray(scipy.linalg.qr(sketch, mode="economic", overwrite_a=True, check_finite=False)[0], np.float64)
+    return np.asarray(scipy.linalg.qr(sketch.T, mode="economic", overwrite_a=True, check_finite=False)[0], np.float64)
 
 
 def _residual(source: PanelSource, basis: Doubles) -> tuple[float, float, float]:

@@ -63,8 +63,9 @@ class Scratch:
             del self._held[name]
 
     def settle(self) -> None:
-        """Between tasks: let everything go if it is more than a worker may keep."""
-        if sum(len(held) for held in self._held.values()) > RETAINED_BYTES:
+        """Between tasks: let everything go if there is a large array, or more than a worker may keep."""
+        sizes = [len(held) for held in self._held.values()]
+        if max(sizes, default=0) > LARGE_ARRAY_BYTES or sum(sizes) > RETAINED_BYTES:
             self._held.clear()
 
     def clear(self) -> None:

@@ -358,9 +358,12 @@ def _assembled(windows: Windows, basis: _Basis, values: Doubles, rank: int) -> S
     """
     vectors: Singles = np.empty((rank, basis.rows.shape[1]), np.float32)
     exact = np.isin(values[len(values) - rank :], windows.values)
-    plain = basis.rows[~basis.windowed]
-    if rank - int(exact.sum()) > len(plain):
+    plain, places = np.flatnonzero(~basis.windowed), np.flatnonzero(~exact)
+    if len(places) > len(plain):
         raise UnresolvedError("values between the threshold and its float32 estimate are kept and have no vectors")
     vectors[exact] = windows.vectors[len(windows.values) - int(exact.sum()) :]
-    vectors[~exact] = plain[len(plain) - int(rank - exact.sum()) :]
+    plain = plain[len(plain) - len(places) :]
+    for start in range(0, len(places), twisted.AT_ONCE):  # a selection of rows is a copy of them
+        part = slice(start, start + twisted.AT_ONCE)
+        vectors[places[part]] = basis.rows[plain[part]]
     return vectors

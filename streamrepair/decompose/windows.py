@@ -148,15 +148,24 @@ def ritz(products: Products, slack: Slack, rows: Real, outside: Doubles, blunt: 
         NumericalError: something is not finite.
         UnresolvedError: the rows are not independent.
     """
+    values, vectors, residuals = _in_frame(products, _frame(rows), np.inf if slack.held else slack.residuals)
+    apart = _apart(values, residuals @ vectors.T) if slack.held else 0.0
+    return Windows(values, vectors, residuals @ residuals.T, slack, apart, outside, blunt)
+
+
+def _frame(rows: Real) -> Doubles:
+    """(w, n) orthonormal rows that span the same.
+
+    Raises:
+        NumericalError, UnresolvedError: as `ritz` does.
+    """
     vectors = rows.astype(np.float64)
     if not np.isfinite(vectors).all():  # LAPACK's QR need not return
         raise NumericalError("vectors of the tridiagonal form are not finite")
     overlap = vectors @ vectors.T
     if not np.linalg.norm(overlap - np.eye(len(overlap))) <= _PARALLEL:
         raise UnresolvedError("vectors of the tridiagonal form are nearly parallel: its values are clustered")
-    values, vectors, residuals = rayleigh_ritz(products, vectors, slack=np.inf if slack.held else slack.residuals)
-    apart = _apart(values, residuals @ vectors.T) if slack.held else 0.0
-    return Windows(values, vectors, residuals @ residuals.T, slack, apart, outside, blunt)
+    return _orthonormal(vectors)
 
 
 def _apart(values: Doubles, difference: Doubles) -> float:
@@ -182,13 +191,27 @@ def rayleigh_ritz(products: Products, rows: Doubles, *, slack: float = 0.0) -> t
         NumericalError: products are not finite, or the inner products are not those of the images: a value's error is
             then no longer the square of its residual.
     """
-    frame: Doubles = np.ascontiguousarray(np.linalg.qr(rows.T)[0].T)
+    return _in_frame(products, _orthonormal(rows), slack)
+
+
+def _orthonormal(rows: Doubles) -> Doubles:
+    return np.ascontiguousarray(np.linalg.qr(rows.T)[0].T)
+
+
+def _in_frame(products: Products, frame: Doubles, slack: float) -> tuple[Doubles, Doubles, Doubles]:
+    """`rayleigh_ritz` in the span of orthonormal rows; a pass over the matrix with no more than those and their images.
+
+    Each is let go as soon as it was needed last.
+    """
     images, inner = products(frame)
     if not np.isfinite(inner).all():
         raise NumericalError("products with the delta are not finite")
     values, mix = np.linalg.eigh(inner)
     vectors = mix.T @ frame
-    residuals: Doubles = mix.T @ images - values[:, None] * vectors
+    del frame
+    residuals: Doubles = mix.T @ images
+    del images
+    residuals -= values[:, None] * vectors
     within = float(np.linalg.norm(residuals @ vectors.T, axis=1).max())  # of Ritz vectors nothing
     if not within <= 2.0 * slack + _ROUNDING * float(np.abs(values).max()):
         raise NumericalError(f"inner products of vectors differ from those with their images by {within:.1e}")

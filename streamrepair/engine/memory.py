@@ -41,6 +41,14 @@ KRYLOV_KEPT = 12
 """Where more than n / this many values are kept it hands over; likewise."""
 KRYLOV_MEDIAN = 400
 """Vectors of the basis that finds the median; likewise."""
+SINGLE_COLUMNS = 256
+"""Where there are fewer nothing is tried in float32; likewise."""
+WINDOWED = 400
+"""Vectors of the windows in which float32 is made exact, at most; likewise."""
+_MADE = 8 * 256
+"""Bytes a column of vectors that are checked, or turned back, at once."""
+_BESIDE = 2048
+"""Bytes a column of probes, their images, and all else that is a few vectors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,41 +73,84 @@ class MatrixShape:
         return min(self.rows, block_rows(self.cols))
 
 
-def panel_bytes(shape: MatrixShape, panel_rows: int) -> int:
-    """Host bytes of the panels in flight, and of a result gathered to a panel (of a wide matrix)."""
-    in_flight = min(RING_SLOTS * panel_rows, shape.rows) * shape.cols
-    gathered = panel_rows * shape.cols * shape.out_item_bytes if panel_rows > shape.block else 0
-    return in_flight * (shape.base_item_bytes + shape.ft_item_bytes) + gathered
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """Host bytes of a task's panels."""
+
+    in_flight: int = 0
+    """While a pass over the matrix runs: the ring."""
+    kept: int = 0
+    """Between passes: a pair that one panel holds; of a ring the buffers that are too small to be let go."""
+    gathered: int = 0
+    """In the merge, of a wide matrix: the result of a panel, put together before it is written."""
+
+    @staticmethod
+    def of(shape: MatrixShape, panel_rows: int) -> Panels:
+        """Of panels of so many rows, a multiple of the block or all."""
+        rows = min(panel_rows, shape.rows)
+        sides = (shape.base_item_bytes, shape.ft_item_bytes)
+        in_flight = min(RING_SLOTS * rows, shape.rows) * shape.cols
+        stay = sides if rows == shape.rows else [side for side in sides if _stays(rows * shape.cols * side)]
+        return Panels(in_flight * sum(sides), in_flight * sum(stay), rows * shape.cols * shape.out_item_bytes)
 
 
-def gram_bytes(shape: MatrixShape) -> int:
-    """Peak of the Gram route in working memory: accumulating, factoring, or merging, whichever is largest.
+_NONE = Panels()
 
-    n² terms: G in float64 (8), its float32 partial sum (4); then reflectors in G's place, kept vectors (8·share) and
-    their products in the check (8·share²), or, for 16-bit outputs, reflectors and vectors in float32 beside G; then
-    vectors (8·share), their cast (4·share). In float32's case a batch of vectors is made in four arrays of doubles;
-    windows are five of n × 64. Block terms: Δ in float64 if the first precision
-    fails (8); in the merge W_base (4, or 8 for wide outputs), Δ·Vᵀ (as W_base, times share) and the result, which stay
-    until the next task's factoring if a worker may keep so much.
+
+def gram_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
+    """Peak of the Gram route: of all that it does one after another the largest, with the panels that are held then.
+
+    Accumulating: G in float64 (8n²) beside its float32 partial sum (4n²), or alone; Δ of a block. Factoring: see
+    `_single_bytes`, or in float64 reflectors in G's place with kept vectors (8·share), which are checked, or turned
+    back, a few hundred at a time. Merging: V in float64 (8·share), for 16-bit outputs its cast (4·share), and blocks.
     """
     n, share = shape.cols, shape.kept_share
-    vectors = int((8 * share + 8 * share * share) * n * n)
-    if shape.out_item_bytes == 2:
-        vectors = max(vectors, int((4 + 4 * share) * n * n) + 4 * 8 * n * min(AT_ONCE, max(1, int(share * n))))
-    factor = _sums_bytes(n) + vectors + 5 * 8 * 64 * n + _kept_on_bytes(shape)
-    merge = _sums_kept_bytes(n) + int((8 + _item_bytes(shape)) * share * n * n) + _merge_blocks_bytes(shape)
-    return max(12 * n * n + _kept_on_bytes(shape), factor, merge)
+    sums, narrow = _sums_bytes(n), shape.out_item_bytes == 2
+    tried = narrow and n >= SINGLE_COLUMNS
+    passing = panels.in_flight + _others_bytes(shape, panels)
+    accumulate = sums + _delta_bytes(shape, 8)
+    if tried:
+        accumulate = max(accumulate, 12 * n * n + _delta_bytes(shape, 4))
+    factor = sums + int(8 * share * n * n) + (_BESIDE + _MADE) * n + _between_bytes(shape, panels)
+    merge = int((8 + (4 if narrow else 0)) * share * n * n) + panels.in_flight + panels.gathered
+    merge += _sums_kept_bytes(n) + _merge_blocks_bytes(shape)
+    empty = _sums_kept_bytes(n) + _delta_stays_bytes(shape) + _delta_bytes(shape, 8)  # `ladder`'s look at the rows
+    single = _single_bytes(shape, panels) if tried else 0
+    return max(accumulate + passing, factor, single, merge, empty + passing)
+
+
+def _single_bytes(shape: MatrixShape, panels: Panels) -> int:
+    """Peak of what follows a float32 Gram matrix: vectors, windows, or what is kept, put together; G lies beside all.
+
+    Vectors: reflectors (4n²) and vectors (4·share) in float32, with those of the windows; a batch is made in four
+    arrays of doubles. Windows: five arrays of theirs in the QR; three in a pass, beside panels, Δ and products with Δ.
+    """
+    n, share, block = shape.cols, shape.kept_share, shape.block
+    width = min(n, WINDOWED)
+    found = 4 * n * min(n, int(share * n) + width)
+    vectors = 4 * n * n + found + (_BESIDE + 4 * 8 * max(1, min(AT_ONCE, n))) * n
+    windows = found + (4 + 5 * 8) * width * n + _BESIDE * n
+    kept = found + int(4 * share * n * n) + (8 * width + _BESIDE + _MADE) * n
+    between = _between_bytes(shape, panels)
+    passing = panels.in_flight + _others_bytes(shape, panels) + _delta_bytes(shape, 8) + 12 * block * width
+    passes = found + (4 + 3 * 8) * width * n + _BESIDE * n
+    return _sums_bytes(n) + max(max(vectors, windows, kept) + between, passes + passing)
+
+
+def _stays(nbytes: int) -> bool:
+    """Whether a worker keeps an array of its scratch that a step is done with."""
+    return nbytes <= LARGE_ARRAY_BYTES
 
 
 def _sums_bytes(n: int) -> int:
     """While a matrix is factored: G in float64, and its partial sum if that is small enough to be kept."""
     partial = 4 * n * n
-    return 8 * n * n + (partial if partial <= LARGE_ARRAY_BYTES else 0)
+    return 8 * n * n + (partial if _stays(partial) else 0)
 
 
 def _sums_kept_bytes(n: int) -> int:
     """What a worker keeps of G (float64) and of its float32 partial sum once it is done with them."""
-    return sum(item * n * n for item in (8, 4) if item * n * n <= LARGE_ARRAY_BYTES)
+    return sum(item * n * n for item in (8, 4) if _stays(item * n * n))
 
 
 def _item_bytes(shape: MatrixShape) -> int:
@@ -107,72 +158,104 @@ def _item_bytes(shape: MatrixShape) -> int:
     return 4 if shape.out_item_bytes == 2 else 8
 
 
-def _merge_blocks_bytes(shape: MatrixShape) -> int:
-    """Δ, W_base, Δ·Vᵀ and the result of a block."""
-    item = _item_bytes(shape)
+def _delta_bytes(shape: MatrixShape, item: int) -> int:
+    """Δ of a block."""
+    return item * shape.block * shape.cols
+
+
+def _delta_stays_bytes(shape: MatrixShape) -> int:
+    """What is kept of it after a pass: float64, should float32 fail, or both too large."""
+    return max(_delta_bytes(shape, item) for item in (0, _item_bytes(shape), 8) if _stays(_delta_bytes(shape, item)))
+
+
+def _results_bytes(shape: MatrixShape) -> tuple[int, int, int]:
+    """Δ·Vᵀ, W_base and the result of a block."""
+    item, elements = _item_bytes(shape), shape.block * shape.cols
     rounded = 0 if shape.out_item_bytes == 8 else shape.out_item_bytes  # float64 is not rounded: no second array
-    return int((8 + item + item * shape.kept_share + rounded) * shape.block * shape.cols)
+    return int(item * shape.kept_share * elements), item * elements, rounded * elements
 
 
-def _kept_on_bytes(shape: MatrixShape) -> int:
-    """Blocks that are held while a matrix is factored: Δ of this task, or what is kept of the last one's merge."""
-    most = max(0, RETAINED_BYTES - _sums_kept_bytes(shape.cols))
-    return max(8 * shape.block * shape.cols, min(_merge_blocks_bytes(shape), most))
+def _merge_blocks_bytes(shape: MatrixShape) -> int:
+    """Δ and the above; two bytes an element for the rows that are computed again."""
+    delta = max(_delta_stays_bytes(shape), _delta_bytes(shape, _item_bytes(shape)))
+    return delta + sum(_results_bytes(shape)) + 2 * shape.block * shape.cols
 
 
-def randomized_bytes(shape: MatrixShape) -> int:
+def _others_bytes(shape: MatrixShape, panels: Panels) -> int:
+    """What a worker kept of the last matrix's merge, Δ's place, the sums' and the panels' excepted.
+
+    Nothing where W_base alone is large: it is all or nothing.
+    """
+    if not _stays(_delta_bytes(shape, _item_bytes(shape))):
+        return 0
+    most = max(0, RETAINED_BYTES - panels.kept - _sums_kept_bytes(shape.cols))
+    return min(sum(_results_bytes(shape)) + panels.gathered, most)
+
+
+def _between_bytes(shape: MatrixShape, panels: Panels) -> int:
+    """What is held beside a matrix that is factored, between passes: panels, Δ, and of the last merge."""
+    return panels.kept + _delta_stays_bytes(shape) + _others_bytes(shape, panels)
+
+
+def randomized_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
     """Peak of block Krylov or, as it hands over where much is kept, of the Gram route, whichever is larger.
 
     Beside G, in whose other triangle the factors lie: its float32 copy for 16-bit outputs; a basis of c vectors, of
-    which it may keep all, with the Ritz pairs in it (five c × c arrays in the solver); and the largest of three:
-    vectors that are held apart and the density's basis (208 vectors); the median's basis of at most 400 vectors with
-    its Ritz pairs, and its surroundings (56 vectors seven times); kept vectors three times, rotated and with their
-    images, or for the proof as they are and scaled. A step has 16 vectors eight times.
+    which it may keep all, its projection and Ritz vectors (c²); and the largest of what is done one after another: four
+    more c × c arrays in the solver; vectors that are held apart and the density's basis (208 vectors); the median's
+    basis of at most 400 vectors with its Ritz pairs, and its surroundings (56 vectors seven times); those held against
+    Δ itself, in a pass; kept vectors three times, rotated and with their images, or for the proof as they are and
+    scaled. A step has 16 vectors eight times.
     """
     n = shape.cols
-    c, beside = max(n // KRYLOV_SHARE, KRYLOV_LEAST), min(n, KRYLOV_MEDIAN)
+    c, beside, k = max(n // KRYLOV_SHARE, KRYLOV_LEAST), min(n, KRYLOV_MEDIAN), max(1, n // KRYLOV_KEPT) + 1
     copy = 4 * n * n if shape.out_item_bytes == 2 else 0
-    basis = 8 * c * n + 40 * c * c
-    density = 8 * c * n + 8 * 208 * n
-    median = 8 * beside * n + 40 * beside * beside + 8 * 7 * 56 * n
-    kept = 3 * 8 * n * (max(1, n // KRYLOV_KEPT) + 1)
-    search = copy + basis + 8 * 8 * 16 * n + max(density, median, kept)
-    held = held_bytes(shape) if shape.held else 0
-    return max(gram_bytes(shape), _sums_bytes(n) + search + _kept_on_bytes(shape), held)
+    step, around = 8 * 8 * 16 * n, 8 * 7 * 56 * n
+    density = 8 * c * n + 8 * 208 * n + step
+    median = 8 * beside * n + 40 * beside * beside + around + step
+    kept = 3 * 8 * n * k + 16 * k * k
+    search = max(32 * c * c, density, median, kept) + _between_bytes(shape, panels)
+    against = 5 * 8 * 56 * n + _delta_bytes(shape, 8) + panels.in_flight + _others_bytes(shape, panels)
+    beyond = copy + 8 * c * n + 16 * c * c + _BESIDE * n + max(search, against)
+    held = held_bytes(shape, panels) if shape.held else 0
+    return max(gram_bytes(shape, panels), _sums_bytes(n) + beyond, held)
 
 
-def held_bytes(shape: MatrixShape) -> int:
-    """Peak of block Krylov without a Gram matrix: the delta in float32, the basis, and the larger of two.
+def held_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
+    """Peak of block Krylov without a Gram matrix: the delta in float32, and what is done one after another.
 
-    These are vectors that are held apart and the basis of 400 that bounds the rest, with its Ritz pairs; and kept
-    vectors, as they are, in float32 and rotated, their images likewise, and products of a block of 2048 rows.
+    A pass that reads it; beside the basis with its projection and Ritz vectors four more c × c arrays in the solver;
+    vectors that are held apart and a basis of 400 that bounds the rest, with its Ritz pairs; kept vectors as they are,
+    in float32 and rotated, their images likewise, and products of a block of 2048 rows. A step has images of 16
+    vectors.
     """
     m, n = shape.rows, shape.cols
     c, k, beside = max(n // KRYLOV_SHARE, KRYLOV_LEAST), max(1, n // KRYLOV_KEPT) + 1, min(n, KRYLOV_MEDIAN)
-    proof = 8 * c * n + 8 * beside * n + 40 * beside * beside
-    kept = 44 * k * n + 12 * min(2048, m) * k + 40 * k * k
     step = 8 * 8 * 16 * n + 2 * 4 * 16 * m
-    return 4 * m * n + 8 * c * n + 40 * c * c + step + max(proof, kept) + _kept_on_bytes(shape)
+    proof = 8 * c * n + 8 * beside * n + 40 * beside * beside + step
+    kept = 44 * k * n + 12 * min(2048, m) * k + 40 * k * k
+    search = 8 * c * n + 16 * c * c + max(32 * c * c, proof, kept) + _between_bytes(shape, panels)
+    return 4 * m * n + _BESIDE * n + max(search, panels.in_flight + _others_bytes(shape, panels))
 
 
-def full_bytes(shape: MatrixShape) -> int:
+def full_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
     """Peak of the reference route: QR of a block under R, then R, its vectors and gesdd's workspace, all float64.
 
     The block is there five times: Δ, below R, in LAPACK's order, factored, and its triangle; beside it lies what a
-    worker keeps of the last merge, Δ's place excepted.
+    worker keeps of the last merge, Δ's place excepted. The merge may need more where a matrix is long.
     """
     n, block = shape.cols, shape.block * shape.cols
-    qr = 5 * 8 * (n * n + block) + _merge_blocks_bytes(shape) - 8 * block
-    svd = 7 * 8 * n * n + _kept_on_bytes(shape)
-    return max(qr, svd, 10 * 8 * n * n)
+    qr = 5 * 8 * (n * n + block) + _others_bytes(shape, panels) + panels.in_flight
+    svd = 10 * 8 * n * n + _between_bytes(shape, panels)
+    return max(qr, svd, gram_bytes(shape, panels))
 
 
-_WORK: dict[str, Callable[[MatrixShape], int]] = {
+_WORK: dict[str, Callable[[MatrixShape, Panels], int]] = {
     "gram": gram_bytes,
     "randomized": randomized_bytes,
     "full": full_bytes,
 }
-"""Host bytes of each backend beside the panels: another backend adds its function."""
+"""Host bytes of each backend with its panels: another backend adds its function."""
 
 
 def device_bytes(shape: MatrixShape, backend: str) -> int:
@@ -193,14 +276,14 @@ def card_bytes(vram_bytes: int) -> int:
 
 def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: bool = False) -> int:
     """Host bytes of one repair; with `cuda` the matrices are on the device and only vectors and results pass here."""
-    n = shape.cols
+    n, panels = shape.cols, Panels.of(shape, panel_rows)
     if cuda:
         # Pinned buffers (four up, two down; torch rounds each up to a power of two); vectors on their way to the CPU.
         sides = 4 * max(shape.base_item_bytes, shape.ft_item_bytes) + 2 * shape.out_item_bytes
-        work = 16 * n * n + 2 * sides * shape.block * n
+        work = 16 * n * n + 2 * sides * shape.block * n + panels.in_flight + panels.gathered
     else:
-        work = _WORK[backend](shape)
-    return panel_bytes(shape, panel_rows) + work + copy_bytes()
+        work = _WORK[backend](shape, panels)
+    return work + copy_bytes()
 
 
 def pair_bytes(shape: MatrixShape) -> int:

@@ -92,9 +92,14 @@ class MatrixView:
             yield from self._delivered(self.whole[0])
             return
         ring = [self._buffers(slot) for slot in range(min(RING_SLOTS, len(starts)))]
-        with _Ahead(lambda i: self._read(starts[i], ring[i % len(ring)]), len(starts), self.lane) as panels:
-            for panel in panels:
-                yield from self._delivered(panel)
+        try:
+            with _Ahead(lambda i: self._read(starts[i], ring[i % len(ring)]), len(starts), self.lane) as panels:
+                for panel in panels:
+                    yield from self._delivered(panel)
+        finally:  # what follows a pass takes long, and needs the memory more than the next pass needs warm pages
+            for slot in range(len(ring)):
+                for name in self._names(slot):
+                    self.scratch.release(name)
 
     def _delivered(self, panel: Panel) -> Iterator[Panel]:
         self.check_stop()
@@ -103,10 +108,15 @@ class MatrixView:
 
     def _buffers(self, slot: int) -> tuple[memoryview, memoryview]:
         elements = min(self.panel_rows, self.rows) * self.cols
-        which = f"{slot} of {self.member}" if self.member else f"{slot}"
-        base = self.scratch.array(f"base {which}", (elements * self.base.item_bytes,), np.uint8)
-        ft = self.scratch.array(f"ft {which}", (elements * self.ft.item_bytes,), np.uint8)
+        of_base, of_ft = self._names(slot)
+        base = self.scratch.array(of_base, (elements * self.base.item_bytes,), np.uint8)
+        ft = self.scratch.array(of_ft, (elements * self.ft.item_bytes,), np.uint8)
         return base.data, ft.data
+
+    def _names(self, slot: int) -> tuple[str, str]:
+        """Of a slot's two buffers in the scratch."""
+        which = f"{slot} of {self.member}" if self.member else f"{slot}"
+        return f"base {which}", f"ft {which}"
 
     def _read(self, start: int, buffers: tuple[memoryview, memoryview]) -> Panel:
         began = time.perf_counter()

@@ -267,3 +267,19 @@ def test_the_bound_of_an_exact_product_is_zero() -> None:
     assert certify.spectral_bound(gram.images - gram.exact_images) == 0.0
     assert gram.trace == np.sum(delta**2)
     assert lapack.times_symmetric(delta.T @ delta, np.eye(16)).tolist() == (delta.T @ delta).tolist()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("count", [5, 256, 700])
+def test_orthonormality_is_that_of_all_products_at_once(dtype: type[np.floating], count: int) -> None:
+    rows = np.linalg.qr(np.random.default_rng(3).standard_normal((900, count)))[0].T.astype(dtype)
+    rows[count // 2] += dtype(0.01) * rows[0]
+    products = rows @ rows.T - np.eye(count, dtype=dtype)
+    assert certify.orthonormality(rows) == pytest.approx(np.linalg.norm(products, axis=1).max(), rel=1e-5)
+
+
+@pytest.mark.parametrize("at", [0, 300, 699])
+def test_one_vector_that_is_not_finite_is_enough(at: int) -> None:
+    rows = np.linalg.qr(np.random.default_rng(4).standard_normal((900, 700)))[0].T
+    rows[at, 5] = np.nan
+    assert np.isnan(certify.orthonormality(rows))
