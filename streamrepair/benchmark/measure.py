@@ -41,6 +41,8 @@ from streamrepair.spectral.threshold import HardThreshold
 
 _LEAST_SAMPLE_S = 0.25
 """A few hundredths of a second say more of when threads were woken than of what they do."""
+_LEAST_PAIR_S = 1.0
+"""Likewise of two workers, of whom one waits at the end of each sample for the other's last repair."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +254,7 @@ def _two_at_once(worker: _Worker, repeats: int) -> tuple[float, ...]:
                 future.result()
 
         both(1)
-        return _samples(both, repeats)
+        return _samples(both, repeats, least_s=_LEAST_PAIR_S)
 
 
 def _timed(work: Callable[[], object], repeats: int) -> tuple[float, ...]:
@@ -264,10 +266,10 @@ def _repeatedly(work: Callable[[], object], rounds: int) -> None:
         work()
 
 
-def _samples(work: Callable[[int], None], repeats: int) -> tuple[float, ...]:
+def _samples(work: Callable[[int], None], repeats: int, *, least_s: float = _LEAST_SAMPLE_S) -> tuple[float, ...]:
     """Seconds per round of `work`, which is given how many; short rounds are taken several at a time."""
     first = _seconds(work, 1)
-    if (rounds := math.ceil(_LEAST_SAMPLE_S / first)) <= 1:
+    if (rounds := math.ceil(least_s / first)) <= 1:
         return (first, *(_seconds(work, 1) for _ in range(repeats - 1)))
     return tuple(_seconds(work, rounds) / rounds for _ in range(repeats))
 
