@@ -10,11 +10,12 @@ from numpy.typing import NDArray
 
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
-from streamrepair.decompose import full
+from streamrepair.decompose import full, lapack
 from streamrepair.decompose.arithmetic import on_host
 from streamrepair.decompose.convert import difference, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
+from streamrepair.engine.numeric_threads import check_address_space
 from streamrepair.engine.view import MatrixView, StoredMatrix
 from streamrepair.errors import InputError, shown
 from streamrepair.origins import open_origins
@@ -43,8 +44,11 @@ def recompute(report: Report, result: Checkpoint, sample: int) -> tuple[DeepChec
 
     Raises:
         InputError: BASE or FT is gone or is not what the run read.
+        MemoryError: a limit leaves the numeric libraries no memory to begin with.
     """
     base, ft = open_origins(report)
+    lapack.tables()
+    check_address_space()
     names = [name for name, record in report.tensors.items() if record.action == "repaired"]
     step = max(1, len(names) // max(1, sample))
     files = InputFiles()
