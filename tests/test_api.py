@@ -155,3 +155,17 @@ def test_importing_the_package_imports_nothing_that_takes_time() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+FEW_FILES = """
+import resource, sys, streamrepair
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+print(len(streamrepair.repair(*sys.argv[1:]).tensors))
+"""
+
+
+def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {f"w{i}": (32, 32) for i in range(40)}, shards=(40, 40))
+    words = [sys.executable, "-c", FEW_FILES, str(pair.base), str(pair.ft), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("40\n", "")

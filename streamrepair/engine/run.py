@@ -105,13 +105,14 @@ def execute(
     Raises:
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
-    stop.heeded = True
+    stop.heeded, stop.over = True, False
     beside = {option: path for option, path in (("--report", report), ("--trace", trace)) if path is not None}
     refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
     for option, path in beside.items():
         check_path_beside(option, path, out)
     check_apart(beside)
     beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
+    limits.allow_open_files()
     budget.reset_peak()
     # Past the page cache is slower where there is room in it, and kinder where there is not.
     free_bytes = limits.free_bytes()
@@ -123,7 +124,7 @@ def execute(
         journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
             run.warn(f"{refusals.shown_path(path)}: length or header is damaged and is written again")
-        return _execute(run, journalled, report)
+        result = _execute(run, journalled, report)
     except NonFiniteInputError:
         # Refused inputs leave no output behind: what was finished belongs to no result.
         workspace.discard()
@@ -135,6 +136,8 @@ def execute(
         run.files.close()
         run.threads.release()
         workspace.close()
+    stop.over = True
+    return result
 
 
 def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path | None) -> Report:
