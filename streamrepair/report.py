@@ -241,6 +241,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Of the index; null without one, and in reports of earlier versions."""
     warnings: tuple[str, ...]
     tensors: dict[str, TensorRecord]
+    report_digest: str | None = None
+    """Of the file's text before it; last of all, and null in reports of earlier versions."""
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):

@@ -138,7 +138,8 @@ def test_a_report_without_a_digest_of_the_index(out: Path) -> None:
     """As earlier versions wrote them."""
     path = out / "streamrepair.json"
     report = json.loads(path.read_text())
-    assert report.pop("index_digest").startswith("xxh3-128:")
+    for field in ("index_digest", "report_digest"):
+        assert report.pop(field).startswith("xxh3-128:")
     path.write_text(json.dumps(report))
     index = out / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("total_size", "total_sjze"))
@@ -176,14 +177,17 @@ def test_a_report_without_digests_of_sidecars(out: Path) -> None:
     path = out / "streamrepair.json"
     report = json.loads(path.read_text())
     assert report.pop("sidecar_digests").keys() == {"config.json", "tokenizer.json"}
+    assert report.pop("report_digest")
     path.write_text(json.dumps(report))
     (out / "tokenizer.json").write_bytes(b"")
     assert _found(out) == {}
 
 
 def _edited(out: Path, change: dict[str, object] | None, name: str = "b") -> None:
+    """The report changed in one record, and vouched for by no digest of its own."""
     path = out / "streamrepair.json"
     report = json.loads(path.read_text())
+    report["report_digest"] = None
     if change is None:
         del report["tensors"][name]
     else:
@@ -206,6 +210,26 @@ def _edited(out: Path, change: dict[str, object] | None, name: str = "b") -> Non
 def test_an_edited_report(out: Path, change: dict[str, object] | None, name: str, what: str) -> None:
     _edited(out, change, name)
     assert what in _found(out)[name]
+
+
+@pytest.mark.parametrize("field", ["rank_kept", "threshold", "sigma_hat", "frob_delta_in", "seconds"])
+def test_an_edited_number_of_the_report(out: Path, field: str) -> None:
+    path = out / "streamrepair.json"
+    report = json.loads(path.read_text())
+    report["tensors"]["b"][field] += 1
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    assert _found(out) == {"streamrepair.json": "not as it was written: edited since, or damaged"}
+
+
+def test_a_bit_flipped_in_the_report_is_found_wherever_it_is(out: Path) -> None:
+    path = out / "streamrepair.json"
+    content = path.read_bytes()
+    for at in range(0, len(content), 41):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        try:
+            assert api.verify(out).damage, content[at - 20 : at + 20]
+        except DamageError:  # no report at all
+            continue
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"format": "streamrepair.report/1"}'])
