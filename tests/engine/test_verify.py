@@ -361,6 +361,26 @@ def test_deep_leaves_float16_what_delta_may_be_off_by(tmp_path: Path) -> None:
     assert result.deep[0].delta_error < 1e-4
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e250, 1e-250])
+def test_deep_sees_an_error_whose_square_no_float64_can_hold(tmp_path: Path, size: float) -> None:
+    rng = np.random.default_rng(0)
+    base, out = size * rng.standard_normal((64, 48)), tmp_path / "out"
+    ft = base + size * (np.outer(np.ones(64), np.ones(48)) + 0.1 * rng.standard_normal((64, 48)))
+    for folder, weights in ((tmp_path / "base", base), (tmp_path / "ft", ft)):
+        write_split(folder, {"b": weights}, 1)
+    norm = api.repair(tmp_path / "base", tmp_path / "ft", out).tensors["b"].frob_delta_out
+    assert [check.fault for check in api.verify(out, deep=True).deep] == [None]
+    path = out / "model.safetensors"
+    content = path.read_bytes()
+    written = np.frombuffer(content[-ft.nbytes :]).copy()
+    written[0] += 1e-3 * (norm or 0.0)
+    path.write_bytes(content[: -ft.nbytes] + written.tobytes())
+    for damage in api.verify(out).damage:
+        _edited(out, {"digest": damage.what.split()[1].rstrip(",")}, damage.where)
+    assert "its delta is off by 1.0e-03" in str(api.verify(out, deep=True).deep[0].fault)
+
+
 def test_deep_states_how_well_a_float32_result_agrees(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, {"w": (300, 80), "v": (80, 300)})
     api.repair(pair.base, pair.ft, tmp_path / "out", out_dtype="float32")
