@@ -146,7 +146,8 @@ def _shards(out: Path, report: Report) -> tuple[list[ShardHeader], list[Damage]]
             try:
                 found.append(read_header(path))
             except InputError as error:
-                damage.append(Damage(name, str(error)))
+                found_wrong, _, _ = str(error).rpartition("; ")  # what an input is to be replaced by, OUT is not
+                damage.append(Damage(name, found_wrong))
     return found, damage
 
 

@@ -16,7 +16,10 @@ _REMEDIES = {
     errno.EFBIG: "raise the limit on the size of files (ulimit -f) or name another OUT",
     **dict.fromkeys(TOO_MANY, OPEN_FILES),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
-    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), "name another OUT"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR), "name another OUT"),
+    **dict.fromkeys(
+        (errno.ELOOP, errno.EISDIR), "remove what is there"
+    ),  # a link or a folder in place of a file of OUT
 }
 
 

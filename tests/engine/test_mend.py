@@ -251,3 +251,14 @@ def test_the_same_command_writes_an_edited_report_again(pair: Pair, out: Path, s
     assert api.verify(out).damage
     api.repair(pair.base, pair.ft, out, scale=1.1)
     assert (api.verify(out).damage, started) == ((), [])
+
+
+def test_a_link_or_a_folder_in_place_of_a_shard_is_to_be_removed(out: Path) -> None:
+    path = out / FIRST
+    path.rename(out.parent / "elsewhere")
+    for put in (lambda: path.symlink_to(out.parent / "elsewhere"), path.mkdir):
+        put()
+        with pytest.raises(OutputError, match=f"{FIRST}: could not be opened .* remove what is there and run the same"):
+            api.verify(out, repair=True)
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert api.verify(out, repair=True).damage == ()
