@@ -264,6 +264,7 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
         for field in self.settings.__struct_fields__:
             before, now = getattr(other.settings, field), getattr(self.settings, field)
             if before != now:
+                before, now = ("not given" if value is None else value for value in (before, now))
                 found.append(f"--{field.replace('_', '-')} was {before}, is {now}")
         for side, before_files, now_files in (("BASE", other.base, self.base), ("FT", other.ft, self.ft)):
             changed = sorted(
