@@ -25,12 +25,13 @@ Record = TypeVar("Record")
 
 
 def storable(path: str) -> str:
-    """A path as it stands in a file; one that is not UTF-8, as a file: URI of its bytes."""
+    """A path as it stands in a file; one that is not UTF-8, or begins like it, as a file: URI of its bytes."""
     try:
         path.encode()
+        plain = not path.startswith("file:")
     except UnicodeEncodeError:
-        return "file:" + quote_from_bytes(os.fsencode(path))
-    return path
+        plain = False
+    return path if plain else "file:" + quote_from_bytes(os.fsencode(path))
 
 
 def restored(text: str) -> str:

@@ -165,6 +165,16 @@ def test_a_missing_sidecar(out: Path) -> None:
     assert _found(out) == {"tokenizer.json": "copied from FT by the run, now missing"}
 
 
+@pytest.mark.parametrize("name", ["file:a%41.json", "\udcff.json"])
+def test_a_sidecar_whose_name_is_not_text_or_looks_like_its_escape(pair: Pair, tmp_path: Path, name: str) -> None:
+    (pair.ft / name).write_text("{}")
+    report = api.repair(pair.base, pair.ft, tmp_path / "out")
+    assert any(sidecar.startswith("file:") for sidecar in report.sidecars)
+    assert _found(tmp_path / "out") == {}
+    (tmp_path / "out" / name).unlink()
+    assert list(_found(tmp_path / "out").values()) == ["copied from FT by the run, now missing"]
+
+
 @pytest.mark.parametrize("content", [b"", b"{}  "])
 def test_a_sidecar_that_is_not_the_copy_that_was_made(out: Path, content: bytes) -> None:
     (out / "tokenizer.json").write_bytes(content)
