@@ -15,8 +15,8 @@ from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.watcher import Watcher
-from streamrepair.errors import UsageError
-from streamrepair.options import Size, Source, check_count, output_path, path_text, size_bytes
+from streamrepair.errors import UsageError, shown
+from streamrepair.options import Size, Source, check_count, output_path, path_text, plain_number, size_bytes
 from streamrepair.report import Report, Settings
 from streamrepair.verification import Verified
 from streamrepair.verification import verify as verify_folder
@@ -75,13 +75,15 @@ def plan(
     named = Settings(
         sigma=sigma,
         noise_estimate=noise_estimate,
-        scale=scale,
+        scale=plain_number(scale),
         include=include,
         exclude=exclude,
         out_dtype=out_dtype,
         backend=backend,
         on_nonfinite=on_nonfinite,
     )
+    if not isinstance(settings, Settings | None):
+        raise UsageError(f"settings are {shown(repr(settings))}, expected streamrepair.Settings")
     if settings is not None and named != Settings():
         raise UsageError("settings are given twice, as an object and by name: give one of them")
     resources = _resources(settings or named, ram=ram, vram=vram, device=device, workers=workers, only_plan=True)
@@ -173,8 +175,8 @@ def repair(
         StreamRepairError: by the tree in `streamrepair.errors`.
     """
     settings = Settings(
-        sigma=sigma, noise_estimate=noise_estimate, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype,
-        backend=backend, on_nonfinite=on_nonfinite,
+        sigma=sigma, noise_estimate=noise_estimate, scale=plain_number(scale), include=include, exclude=exclude,
+        out_dtype=out_dtype, backend=backend, on_nonfinite=on_nonfinite,
     )  # fmt: skip
     out_path = output_path("OUT", out)
     report_path = None if report is None else output_path("--report", report)

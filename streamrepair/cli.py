@@ -19,6 +19,7 @@ from typing import Annotated
 from cyclopts import App, Parameter
 from cyclopts.exceptions import CycloptsError
 
+from streamrepair.checkpoint.refusals import OPEN_FILES, TOO_MANY
 from streamrepair.cli_bench import bench
 from streamrepair.cli_options import (
     OUTPUT,
@@ -41,7 +42,7 @@ from streamrepair.cli_options import (
     Workers,
     whole_number,
 )
-from streamrepair.console import allow_open_files, fill_standard_descriptors, printing, stop_on_signals, widen_columns
+from streamrepair.console import fill_standard_descriptors, printing, stop_on_signals, widen_columns
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import (
     DamageError,
@@ -105,11 +106,11 @@ def repair(
             on_nonfinite=on_nonfinite, overwrite=overwrite, report=report, trace=trace, watcher=Bar(quiet=quiet),
             stop=stop,
         )  # fmt: skip
-    with printing():
-        if json:
-            print_json(result)
-        elif not quiet:
-            print_summary(result, Path(out))
+        with printing():
+            if json:
+                print_json(result)
+            elif not quiet:
+                print_summary(result, Path(out))
     return 0
 
 
@@ -192,11 +193,11 @@ def verify(
             out, deep=deep, sample=sample, repair=repair, ram=ram, device=device, workers=workers,
             watcher=Bar(quiet=quiet), stop=stop,
         )  # fmt: skip
-    with printing():
-        if json:
-            print_json(result)
-        elif not quiet:
-            print_verified(result, Path(out))
+        with printing():
+            if json:
+                print_json(result)
+            elif not quiet:
+                print_verified(result, Path(out))
     if result.damage:
         listed = "; ".join(f"{shown(d.where)}: {d.what}" for d in result.damage[:_LISTED])
         more = f"; and {len(result.damage) - _LISTED} more" if len(result.damage) > _LISTED else ""
@@ -215,7 +216,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
     fill_standard_descriptors()
-    allow_open_files()
     for stream in (sys.stdout, sys.stderr):
         # A name that the terminal cannot show must not end the run.
         with contextlib.suppress(AttributeError, OSError):
@@ -243,25 +243,33 @@ def _failed(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         _say("interrupted by SIGINT")
         return InterruptedRunError.exit_status
-    if isinstance(error, OSError) and error.filename is not None:
-        of = error.filename  # a number where a descriptor was given
-        name = f"descriptor {of}" if isinstance(of, int) else shown(os.fsdecode(of))
-        _say(f"{name}: {error.strerror}: check the path and its mode")
-        return 1
-    if isinstance(error, MemoryError):
-        what = str(error) or "none was left"
-        _say(
-            f"the system has less memory than --ram allows ({what}); finished work is kept: give a smaller --ram, or "
-            "raise the limit (ulimit -v), and run the same command again"
-        )
-        return 1
-    if isinstance(error, ImportError):
-        _say(
-            f"a library cannot be loaded ({error}): install streamrepair anew, or raise the limit on memory (ulimit -v)"
-        )
-        return 1
-    _say(f"unexpected {type(error).__name__}: {error}: this is a bug; --debug shows where")
+    _say(_unforeseen(error))
     return 1
+
+
+def _unforeseen(error: BaseException) -> str:
+    """What is said of an error that is none of ours: mostly a limit of the system."""
+    match error:
+        case OSError(filename=of) if of is not None:  # a number where a descriptor was given
+            name = f"descriptor {of}" if isinstance(of, int) else shown(os.fsdecode(of))
+            remedy = OPEN_FILES if error.errno in TOO_MANY else "check the path and its mode"
+            return f"{name}: {error.strerror}: {remedy}"
+        case MemoryError():
+            return (
+                f"the system has less memory than --ram allows ({str(error) or 'none was left'}); finished work is "
+                "kept: give a smaller --ram, or raise the limit (ulimit -v), and run the same command again"
+            )
+        case RuntimeError() if "start new thread" in str(error):
+            return (
+                "the system lets this process start no more threads; finished work is kept: give fewer --workers, or "
+                "raise the limit on processes or memory (ulimit -u, ulimit -v), and run the same command again"
+            )
+        case ImportError():
+            return (
+                f"a library cannot be loaded ({error}): install streamrepair anew, or raise the limit on memory "
+                "(ulimit -v)"
+            )
+    return f"unexpected {type(error).__name__}: {error}: this is a bug; --debug shows where"
 
 
 def _run(tokens: list[str]) -> int:

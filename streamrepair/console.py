@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import shutil
 import signal
 import sys
@@ -15,7 +14,6 @@ from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import InterruptedRunError, OutputError, StreamRepairError
 
 _LEAST_COLUMNS = 40
-_OPEN_FILES = 1 << 16  # some four for each shard; checkpoints of hundreds of shards exist
 
 
 def fill_standard_descriptors() -> None:
@@ -35,15 +33,6 @@ def widen_columns() -> None:
     """Let the help be laid out for so many columns at least: in one or two its layout never ends, in none it fails."""
     if shutil.get_terminal_size().columns < _LEAST_COLUMNS or os.environ.get("COLUMNS", "").strip() == "0":
         os.environ["COLUMNS"] = str(_LEAST_COLUMNS)
-
-
-def allow_open_files() -> None:
-    """As many descriptors as the system lets this process have: a run holds every shard of both sides and of OUT."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 @contextlib.contextmanager
@@ -75,14 +64,16 @@ def _drop_standard_output() -> None:
 def stop_on_signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed).
 
-    Before the run has begun (imports, headers, a download from the Hub) the first one does.
+    Before the run has begun (imports, headers, a download from the Hub) and once it is over the first one does.
     """
     answer = b"stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends at once\n"
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if not stop.heeded:
-            name = signal.Signals(number).name
-            os.write(2, f"error: interrupted by {name} before any work: the same command begins again\n".encode())
+        if stop.over or not stop.heeded:
+            when = "after the work: the same command tells of it again"
+            if not stop.over:
+                when = "before any work: the same command begins again"
+            os.write(2, f"error: interrupted by {signal.Signals(number).name} {when}\n".encode())
             os._exit(InterruptedRunError.exit_status)
         if stop.requested:
             os.write(

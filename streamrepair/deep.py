@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import msgspec
@@ -10,11 +11,12 @@ from numpy.typing import NDArray
 
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
-from streamrepair.decompose import full
+from streamrepair.decompose import full, lapack
 from streamrepair.decompose.arithmetic import on_host
 from streamrepair.decompose.convert import difference, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
+from streamrepair.engine.numeric_threads import check_address_space
 from streamrepair.engine.view import MatrixView, StoredMatrix
 from streamrepair.errors import InputError, shown
 from streamrepair.origins import open_origins
@@ -43,8 +45,11 @@ def recompute(report: Report, result: Checkpoint, sample: int) -> tuple[DeepChec
 
     Raises:
         InputError: BASE or FT is gone or is not what the run read.
+        MemoryError: a limit leaves the numeric libraries no memory to begin with.
     """
     base, ft = open_origins(report)
+    lapack.tables()
+    check_address_space()
     names = [name for name, record in report.tensors.items() if record.action == "repaired"]
     step = max(1, len(names) // max(1, sample))
     files = InputFiles()
@@ -65,18 +70,18 @@ class _Agreement:
     promised: int = 0
     """Values that are right, or would be if Δ* were off by no more than it may be."""
     largest_ulp: float = 0.0
-    error_square: float = 0.0
-    rounding_square: float = 0.0
+    error_norm: float = 0.0
+    rounding_norm: float = 0.0
 
     def add(self, value: Doubles, exact: Doubles, correction: Doubles, dtype: str) -> None:
         """Take in one block: stored values, W_base + Δ* in float64, Δ* alone."""
         error, unit = np.abs(value - exact), _unit(exact, dtype)
-        self.error_square += float(np.square(error).sum())
+        self.error_norm = math.hypot(self.error_norm, full.scaled_norm(error))
         error[error <= _NEGLIGIBLE * self.rms] = 0.0
         half = (0.5 + 1e-6) * unit
         self.right += int(np.count_nonzero(error <= half))
         self.promised += int(np.count_nonzero(error <= half + _LARGEST_ERROR * self.rms))
-        self.rounding_square += float(np.square(0.5 * unit).sum())
+        self.rounding_norm = math.hypot(self.rounding_norm, full.scaled_norm(0.5 * unit))
         # Where W_base and Δ* cancel, the sum is as exact as they are: measured in units of the larger.
         unit = _unit(np.maximum(np.abs(exact), np.abs(correction)), dtype)
         self.largest_ulp = max(self.largest_ulp, float((error / unit).max(initial=0.0)))
@@ -99,7 +104,7 @@ def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: Input
             correction = vh.T @ (vh @ delta) if block.wide else (delta @ vh.T) @ vh
             exact += correction
             agreement.add(value, exact, correction, stored.ft_dtype)
-    beyond = max(0.0, agreement.error_square**0.5 - agreement.rounding_square**0.5)
+    beyond = max(0.0, agreement.error_norm - agreement.rounding_norm)
     check = DeepCheck(
         name=name,
         rank_kept=report.tensors[name].rank_kept or 0,

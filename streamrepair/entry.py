@@ -46,10 +46,10 @@ def _ended(status: int) -> int:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    """Nothing is in work that could be lost, or left half done."""
+    """Nothing is in work that could be left half done: what only looks, such as verify, can be cut off anywhere."""
     try:
         name = signal.Signals(number).name
-        os.write(2, f"error: interrupted by {name} before any work: the same command begins again\n".encode())
+        os.write(2, f"error: interrupted by {name}: the same command begins again\n".encode())
     finally:
         os._exit(_INTERRUPTED)
 

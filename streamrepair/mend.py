@@ -19,8 +19,8 @@ from streamrepair.engine.watcher import Watcher
 from streamrepair.engine.workspace import STATE
 from streamrepair.errors import DamageError, shown
 from streamrepair.origins import open_origins
-from streamrepair.report import Report, Settings, TensorRecord
-from streamrepair.verification import Verified, read_report, verify
+from streamrepair.report import REPORT_NAME, Report, Settings, TensorRecord
+from streamrepair.verification import EDITED, Damage, Verified, read_report, verify
 
 MakePlan = Callable[[Checkpoint, Checkpoint, Settings], Plan]
 
@@ -45,7 +45,8 @@ def mend(out: Path, found: Verified, make_plan: MakePlan, *, watcher: Watcher, s
             "result was made from: run the repair again with --overwrite"
         )
     base, ft = open_origins(report)
-    execute(make_plan(base, ft, report.settings), out, stop=stop, watcher=watcher, finished=_written(report))
+    known = {} if Damage(REPORT_NAME, EDITED) in found.damage else _written(report)
+    execute(make_plan(base, ft, report.settings), out, stop=stop, watcher=watcher, finished=known)
     after = verify(out)
     left = {damage.where for damage in after.damage}
     return msgspec.structs.replace(after, mended=tuple(d for d in found.damage if d.where not in left))

@@ -6,7 +6,7 @@ What `Settings` holds is checked by `Settings.check`.
 from __future__ import annotations
 
 import os
-from numbers import Integral
+from numbers import Integral, Real
 from pathlib import Path
 
 from streamrepair.errors import UsageError, shown
@@ -55,6 +55,11 @@ def size_bytes(name: str, size: object) -> int:
     if isinstance(size, Integral) and not isinstance(size, bool) and int(size) > 0:
         return int(size)
     raise UsageError(f'--{name} is {shown(repr(size))}, expected a positive number of bytes or text such as "16GB"')
+
+
+def plain_number(number: float) -> float:
+    """A number of NumPy's as one of Python's, which JSON can hold; all else as it is, for others to check."""
+    return float(number) if isinstance(number, Real) and not isinstance(number, int) else number
 
 
 def check_count(name: str, count: object) -> None:

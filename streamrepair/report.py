@@ -25,12 +25,13 @@ Record = TypeVar("Record")
 
 
 def storable(path: str) -> str:
-    """A path as it stands in a file; one that is not UTF-8, as a file: URI of its bytes."""
+    """A path as it stands in a file; one that is not UTF-8, or begins like it, as a file: URI of its bytes."""
     try:
         path.encode()
+        plain = not path.startswith("file:")
     except UnicodeEncodeError:
-        return "file:" + quote_from_bytes(os.fsencode(path))
-    return path
+        plain = False
+    return path if plain else "file:" + quote_from_bytes(os.fsencode(path))
 
 
 def restored(text: str) -> str:
@@ -241,6 +242,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """Of the index; null without one, and in reports of earlier versions."""
     warnings: tuple[str, ...]
     tensors: dict[str, TensorRecord]
+    report_digest: str | None = None
+    """Of the file's text before it; last of all, and null in reports of earlier versions."""
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
@@ -262,6 +265,7 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
         for field in self.settings.__struct_fields__:
             before, now = getattr(other.settings, field), getattr(self.settings, field)
             if before != now:
+                before, now = ("not given" if value is None else value for value in (before, now))
                 found.append(f"--{field.replace('_', '-')} was {before}, is {now}")
         for side, before_files, now_files in (("BASE", other.base, self.base), ("FT", other.ft, self.ft)):
             changed = sorted(

@@ -32,14 +32,23 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
-def format_bytes(size_bytes: float) -> str:
-    """ "1.23 GB" from 1_230_000_000: decimal units, three significant digits."""
+def format_bytes(size_bytes: float, *, digits: int = 3) -> str:
+    """ "1.23 GB" from 1_230_000_000: decimal units, three significant digits or as many as asked for."""
     value = float(size_bytes)
     for unit in ("B", "kB", "MB", "GB"):
         if abs(value) < 999.5:
-            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+            return f"{value:.0f} B" if unit == "B" else f"{value:.{digits}g} {unit}"
         value /= 1000
-    return f"{value:.3g} TB"
+    return f"{value:.{digits}g} TB"
+
+
+def format_apart(size_bytes: int, other_bytes: int) -> tuple[str, str]:
+    """Two sizes that differ, with as many digits as show it: "117.2 MB" and "117.0 MB" are both 117 MB."""
+    for digits in range(3, 17):
+        texts = format_bytes(size_bytes, digits=digits), format_bytes(other_bytes, digits=digits)
+        if texts[0] != texts[1]:
+            break
+    return texts
 
 
 def format_seconds(seconds: float) -> str:

@@ -19,6 +19,7 @@ from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.checkpoint.headers import ShardHeader, read_header
 from streamrepair.checkpoint.layout import Checkpoint, joined_digest, open_checkpoint
 from streamrepair.checkpoint.write import digest_file, digest_range
+from streamrepair.engine.statement import is_as_written
 from streamrepair.errors import DamageError, InputError, shown
 from streamrepair.report import REPORT_FORMAT, REPORT_NAME, Report, TensorRecord, decoded, restored
 
@@ -29,6 +30,8 @@ _LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "
 
 STRAY = "a weights file that is not part of the result; loaders may pick it up"
 """What nothing of ours can put right."""
+EDITED = "not as it was written: edited since, or damaged"
+"""Of the report itself: nothing that it says counts."""
 
 
 class Damage(msgspec.Struct, frozen=True):
@@ -76,8 +79,9 @@ def verify(out: Path, *, deep: bool = False, sample: int = 5) -> Verified:
         InputError: with `deep`, BASE or FT cannot be read or has changed.
     """
     began = time.perf_counter()
-    report = read_report(out)
+    report, as_written = _read_report(out)
     shards, damage = _shards(out, report)
+    damage += [] if as_written else [Damage(REPORT_NAME, EDITED)]
     damage += [*_structure(report, shards), *_records(report), *_beside(out, report)]
     checkpoint = None if damage else _indexed(out, damage)
     damage += [*_digests(report, shards), *_index_digest(out, report), *_sidecar_digests(out, report)]
@@ -97,7 +101,12 @@ def verify(out: Path, *, deep: bool = False, sample: int = 5) -> Verified:
 
 
 def read_report(out: Path) -> Report:
-    """OUT's report.
+    """OUT's report; raises as `verify` does."""
+    return _read_report(out)[0]
+
+
+def _read_report(out: Path) -> tuple[Report, bool]:
+    """OUT's report, and whether it is what the run wrote.
 
     Raises:
         DamageError: there is none, or it is not one.
@@ -108,7 +117,8 @@ def read_report(out: Path) -> Report:
             raise DamageError(
                 f"{shown(str(path))}: missing: OUT is not a result, or its run has not finished: run the repair again"
             )
-        report = decoded(wholefile.read_whole(path), Report)
+        text = wholefile.read_whole(path)
+        report = decoded(text, Report)
     except OSError as error:
         raise DamageError(
             f"{shown(str(path))}: cannot be looked up ({error.strerror}): check OUT's name and mode"
@@ -117,7 +127,7 @@ def read_report(out: Path) -> Report:
         raise DamageError(f"{shown(str(path))}: unreadable ({error}): run the repair again") from error
     if report.format != REPORT_FORMAT:
         raise DamageError(f"{shown(str(path))}: format {shown(report.format)}, expected {REPORT_FORMAT}")
-    return report
+    return report, is_as_written(text, report)
 
 
 def _shards(out: Path, report: Report) -> tuple[list[ShardHeader], list[Damage]]:
@@ -136,7 +146,8 @@ def _shards(out: Path, report: Report) -> tuple[list[ShardHeader], list[Damage]]
             try:
                 found.append(read_header(path))
             except InputError as error:
-                damage.append(Damage(name, str(error)))
+                found_wrong, _, _ = str(error).rpartition("; ")  # what an input is to be replaced by, OUT is not
+                damage.append(Damage(name, found_wrong))
     return found, damage
 
 

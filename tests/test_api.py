@@ -38,6 +38,8 @@ WRONG = [
     ({"vram": 0}, "--vram is 0"),
     ({"workers": 1.5}, "--workers is 1.5, expected a whole number"),
     ({"workers": 0}, "--workers is 0"),
+    ({"include": ""}, "--include is empty, which every name matches"),
+    ({"exclude": "a{99999999999}"}, "--exclude '.*' is not a regular expression: the repetition"),
     ({"device": 0}, "--device 0 is not understood"),
     ({"device": "cuda:"}, "--device 'cuda:' is not understood"),
 ]
@@ -52,6 +54,13 @@ def test_a_wrong_value_is_a_usage_error_and_nothing_is_written(
     with pytest.raises(UsageError, match=said):
         api.plan(pair.base, pair.ft, **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [np.float64(1.5), np.float32(1.5)])
+def test_a_scale_may_be_a_number_of_numpys(pair: Pair, tmp_path: Path, number: float) -> None:
+    """Of `np.linspace`, say; the journal and the report are JSON, which knows none."""
+    assert api.repair(pair.base, pair.ft, tmp_path / "out", scale=number).settings == Settings(scale=1.5)
+    assert api.repair(pair.base, pair.ft, tmp_path / "out", scale=1.5).sessions == 1
 
 
 @pytest.mark.parametrize("path", [None, 3, ["a"]])
@@ -96,6 +105,8 @@ def test_plan_takes_what_repair_takes(pair: Pair) -> None:
     assert named.ram_allowed_bytes == 10**9
     assert {layout.entries["w"].dtype for layout in named.layouts if "w" in layout.entries} == {"F32"}
     assert api.plan(pair.base, pair.ft, settings=named.settings, ram=10**9) == named
+    with pytest.raises(UsageError, match=r"settings are \{.*\}, expected streamrepair.Settings"):
+        api.plan(pair.base, pair.ft, settings={"scale": 2.0})  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="given twice"):
         api.plan(pair.base, pair.ft, settings=Settings(), scale=2.0)
 
@@ -155,3 +166,17 @@ def test_importing_the_package_imports_nothing_that_takes_time() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[]\n"
+
+
+FEW_FILES = """
+import resource, sys, streamrepair
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+print(len(streamrepair.repair(*sys.argv[1:]).tensors))
+"""
+
+
+def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
+    pair = write_pair(tmp_path, {f"w{i}": (32, 32) for i in range(40)}, shards=(40, 40))
+    words = [sys.executable, "-c", FEW_FILES, str(pair.base), str(pair.ft), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.stdout, done.stderr) == ("40\n", "")

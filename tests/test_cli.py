@@ -79,6 +79,17 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
     assert run("verify", tmp_path / "out").status == 0
 
 
+@pytest.mark.parametrize("files", [6, 11, 13, 16])
+def test_too_few_open_files_are_a_failure_that_names_the_limit(tmp_path: Path, files: int) -> None:
+    """Met in OUT, in an input, by the reader ahead of the line, by an import: never a bad input or damage."""
+    pair = write_pair(tmp_path, {f"w{i}": (32, 32) for i in range(6)}, shards=(4, 4))
+    result = _shell(f"ulimit -n {files}; $SR $1 $2 $3 --quiet", pair.base, pair.ft, tmp_path / "out")
+    assert result.status == 1
+    assert "Too many open files" in result.error
+    assert "raise the limit on open files (ulimit -n)" in result.error
+    assert run(pair.base, pair.ft, tmp_path / "out", "--quiet") == Result(0, "", "")
+
+
 def test_quiet_silences_warnings_but_not_errors(pair: Pair, tmp_path: Path) -> None:
     (pair.ft / "stray.safetensors").write_bytes(b"")
     assert run(pair.base, pair.ft, tmp_path / "out", "--quiet") == Result(0, "", "")
@@ -107,7 +118,12 @@ def test_help_ends_however_narrow_the_terminal(columns: str) -> None:
     ("error", "said"),
     [
         (MemoryError(), "the system has less memory than --ram allows (none was left); finished work is kept: give a"),
+        (
+            RuntimeError("can't start new thread"),
+            "the system lets this process start no more threads; finished work is",
+        ),
         (ImportError("libx.so: failed to map"), "a library cannot be loaded (libx.so: failed to map): install"),
+        (OSError(errno.EMFILE, "Too many open files", "x.py"), "x.py: Too many open files: raise the limit on open"),
         (OSError(errno.EBADF, "Bad file descriptor", 7), "descriptor 7: Bad file descriptor: check the path"),
     ],
 )

@@ -213,8 +213,8 @@ CASES: list[tuple[Callable[[Case], object], int, str]] = [
      "(No space left on device); free space or choose another OUT"),
     (lambda c: c.run_with("posix_fallocate", 1, errno.EFBIG), 5, f"{P}{FIRST}.partial: 6248 bytes cannot be reserved "
      "(File too large); raise the limit on the size of files (ulimit -f) or choose another OUT"),
-    (lambda c: c.run_with("open", 1, errno.EMFILE), 3, "BASE: T/base/model.safetensors: cannot be read (Too many open "
-     "files); raise the limit on open files (ulimit -n)"),
+    (lambda c: c.run_with("open", 1, errno.EMFILE), 1, "T/base/model.safetensors: cannot be read (Too many open "
+     "files): raise the limit on open files (ulimit -n) and run the same command again"),
     (lambda c: c.run_with("fsync", 1, errno.ENFILE), 1, "T: could not be synced (Too many open files in system); "
      + SAME.format("raise the limit on open files (ulimit -n)")),
     (lambda c: c.run_with("preadv", 3, errno.EIO), 3, "T/base/model.safetensors: read of 6144 bytes at 168 failed "

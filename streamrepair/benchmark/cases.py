@@ -98,5 +98,6 @@ def _checkpoint_shapes(base: str, ft: str | None) -> Counter[tuple[int, int]]:
         entries = [one.ft.entry for one in pairings if one.intent == "repair" and one.ft is not None]
     found = Counter((e.shape[0], e.shape[1]) for e in entries if min(e.shape) >= LEAST_SIDE)
     if not found:
-        raise InputError(f"{shown(base)} has no matrix with sides of {LEAST_SIDE} or more: name shapes with --shape")
+        holder = f"{shown(base)} has" if ft is None else f"a repair of {shown(ft)} against {shown(base)} computes"
+        raise InputError(f"{holder} no matrix with sides of {LEAST_SIDE} or more: name shapes with --shape")
     return found

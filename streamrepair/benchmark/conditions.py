@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def make_conditions(
     Args:
         backends: of BACKENDS; all but "auto", which is one of the others, if empty.
         dtype: of DTYPES. device: as --device.
-        threads: one per processor if None.
+        threads: one per processor if None, and never more than there are: OpenMP ends the process over a million.
 
     Raises:
         UsageError: a word is not known, a number is not positive, there is no such device.
@@ -65,7 +66,7 @@ def make_conditions(
         backends=tuple(chosen),
         dtype=DTYPES[stored],
         device=budget.resolve_devices(device)[0],
-        threads=threads or limits.default_workers(),
+        threads=min(threads or limits.default_workers(), os.cpu_count() or 1),
         repeats=repeats,
         check=check,
     )

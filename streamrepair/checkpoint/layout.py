@@ -159,9 +159,24 @@ def _main_file(folder: Path) -> Path:
             f"{shown_path(folder)}: has {len(shards)} .safetensors files ({_listed(shards)}) and no index; "
             "fetch the missing model.safetensors.index.json, or name one file"
         )
+    if parts := _parts(folder):
+        raise InputError(
+            f"{shown_path(folder)}: has no .safetensors file itself, its subfolders have ({_listed(parts)}); name one "
+            "of them, and that of the same name on the other side"
+        )
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         raise InputError(f"{shown_path(folder)}: has no .safetensors file, only {_listed(pickles)}; {_CONVERT}")
     raise InputError(f"{shown_path(folder)}: has no .safetensors file and no index; name a checkpoint's folder")
+
+
+def _parts(folder: Path) -> list[str]:
+    """Subfolders that hold weights, as those of a diffusion pipeline do (unet, text_encoder)."""
+    found = []
+    for name in _names_in(folder):
+        with contextlib.suppress(InputError):  # a file, or a folder that cannot be listed
+            if any(other.endswith(_SHARD) for other in _names_in(folder / name)):
+                found.append(name)
+    return found
 
 
 def _names_in(folder: Path) -> list[str]:
@@ -175,6 +190,11 @@ def _names_in(folder: Path) -> list[str]:
 def _from_main_file(given: str, path: Path, *, whole_folder: bool) -> Checkpoint:
     metadata: Mapping[str, object] = {}
     index_name = None
+    if path.name.startswith("."):
+        raise InputError(
+            f"{shown_path(path)}: begins with a dot, and loaders would not see a result of that name; name a link to "
+            "it that has another"
+        )
     if path.name.endswith(_SHARD):
         _refuse_one_of_several(path, named=not whole_folder)
         shards: tuple[ShardHeader, ...] = (read_header(path),)

@@ -167,9 +167,11 @@ def _of_no_kind(ft: TensorEntry, base: TensorEntry) -> str | None:
 
 
 def _pattern(option: str, pattern: str) -> re.Pattern[str]:
+    if not pattern:  # of a variable that is not set, mostly
+        raise UsageError(f"{option} is empty, which every name matches: give a regular expression, or leave it out")
     try:
         return re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:  # a{99999999999}; ten thousand brackets
         raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from error
 
 

@@ -7,15 +7,19 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-from streamrepair.errors import InputError, OutputError, shown
+from streamrepair.errors import InputError, OutputError, StreamRepairError, shown
 
-_TOO_MANY = (errno.EMFILE, errno.ENFILE)
+TOO_MANY = (errno.EMFILE, errno.ENFILE)
+OPEN_FILES = "raise the limit on open files (ulimit -n)"
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free space"),
     errno.EFBIG: "raise the limit on the size of files (ulimit -f) or name another OUT",
-    **dict.fromkeys(_TOO_MANY, "raise the limit on open files (ulimit -n)"),
+    **dict.fromkeys(TOO_MANY, OPEN_FILES),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
-    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR), "name another OUT"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR), "name another OUT"),
+    **dict.fromkeys(
+        (errno.ELOOP, errno.EISDIR), "remove what is there"
+    ),  # a link or a folder in place of a file of OUT
 }
 
 
@@ -30,14 +34,17 @@ def reading(path: Path) -> Iterator[None]:
 
     Raises:
         InputError: for a system's error, or an InputError that names no file, inside.
+        StreamRepairError: where the process may open no more files, which is no fault of this one.
     """
     try:
         yield
     except InputError as error:
         raise InputError(f"{shown_path(path)}: {error}") from error
     except OSError as error:
-        remedy = _REMEDIES[error.errno] if error.errno in _TOO_MANY else "check the path and mode"
-        raise InputError(f"{shown_path(path)}: cannot be read ({error.strerror}); {remedy}") from error
+        what = f"{shown_path(path)}: cannot be read ({error.strerror})"
+        if error.errno in TOO_MANY:
+            raise StreamRepairError(f"{what}: {OPEN_FILES} and run the same command again") from error
+        raise InputError(f"{what}; check the path and mode") from error
 
 
 @contextlib.contextmanager

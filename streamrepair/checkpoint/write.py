@@ -262,7 +262,7 @@ def new_digest() -> xxhash.xxh3_128:
     return xxhash.xxh3_128()
 
 
-def digest_of(data: bytes) -> str:
+def digest_of(data: bytes | memoryview) -> str:
     """Digest of bytes in memory."""
     return digest_text(xxhash.xxh3_128(data))
 

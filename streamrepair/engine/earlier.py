@@ -12,7 +12,7 @@ from streamrepair.checkpoint.refusals import shown_path
 from streamrepair.checkpoint.sidecars import differing, sidecars
 from streamrepair.checkpoint.write import ShardFile, digest_file
 from streamrepair.engine.plan import Plan
-from streamrepair.engine.statement import shard_index, stated_dtype
+from streamrepair.engine.statement import is_as_written, shard_index, stated_dtype
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.workspace import Workspace
 from streamrepair.errors import InputError, OutputError, shown
@@ -72,10 +72,11 @@ def finished_report(
     if not whole or len(done) < len(plan.tasks):
         return None
     try:
-        report = decoded(wholefile.read_whole(out / REPORT_NAME), Report)
+        text = wholefile.read_whole(out / REPORT_NAME)
+        report = decoded(text, Report)
     except (InputError, msgspec.MsgspecError):
         return None
-    if any(report.tensors.get(name) != record for name, record in done.items()):
+    if not is_as_written(text, report) or any(report.tensors.get(name) != record for name, record in done.items()):
         return None
     if mending and any(not _has(out / restored(name), digest) for name, digest in report.sidecar_digests.items()):
         return None

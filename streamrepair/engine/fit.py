@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from streamrepair.decompose.halves import is_cut
 from streamrepair.engine import memory
 from streamrepair.errors import BudgetError, shown
-from streamrepair.units import format_bytes
+from streamrepair.units import format_apart
 
 if TYPE_CHECKING:
     from streamrepair.engine.batches import Batch
@@ -100,9 +100,10 @@ def fitted(task: Task, room: Room, workers: int) -> Task:
 
 def _refusal(task: Task, option: str, need_bytes: int, allowed_bytes: int) -> str:
     need_mb = -(-need_bytes // 1_000_000)
+    needs, allows = format_apart(need_bytes, allowed_bytes)
     return (
-        f"tensor {shown(task.name)} {list(task.out.shape)} needs {format_bytes(need_bytes)}, {option} allows "
-        f"{format_bytes(allowed_bytes)}: the smallest budget that works is {option} {need_mb}MB"
+        f"tensor {shown(task.name)} {list(task.out.shape)} needs {needs}, {option} allows {allows}: "
+        f"the smallest budget that works is {option} {need_mb}MB"
     )
 
 

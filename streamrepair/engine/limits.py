@@ -1,8 +1,8 @@
 """What this process may use of the machine: memory and processors, as control groups (containers, SLURM) leave them.
 
-Linux only. Every group from the process's own up to the root may have a limit, and the tightest counts; of version 1
-and version 2 both are asked, as hybrid machines have both. File pages that a group holds are the kernel's to drop, as
-`MemAvailable` counts them too, so they do not count as used.
+And open files, as many as it may have. Linux only. Every group from the process's own up to the root may have a limit,
+and the tightest counts; of version 1 and version 2 both are asked, as hybrid machines have both. File pages that a
+group holds are the kernel's to drop, as `MemAvailable` counts them too, so they do not count as used.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 RAM_SHARE = 0.8
 """Share of the memory that is free now which a run may take when --ram is not given."""
+
+
+_OPEN_FILES = 1 << 16
+"""Some four for each shard; checkpoints of hundreds of shards exist."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +81,18 @@ def default_workers(system: System | None = None, *, processors: int | None = No
             if quota != "max" and int(quota) > 0 and int(period) > 0:
                 count = min(count, int(quota) / int(period))
     return max(1, math.ceil(count))
+
+
+def allow_open_files() -> None:
+    """As many descriptors as the system lets this process have: a run holds every shard of both sides and of OUT.
+
+    It stays so after the run: others of the process may have come to need it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _available_bytes(system: System) -> int:

@@ -6,6 +6,7 @@ same on every machine of one kind. The settings are the process's, so they are p
 
 from __future__ import annotations
 
+import mmap
 import threading
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ from streamrepair.decompose import lapack
 
 if TYPE_CHECKING:
     from threadpoolctl import threadpool_limits
+
+_BUFFERS_BYTES = 1 << 27
+"""OpenBLAS maps 32 MiB for each thread that calls it, once in NumPy's copy and once in SciPy's; as much for arrays."""
 
 
 class _Process:
@@ -56,11 +60,15 @@ class NumericThreads:
         """Load the numeric libraries and limit them; cheap after a thread's first time.
 
         To be called by every thread that computes: a BLAS built on OpenMP keeps its number for each thread.
+
+        Raises:
+            MemoryError: a limit leaves the libraries no memory to begin with.
         """
         if getattr(self._here, "held", False):
             return
         with _process.lock:
             _process.limit(self)
+            check_address_space()
             self._here.held = True
 
     def release(self) -> None:
@@ -68,6 +76,18 @@ class NumericThreads:
         with _process.lock:
             _process.release(self)
             self._here = threading.local()
+
+
+def check_address_space() -> None:
+    """Fail where OpenBLAS would not: refused its buffer, by `ulimit -v` for example, it asks again for ever.
+
+    Raises:
+        MemoryError: the system has no room for a thread's buffers.
+    """
+    try:
+        mmap.mmap(-1, _BUFFERS_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError as error:
+        raise MemoryError(f"no {_BUFFERS_BYTES >> 20} MiB of address space are left for a thread") from error
 
 
 def _become_controlling() -> None:

@@ -17,7 +17,7 @@ from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.timeline import Timeline
-from streamrepair.errors import InputError
+from streamrepair.errors import StreamRepairError
 
 _PIECE_BYTES = 1 << 23
 _AHEAD_SHARE = 0.1
@@ -90,7 +90,7 @@ class PageCache:
             for offset, length in osfile.chunks(nbytes, _PIECE_BYTES):
                 if self._closed or task.name not in self._ahead:
                     break  # done already
-                with contextlib.suppress(InputError):  # the task itself will meet it, and name it
+                with contextlib.suppress(StreamRepairError):  # the task itself will meet it, and name it
                     osfile.read_ahead(self._files.descriptor(shard), start + offset, length)
 
 

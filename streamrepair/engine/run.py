@@ -32,7 +32,14 @@ from streamrepair.engine.overlap import refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Unit
 from streamrepair.engine.side_files import check_apart, check_path_beside
-from streamrepair.engine.statement import fingerprint, make_report, shard_index, stated_dtype, statement_bytes
+from streamrepair.engine.statement import (
+    fingerprint,
+    make_report,
+    report_text,
+    shard_index,
+    stated_dtype,
+    statement_bytes,
+)
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.task import run_unit
 from streamrepair.engine.timeline import Timeline
@@ -105,13 +112,14 @@ def execute(
     Raises:
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
-    stop.heeded = True
+    stop.heeded, stop.over = True, False
     beside = {option: path for option, path in (("--report", report), ("--trace", trace)) if path is not None}
     refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
     for option, path in beside.items():
         check_path_beside(option, path, out)
     check_apart(beside)
     beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
+    limits.allow_open_files()
     budget.reset_peak()
     # Past the page cache is slower where there is room in it, and kinder where there is not.
     free_bytes = limits.free_bytes()
@@ -123,7 +131,7 @@ def execute(
         journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
             run.warn(f"{refusals.shown_path(path)}: length or header is damaged and is written again")
-        return _execute(run, journalled, report)
+        result = _execute(run, journalled, report)
     except NonFiniteInputError:
         # Refused inputs leave no output behind: what was finished belongs to no result.
         workspace.discard()
@@ -135,6 +143,8 @@ def execute(
         run.files.close()
         run.threads.release()
         workspace.close()
+    stop.over = True
+    return result
 
 
 def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path | None) -> Report:
@@ -181,7 +191,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     copied = _write_beside(run)
     run.record_session()
     report = make_report(plan, committer.records, run.workspace.accounts.sessions, sidecars=copied)
-    wholefile.write_atomic(run.workspace.out / REPORT_NAME, _as_text(report))
+    wholefile.write_atomic(run.workspace.out / REPORT_NAME, report_text(report))
     run.workspace.finish()
     _write_copy(report, report_path)
     return report
@@ -189,7 +199,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
 
 def _write_copy(report: Report, path: Path | None) -> None:
     if path is not None:
-        wholefile.write_atomic(path, _as_text(report))
+        wholefile.write_atomic(path, report_text(report))
 
 
 def _write_trace(run: _Run, path: Path) -> None:
@@ -198,10 +208,6 @@ def _write_trace(run: _Run, path: Path) -> None:
         wholefile.write_atomic(path, chrome_trace(run.timeline, lane_names(run.plan.lanes)))
     except OutputError as error:
         run.watcher.warn(f"no trace: {error}")
-
-
-def _as_text(report: Report) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(report)) + b"\n"
 
 
 def _work(run: _Run, committer: Committer, cache: PageCache, backlog: Backlog, done: Set[str]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+import msgspec
+
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.write import digest_of
 from streamrepair.engine.accounts import most_bytes, summed, summed_uses
@@ -89,7 +91,7 @@ def make_report(
         tensors[pairing.name] = TensorRecord(
             action="dropped", reason=pairing.reason, shape=entry.shape, dtype=entry.dtype
         )
-    return Report(
+    report = Report(
         version=__version__,
         base=_summary(plan.base),
         ft=_summary(plan.ft),
@@ -118,6 +120,21 @@ def make_report(
         ),
         tensors=tensors,
     )
+    text = report_text(report)
+    return msgspec.structs.replace(report, report_digest=digest_of(memoryview(text)[: text.rindex(b"null")]))
+
+
+def report_text(report: Report) -> bytes:
+    """A report as it stands in its file."""
+    return msgspec.json.format(msgspec.json.encode(report)) + b"\n"
+
+
+def is_as_written(text: bytes, report: Report) -> bool:
+    """Whether the text that a report was read from is what the run wrote; of one without a digest nobody knows."""
+    if report.report_digest is None:
+        return True
+    end = f'"{report.report_digest}"\n}}\n'.encode()
+    return text.endswith(end) and digest_of(memoryview(text)[: -len(end)]) == report.report_digest
 
 
 def _summary(checkpoint: Checkpoint) -> CheckpointSummary:

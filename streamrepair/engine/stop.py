@@ -23,6 +23,8 @@ class StopRequest:
         self.reason = ""
         self.heeded = False
         """Whether a run looks at it; before that nothing is in OUT that would have to be left in order."""
+        self.over = False
+        """Whether the run has ended well: what follows only checks it or tells of it."""
 
     def request(self, reason: str) -> None:
         """Ask the run to stop; safe in a signal handler."""

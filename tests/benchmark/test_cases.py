@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,19 @@ def test_shapes_of_a_pair_are_those_that_a_repair_computes(tmp_path: Path) -> No
     ft = write_safetensors(tmp_path / "ft.safetensors", {**both, "b": np.zeros((128, 64), np.float32)})
     cases = make_cases(shapes=["70x64"], spectra=["heavy"], base=str(base), ft=str(ft))
     assert cases == (Case((70, 64), "heavy"), Case((96, 64), "heavy"))
+
+
+def test_a_pair_of_which_nothing_is_repaired_is_not_said_to_have_no_matrix(tmp_path: Path) -> None:
+    base = write_safetensors(tmp_path / "base.safetensors", {"a": np.zeros((64, 64), np.float32)})
+    ft = write_safetensors(tmp_path / "ft.safetensors", {"a": np.zeros((128, 64), np.float32)})
+    with pytest.raises(InputError, match=r"a repair of .*ft.safetensors against .*base.safetensors computes no matrix"):
+        make_cases(shapes=[], spectra=[], base=str(base), ft=str(ft))
+
+
+def test_there_are_never_more_threads_than_processors() -> None:
+    """OpenMP ends the process where it cannot start as many."""
+    assert _conditions(threads=1).threads == 1
+    assert _conditions(threads=999_999).threads == os.cpu_count()
 
 
 def test_a_checkpoint_without_matrices_is_refused(tmp_path: Path) -> None:

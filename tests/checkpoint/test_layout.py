@@ -106,6 +106,23 @@ def test_the_only_file_is_taken_whatever_its_name(tmp_path: Path) -> None:
     assert (_shard_names(checkpoint), checkpoint.whole_folder) == (["weights.safetensors"], True)
 
 
+def test_the_folder_of_a_pipeline_is_refused_with_the_names_of_its_parts(tmp_path: Path) -> None:
+    for part in ("unet", "text_encoder"):
+        (tmp_path / part).mkdir()
+        write_safetensors(tmp_path / part / "model.safetensors", ONE)
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "v1.ckpt").write_bytes(b"")
+    assert "its subfolders have (text_encoder, unet); name one of them" in _refusal(tmp_path)
+
+
+def test_a_hidden_file_is_refused(tmp_path: Path) -> None:
+    """What is made of one would be hidden too, from loaders and from `verify`; a link to it has another name."""
+    write_safetensors(tmp_path / ".w.safetensors", ONE)
+    assert "begins with a dot" in _refusal(tmp_path / ".w.safetensors")
+    (tmp_path / "w.safetensors").symlink_to(".w.safetensors")
+    assert _shard_names(open_checkpoint(tmp_path / "w.safetensors", side="FT")) == ["w.safetensors"]
+
+
 def test_several_indices_and_none_of_the_usual_name_are_refused(tmp_path: Path) -> None:
     folder = write_sharded(tmp_path / "in", [ONE], stem="x")
     write_sharded(folder, [TWO], stem="y")

@@ -224,3 +224,41 @@ def test_the_one_line_lists_a_few_faults_and_stdout_all(out: Path) -> None:
     assert "9 faults: stray0.safetensors" in result.error
     assert "; and 4 more: " in result.error
     assert result.out.count("loaders may pick it up") == 9
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_an_edited_report_is_written_again_and_what_it_says_counts_for_nothing(
+    out: Path, started: list[str], journal: bool
+) -> None:
+    """From the journal; without one, the tensors are done again: their records are in no other place."""
+    path = out / "streamrepair.json"
+    before = json.loads(path.read_text())["tensors"]
+    report = json.loads(path.read_text())
+    report["tensors"]["b"]["rank_kept"] += 1
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    if not journal:
+        (out / ".streamrepair" / "journal").unlink()
+    result = api.verify(out, repair=True)
+    assert ([d.where for d in result.mended], result.damage) == (["streamrepair.json"], ())
+    assert sorted(started) == ([] if journal else sorted(before))
+    after = json.loads(path.read_text())["tensors"]
+    assert [after[name] | {"seconds": 0} for name in after] == [before[name] | {"seconds": 0} for name in after]
+
+
+def test_the_same_command_writes_an_edited_report_again(pair: Pair, out: Path, started: list[str]) -> None:
+    path = out / "streamrepair.json"
+    path.write_text(path.read_text().replace('"workers": ', '"workers": 1'))
+    assert api.verify(out).damage
+    api.repair(pair.base, pair.ft, out, scale=1.1)
+    assert (api.verify(out).damage, started) == ((), [])
+
+
+def test_a_link_or_a_folder_in_place_of_a_shard_is_to_be_removed(out: Path) -> None:
+    path = out / FIRST
+    path.rename(out.parent / "elsewhere")
+    for put in (lambda: path.symlink_to(out.parent / "elsewhere"), path.mkdir):
+        put()
+        with pytest.raises(OutputError, match=f"{FIRST}: could not be opened .* remove what is there and run the same"):
+            api.verify(out, repair=True)
+        path.rmdir() if path.is_dir() else path.unlink()
+    assert api.verify(out, repair=True).damage == ()

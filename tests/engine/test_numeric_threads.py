@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 
@@ -74,3 +76,28 @@ def test_releasing_what_is_not_held_changes_nothing() -> None:
     before = _threads()
     NumericThreads().release()
     assert _threads() == before
+
+
+WITHOUT_ROOM = """
+import re, resource
+from pathlib import Path
+from streamrepair.decompose import lapack
+from streamrepair.engine.numeric_threads import NumericThreads
+
+first = NumericThreads()
+first.hold()
+first.release()
+taken = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (taken + (1 << 24), resource.RLIM_INFINITY))
+try:
+    NumericThreads().hold()
+except MemoryError as error:
+    print(error)
+"""
+
+
+def test_a_thread_without_room_for_a_buffer_fails_before_it_computes() -> None:
+    """OpenBLAS, refused its buffer by a limit on the address space, asks again for ever."""
+    words = [sys.executable, "-c", WITHOUT_ROOM]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "no 128 MiB of address space are left for a thread\n"

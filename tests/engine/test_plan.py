@@ -98,6 +98,22 @@ def _refusal(pair: Pair, ram: int) -> tuple[str, int]:
     return found[1], units.parse_bytes(found[4])
 
 
+def test_a_refusal_by_a_hair_does_not_say_the_same_size_twice(pair: Pair) -> None:
+    """ "needs 117 MB, --ram allows 117 MB" sent people looking for a bug."""
+    _, fits = _refusal(pair, 1_000_000)
+    refused = fits - 1_000_000
+    while fits - refused > 1:
+        middle = (fits + refused) // 2
+        try:
+            api.plan(pair.base, pair.ft, ram=middle)
+            fits = middle
+        except BudgetError as error:
+            refused, message = middle, str(error)
+    found = re.search(r"needs (.+), --ram allows (.+): the", message)
+    assert found is not None
+    assert [units.parse_bytes(text) for text in found.groups()] == [fits, refused]
+
+
 def test_a_refusal_names_the_neediest_tensor_and_a_budget_that_works(tmp_path: Path) -> None:
     """End to end: the named budget is enough for the whole pair, the result is the same, and it was kept to."""
     pair = write_pair(tmp_path, {"small": (64, 48), "large": (1800, 700), "middle": (300, 200), "last": (700, 1500)})

@@ -145,7 +145,7 @@ def _interrupted(pair: Pair, out: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"scale": 1.5}, "--scale was 1.0, is 1.5"),
         ({"sigma": "tail"}, "--sigma was median, is tail"),
-        ({"exclude": "a"}, "--exclude was None, is a"),
+        ({"exclude": "a"}, "--exclude was not given, is a"),
         ({"backend": "full"}, "--backend was auto, is full"),
         ({"on_nonfinite": "copy-ft"}, "--on-nonfinite was refuse, is copy-ft"),
         ({"out_dtype": "float32"}, "--out-dtype was same, is float32"),

@@ -181,3 +181,28 @@ def test_reading_back_of_an_earlier_runs_work_stops_on_request(
         api.repair(pair.base, pair.ft, out, workers=1, stop=after_two_digests)
     assert journalled(out) == before
     assert api.repair(pair.base, pair.ft, out).timings.bytes_written == tensor_bytes(out)
+
+
+@pytest.mark.slow
+def test_a_signal_after_the_run_does_not_deny_its_work(pair: Pair, tmp_path: Path) -> None:
+    """While nobody reads the report on standard output, say: OUT is whole by then."""
+    unread = "from streamrepair import terminal; terminal.print_json = lambda _: endless(); "
+    code = unread + BEFORE.replace("api.open_checkpoint = endless", "sys.argv.insert(1, '--json')") + COMMAND
+    result = _stopped(code, pair, tmp_path / "out", finished=0)
+    assert result.status == 75
+    assert result.error == "error: interrupted by SIGTERM after the work: the same command tells of it again"
+    assert api.verify(tmp_path / "out").damage == ()
+
+
+@pytest.mark.slow
+def test_a_signal_during_verify_claims_nothing_of_its_work(tmp_path: Path) -> None:
+    code = BEFORE.replace("api.open_checkpoint", "api.verify") + "from streamrepair.entry import main; sys.exit(main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "verify", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "out.there").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[1] == "error: interrupted by SIGTERM: the same command begins again\n"
+    assert process.returncode == 75

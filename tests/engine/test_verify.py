@@ -138,7 +138,8 @@ def test_a_report_without_a_digest_of_the_index(out: Path) -> None:
     """As earlier versions wrote them."""
     path = out / "streamrepair.json"
     report = json.loads(path.read_text())
-    assert report.pop("index_digest").startswith("xxh3-128:")
+    for field in ("index_digest", "report_digest"):
+        assert report.pop(field).startswith("xxh3-128:")
     path.write_text(json.dumps(report))
     index = out / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("total_size", "total_sjze"))
@@ -151,6 +152,7 @@ def test_a_truncated_shard(out: Path, cut: int) -> None:
     os.truncate(path, path.stat().st_size - cut)
     (what,) = _found(out).values()
     assert path.name in what
+    assert "download" not in what  # as an input would be
 
 
 def test_a_stray_shard(out: Path) -> None:
@@ -161,6 +163,16 @@ def test_a_stray_shard(out: Path) -> None:
 def test_a_missing_sidecar(out: Path) -> None:
     (out / "tokenizer.json").unlink()
     assert _found(out) == {"tokenizer.json": "copied from FT by the run, now missing"}
+
+
+@pytest.mark.parametrize("name", ["file:a%41.json", "\udcff.json"])
+def test_a_sidecar_whose_name_is_not_text_or_looks_like_its_escape(pair: Pair, tmp_path: Path, name: str) -> None:
+    (pair.ft / name).write_text("{}")
+    report = api.repair(pair.base, pair.ft, tmp_path / "out")
+    assert any(sidecar.startswith("file:") for sidecar in report.sidecars)
+    assert _found(tmp_path / "out") == {}
+    (tmp_path / "out" / name).unlink()
+    assert list(_found(tmp_path / "out").values()) == ["copied from FT by the run, now missing"]
 
 
 @pytest.mark.parametrize("content", [b"", b"{}  "])
@@ -176,14 +188,17 @@ def test_a_report_without_digests_of_sidecars(out: Path) -> None:
     path = out / "streamrepair.json"
     report = json.loads(path.read_text())
     assert report.pop("sidecar_digests").keys() == {"config.json", "tokenizer.json"}
+    assert report.pop("report_digest")
     path.write_text(json.dumps(report))
     (out / "tokenizer.json").write_bytes(b"")
     assert _found(out) == {}
 
 
 def _edited(out: Path, change: dict[str, object] | None, name: str = "b") -> None:
+    """The report changed in one record, and vouched for by no digest of its own."""
     path = out / "streamrepair.json"
     report = json.loads(path.read_text())
+    report["report_digest"] = None
     if change is None:
         del report["tensors"][name]
     else:
@@ -206,6 +221,26 @@ def _edited(out: Path, change: dict[str, object] | None, name: str = "b") -> Non
 def test_an_edited_report(out: Path, change: dict[str, object] | None, name: str, what: str) -> None:
     _edited(out, change, name)
     assert what in _found(out)[name]
+
+
+@pytest.mark.parametrize("field", ["rank_kept", "threshold", "sigma_hat", "frob_delta_in", "seconds"])
+def test_an_edited_number_of_the_report(out: Path, field: str) -> None:
+    path = out / "streamrepair.json"
+    report = json.loads(path.read_text())
+    report["tensors"]["b"][field] += 1
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    assert _found(out) == {"streamrepair.json": "not as it was written: edited since, or damaged"}
+
+
+def test_a_bit_flipped_in_the_report_is_found_wherever_it_is(out: Path) -> None:
+    path = out / "streamrepair.json"
+    content = path.read_bytes()
+    for at in range(0, content.index(b'"report_digest"'), 41):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        try:
+            assert api.verify(out).damage, content[at - 20 : at + 20]
+        except DamageError:  # no report at all
+            continue
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"[]", b'{"format": "streamrepair.report/1"}'])
@@ -335,6 +370,26 @@ def test_deep_leaves_float16_what_delta_may_be_off_by(tmp_path: Path) -> None:
     assert result.damage == ()
     assert result.deep[0].correctly_rounded > 0.97
     assert result.deep[0].delta_error < 1e-4
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [1e250, 1e-250])
+def test_deep_sees_an_error_whose_square_no_float64_can_hold(tmp_path: Path, size: float) -> None:
+    rng = np.random.default_rng(0)
+    base, out = size * rng.standard_normal((64, 48)), tmp_path / "out"
+    ft = base + size * (np.outer(np.ones(64), np.ones(48)) + 0.1 * rng.standard_normal((64, 48)))
+    for folder, weights in ((tmp_path / "base", base), (tmp_path / "ft", ft)):
+        write_split(folder, {"b": weights}, 1)
+    norm = api.repair(tmp_path / "base", tmp_path / "ft", out).tensors["b"].frob_delta_out
+    assert [check.fault for check in api.verify(out, deep=True).deep] == [None]
+    path = out / "model.safetensors"
+    content = path.read_bytes()
+    written = np.frombuffer(content[-ft.nbytes :]).copy()
+    written[0] += 1e-3 * (norm or 0.0)
+    path.write_bytes(content[: -ft.nbytes] + written.tobytes())
+    for damage in api.verify(out).damage:
+        _edited(out, {"digest": damage.what.split()[1].rstrip(",")}, damage.where)
+    assert "its delta is off by 1.0e-03" in str(api.verify(out, deep=True).deep[0].fault)
 
 
 def test_deep_states_how_well_a_float32_result_agrees(tmp_path: Path) -> None:
