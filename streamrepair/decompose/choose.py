@@ -26,6 +26,10 @@ _LEAST_FAST_COLUMNS = 512
 have its interval for τ miss with most of them."""
 _FEW = 0.03
 """Share of the rank that is kept where few are."""
+_LEAST_HELD = 0.04
+"""Likewise without a Gram matrix: one that keeps more is told late, when the first block's count was too low."""
+_LESS = 0.15
+"""By how much products with Δ have to be quicker than those with G, if few values are kept."""
 _MOST_HELD_ROWS = 4
 """Rows per column of a delta that is held whole: in float32 16n² bytes, where G and its copy take 12n²."""
 _IN_VAIN = 0.25
@@ -65,14 +69,14 @@ def held_share(backend: Backend, estimate: Estimate, rows: int, cols: int) -> fl
     def seconds(method: str, share: float) -> float:
         return speed.predicted(rows, cols, method, speed.CPU, share).total_s
 
-    if rows > _MOST_HELD_ROWS * cols or seconds("held", _FEW) > seconds("fast", _FEW):
+    if rows > _MOST_HELD_ROWS * cols or (1.0 + _LESS) * seconds("held", _FEW) > seconds("fast", _FEW):
         return 0.0
     if backend == "randomized":
         return MOST_KEPT
-    return _largest(lambda share: (1.0 + _IN_VAIN) * seconds("held", share) <= seconds("gram", share))
+    return _largest(lambda share: (1.0 + _IN_VAIN) * seconds("held", share) <= seconds("gram", share), _LEAST_HELD)
 
 
-def _largest(quicker: Callable[[float], bool]) -> float:
-    """The largest share at which a method is quicker; 0 if that is too few to be tried for."""
+def _largest(quicker: Callable[[float], bool], least: float = _LEAST_KEPT) -> float:
+    """The largest share at which a method is quicker; 0 if it is less than is worth trying for."""
     share = max((share for share in _SHARES if quicker(share)), default=0.0)
-    return share if share >= _LEAST_KEPT else 0.0
+    return share if share >= least else 0.0
