@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
+from streamrepair.decompose.choose import FEW
 from streamrepair.decompose.speed import Rates
 from streamrepair.engine import cost
 from streamrepair.engine.batches import Batch
@@ -144,7 +145,7 @@ def _task_view(task: Task, unit: Unit, plan: Plan, full_fits: bool) -> dict[str,
             "batch": len(unit.tasks),
         }
         if task.place == "cpu":
-            view["predicted_s"] = predicted_s(task, plan.rates)
+            view["predicted_s"] = predicted_s(task, plan.settings, plan.rates)
     return view
 
 
@@ -173,14 +174,14 @@ def why(task: Task, unit: Unit, settings: Settings) -> str:
     return too_few if settings.backend == "randomized" else slower
 
 
-def predicted_s(task: Task, rates: Rates) -> dict[str, float]:
+def predicted_s(task: Task, settings: Settings, rates: Rates) -> dict[str, float]:
     """Backend → predicted seconds: `randomized` if 3% are kept, `gram` if 3% and if 20% are."""
     assert task.shape is not None
-    few, many = 0.03, 0.2
-    method = "held" if task.shape.held else "randomized"
+    many = 0.2
+    krylov = "randomized" if settings.noise_estimate == "exact" else "held" if task.shape.held else "fast"
     return {
-        "randomized": round(cost.predicted(task.shape, method, rates, few).total_s, 6),
-        "gram": round(cost.predicted(task.shape, "gram", rates, few).total_s, 6),
+        "randomized": round(cost.predicted(task.shape, krylov, rates, FEW).total_s, 6),
+        "gram": round(cost.predicted(task.shape, "gram", rates, FEW).total_s, 6),
         "gram_many_kept": round(cost.predicted(task.shape, "gram", rates, many).total_s, 6),
         "full": round(cost.predicted(task.shape, "full", rates).total_s, 6),
     }

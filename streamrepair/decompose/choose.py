@@ -24,16 +24,16 @@ _LEAST_COLUMNS = 256
 _LEAST_FAST_COLUMNS = 512
 """Likewise: the start block is the same for all matrices of that n, and one that is unlucky with diagonal deltas would
 have its interval for τ miss with most of them."""
-_FEW = 0.03
-"""Share of the rank that is kept where few are."""
-_LEAST_HELD = 0.04
-"""Likewise without a Gram matrix: one that keeps more is told late, when the first block's count was too low."""
-_LESS = 0.15
-"""By how much products with Δ have to be quicker than those with G, if few values are kept."""
-_MOST_HELD_ROWS = 4
-"""Rows per column of a delta that is held whole: in float32 16n² bytes, where G and its copy take 12n²."""
 _IN_VAIN = 0.25
 """By how much it has to be quicker: most matrices keep more, and to find that out costs 0.2 of 5 seconds at 4096²."""
+FEW = 0.03
+"""Share of the rank that is kept where few are."""
+_MOST_HELD_ROWS = 4
+"""Rows per column of a delta that is held whole: in float32 16n² bytes, where G and its copy take 12n²."""
+_LEAST_HELD = 0.04
+"""Where fewer may be kept no delta is held: that more are is told late, when the first block's count was too low."""
+_LESS = 0.15
+"""By how much products with Δ have to be quicker than those with G, if few values are kept."""
 
 MOST_BATCHED_COLUMNS = 1024
 """Longest short side of matrices that a GPU decides in batches: above this one keeps it busy alone."""
@@ -69,7 +69,7 @@ def held_share(backend: Backend, estimate: Estimate, rows: int, cols: int) -> fl
     def seconds(method: str, share: float) -> float:
         return speed.predicted(rows, cols, method, speed.CPU, share).total_s
 
-    if rows > _MOST_HELD_ROWS * cols or (1.0 + _LESS) * seconds("held", _FEW) > seconds("fast", _FEW):
+    if rows > _MOST_HELD_ROWS * cols or (1.0 + _LESS) * seconds("held", FEW) > seconds("fast", FEW):
         return 0.0
     if backend == "randomized":
         return MOST_KEPT

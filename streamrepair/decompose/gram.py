@@ -56,21 +56,43 @@ def truncate(
         NonFiniteDeltaError: the sums are not finite.
         NumericalError: LAPACK failed or its answer did not pass the checks.
     """
+    left: list[str] = []
+    try:
+        found = _first_sound(
+            source, rule, left, arithmetic=arithmetic, precision=precision, krylov=krylov, estimate=estimate, held=held
+        )
+    except NumericalError as error:
+        error.climbed = tuple(left)
+        raise
+    return replace(found, climbed=tuple(left))
+
+
+def _first_sound(
+    source: PanelSource,
+    rule: HardThreshold,
+    left: list[str],
+    *,
+    arithmetic: Arithmetic,
+    precision: Precision,
+    krylov: float,
+    estimate: Estimate,
+    held: float,
+) -> Truncation:
+    """The answer of the first method that has one; why those before it had none is added to `left`."""
     probes = certify.probe_vectors(source.cols)
-    left: tuple[str, ...] = ()
     if held and precision == "float32" and isinstance(arithmetic, HostArithmetic):
         try:
             return matrix_free.truncate(source, rule, arithmetic=arithmetic, probes=probes, most_kept=held)
         except (ArithmeticError, np.linalg.LinAlgError) as error:
-            left = (f"randomized-float32 without a Gram matrix: {error}",)
-            krylov = 0.0 if isinstance(error, OutgrownError) else krylov
+            left.append(f"randomized-float32 without a Gram matrix: {error}")
+            krylov = 0.0 if isinstance(error, OutgrownError) and held >= krylov else krylov
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is met just below
         gram = arithmetic.gram(source, probes, precision)
     check_sums(gram.trace, gram.exact_images)
     if krylov and gram.matrix is not None:
         try:
             products = partial(arithmetic.products, source) if isinstance(arithmetic, HostArithmetic) else None
-            found = randomized.truncate(
+            return randomized.truncate(
                 source,
                 rule,
                 gram=gram,
@@ -80,14 +102,11 @@ def truncate(
                 most_kept=krylov,
                 products=products,
             )
-            return replace(found, climbed=left)
         except (ArithmeticError, np.linalg.LinAlgError) as error:
-            left = (*left, f"randomized-{precision}: {error}")
+            left.append(f"randomized-{precision}: {error}")
     if precision == "float32" and isinstance(arithmetic, HostArithmetic):
-        found = single.truncate(source, rule, arithmetic=arithmetic, gram=gram, probes=probes)
-    else:
-        found = conclude(gram, gram.factorise(), rule, source.rows, precision)
-    return replace(found, climbed=left)
+        return single.truncate(source, rule, arithmetic=arithmetic, gram=gram, probes=probes)
+    return conclude(gram, gram.factorise(), rule, source.rows, precision)
 
 
 def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precision: Precision) -> Truncation:

@@ -71,6 +71,6 @@ class Held(NamedTuple):
 
     operator: HeldDelta
     images: Doubles
-    """(p, n) Δᵀ(ΔX) for the probes X, summed in float64."""
+    """(p, n) Δᵀ(ΔX) for the probes X, in float64."""
     trace: float
     """‖Δ‖_F²."""

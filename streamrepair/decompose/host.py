@@ -20,6 +20,8 @@ from streamrepair.decompose.scratch import Scratch
 
 _FLUSH_ROWS = 8192
 """Rows summed in float32 before the sum is added to the float64 one: longer runs lose digits, shorter ones time."""
+_STRIPE_ROWS = 256
+"""Rows of a held delta that are widened at once."""
 
 
 class HostArithmetic:
@@ -88,10 +90,9 @@ class HostArithmetic:
         self._both(corners, lambda: lapack.add_product(left.T, right, gram[:h, h:], beta=beta))
 
     def hold(self, source: PanelSource, probes: Doubles) -> Held:
-        """Δ whole in float32, and its images of probes, in one pass."""
+        """Δ whole in float32, and in float64 its images of probes, in one pass."""
         stored: Real | None = None
-        columns = np.ascontiguousarray(probes.T, np.float32)
-        exact, trace = np.zeros(columns.shape), 0.0
+        exact, trace = np.zeros((source.cols, len(probes))), 0.0
         for block in blocks(source):
             if stored is None:
                 stored = np.empty((source.cols, source.rows) if block.wide else (source.rows, source.cols), np.float32)
@@ -99,8 +100,11 @@ class HostArithmetic:
             part = stored[:, rows] if block.wide else stored[rows]
             self._subtract(block, part)
             delta = part.T if block.wide else part
-            exact += delta.T @ (delta @ columns)
-            trace += float(np.einsum("ij,ij->i", part, part).sum(dtype=np.float64))
+            for start in range(0, len(delta), _STRIPE_ROWS):
+                # Products in float32 would be those of the operator itself, and show nothing of its error.
+                stripe = delta[start : start + _STRIPE_ROWS].astype(np.float64)
+                exact += stripe.T @ (stripe @ probes.T)
+                trace += float(np.einsum("ij,ij->", stripe, stripe))
             wide = block.wide
         assert stored is not None
         return Held(HeldDelta(stored.T if wide else stored, self._both), np.ascontiguousarray(exact.T), trace)

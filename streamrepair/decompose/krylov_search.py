@@ -35,8 +35,9 @@ _ROTATION = 3e-6
 """‖Δ*′ − Δ*‖/‖Δ*‖ up to which the basis is extended."""
 _DENSITY_STEPS = 12
 _PROOF_STEPS = 24
-_UNSEEN = 1e-12
-"""Probability of a start block that does not see the largest value."""
+_PROOF_STRIDE = 4
+_UNSEEN = 1e-12 / 5
+"""Probability of a start block that does not see the largest value: of each look, of which there are five at most."""
 _WHITE = 0.01
 """Of the second moment, relative: so far from the Marchenko–Pastur law the median is still met to a few places."""
 _SHARPENING = 3
@@ -71,6 +72,15 @@ class Operator(Protocol):
         ...
 
 
+class Beside(NamedTuple):
+    """What a random start block saw of the complement of the largest Ritz vectors."""
+
+    apart: int
+    """How many these are."""
+    largest: float
+    """Its largest Ritz value."""
+
+
 class Top(NamedTuple):
     """Ritz pairs above a cut, descending, and what comes next."""
 
@@ -100,7 +110,7 @@ class Search:
         capacity = max(n // CAPACITY_SHARE, (LOOK_AT + 2) * BLOCK)
         self.lanczos = BlockLanczos(operator.times, n, block=BLOCK, capacity=capacity, seed=_SEED)
         self.ritz: Ritz
-        self._largest_beside = -1, np.inf
+        self._beside: Beside | None = None
 
     def cut(self, median: float) -> float:
         """τ² for a median eigenvalue."""
@@ -146,8 +156,8 @@ class Search:
             UnresolvedError: that could be anything.
         """
         low, high = self.cut(median - off) - self.bound, self.cut(median + off) + self.bound
-        if not low > 0.0:
-            raise UnresolvedError(f"the squared threshold is known to {self.bound:.1e} only")
+        if not (low > 0.0 and np.isfinite(high)):
+            raise UnresolvedError(f"the squared threshold lies between {low:.1e} and {high:.1e}")
         return low, high
 
     def look(self) -> float:
@@ -215,43 +225,48 @@ class Search:
     def density(self) -> Density:
         """The distribution of what has not converged, from a block of its own."""
         apart = self._converged
-        rest = self._beside(apart, _DENSITY_STEPS)
+        rest = self._complement(apart, _DENSITY_STEPS, seed=_SEED + 1)
         for _ in range(_DENSITY_STEPS):
             rest.extend()
         ritz = rest.ritz()
-        self._largest_beside = apart, float(ritz.values[0])
+        self._beside = Beside(apart, float(ritz.values[0]))
         return Density.of(ritz, self.size - apart)
 
-    def _beside(self, apart: int, steps: int) -> BlockLanczos:
+    def _complement(self, apart: int, steps: int, *, seed: int) -> BlockLanczos:
         """Room for so many steps from a random block on the complement of the largest Ritz vectors."""
         known = self.lanczos.vectors(self.ritz.coefficients[:, :apart])
         capacity = (steps + 1) * BLOCK
-        return BlockLanczos(
-            self._operator.times, self.size, block=BLOCK, capacity=capacity, seed=_SEED + 1, without=known
-        )
+        return BlockLanczos(self._operator.times, self.size, block=BLOCK, capacity=capacity, seed=seed, without=known)
 
     def ceiling(self, low: float) -> tuple[float, float]:
         """A bound of all eigenvalues but those found above `low`, and the largest that was seen of these others.
 
         On the complement of k vectors lies none above λ_{k+1} or below it (Courant & Fischer), and a random start block
-        sees it (`unseen`): the bound holds but for a probability of 1e-12.
+        sees it (`unseen`): the bound holds but for a probability of 1e-12. The density's block will do where as many
+        were set apart for it; else a block of its own, which entered nothing that led to `low`.
 
         Raises:
             UnresolvedError: it is above `low`, so that a value may have been missed.
         """
         count = int(np.count_nonzero(self.ritz.values > low))
-        apart, largest = self._largest_beside
-        if apart == count and (bound := largest / (1.0 - unseen(self.size, _DENSITY_STEPS)) + self.bound) <= low:
-            return bound, largest
-        rest = self._beside(count, _PROOF_STEPS)
+        ceiling = np.inf
+        if self._beside is not None and self._beside.apart == count:
+            largest = self._beside.largest
+            if (ceiling := self._raised(largest, _DENSITY_STEPS)) <= low:
+                return ceiling, largest
+        rest = self._complement(count, _PROOF_STEPS, seed=_SEED + 2)
         for step in range(1, _PROOF_STEPS + 1):
             rest.extend()
-            if step < _DENSITY_STEPS or step % 4:
+            if step < _DENSITY_STEPS or step % _PROOF_STRIDE:
                 continue
             largest = float(rest.ritz().values[0])
-            if (bound := largest / (1.0 - unseen(self.size, step)) + self.bound) <= low:
-                return bound, largest
-        raise UnresolvedError(f"other values may lie up to {bound / low:.3f} times the squared threshold")
+            if (ceiling := self._raised(largest, step)) <= low:
+                return ceiling, largest
+        raise UnresolvedError(f"other values may lie up to {ceiling / low:.3f} times the squared threshold")
+
+    def _raised(self, largest: float, steps: int) -> float:
+        """What the largest eigenvalue is at most, by the largest Ritz value after so many steps."""
+        return largest / (1.0 - unseen(self.size, steps)) + self.bound
 
     def refuse_many(self, expected: float) -> None:
         """Hand over where more values are kept than may be.

@@ -84,10 +84,11 @@ def decompose(
         except NonFiniteDeltaError as error:
             if not name.startswith("gram"):
                 raise
-            failures.append(f"{name}: {error}")  # squares can overflow where the input is sound
+            failures += [*error.climbed, f"{name}: {error}"]  # squares can overflow where the input is sound
         except (ArithmeticError, RuntimeError, np.linalg.LinAlgError) as error:
             too_blunt = isinstance(error, UnresolvedError)
-            failures.append(f"{name}: {brief(error)}")
+            before = error.climbed if isinstance(error, NumericalError) else ()
+            failures += [*before, f"{name}: {brief(error)}"]
     raise NumericalError("; ".join(failures))
 
 

@@ -36,7 +36,7 @@ def truncate(
         probes: (p, n) that enter no computation. most_kept: share of the rank above which it hands over.
 
     Raises:
-        OutgrownError: the basis would have to be too large, for G as well.
+        OutgrownError: the basis would have to be larger than pays.
         UnresolvedError: G, or another method, is needed.
         NonFiniteDeltaError: sums over the delta are not finite.
         NumericalError: LAPACK failed, or its answer did not pass the checks.
@@ -64,7 +64,8 @@ def truncate(
         search.settle(low)
         ceiling, following = search.ceiling(low)
         top = search.top(low)
-    refuse_mixing(rotation(top.values, top.residuals + 0.5 * search.bound, ceiling))
+    rest = max(ceiling, top.following + top.following_residual)
+    refuse_mixing(rotation(top.values, top.residuals + 0.5 * search.bound, rest))
     top = top._replace(following=max(top.following, following))
     facts = Facts(probes, held.images, held.trace, "float32")
     return concluded(search, median, top, facts, interval=(low, high))

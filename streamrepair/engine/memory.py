@@ -224,10 +224,10 @@ def randomized_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
 def held_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
     """Peak of block Krylov without a Gram matrix: the delta in float32, and what is done one after another.
 
-    A pass that reads it; beside the basis with its projection and Ritz vectors four more c × c arrays in the solver;
-    vectors that are held apart and a basis of 400 that bounds the rest, with its Ritz pairs; kept vectors as they are,
-    in float32 and rotated, their images likewise, and products of a block of 2048 rows. A step has images of 16
-    vectors.
+    Beside what is kept of another matrix's sums: a pass that reads it, 256 rows in float64; the basis with its
+    projection and Ritz vectors, and four more c × c arrays in the solver; or vectors that are held apart and a basis of
+    400 that bounds the rest, with its Ritz pairs; or kept vectors as they are, in float32 and rotated, their images
+    likewise, and products of a block of 2048 rows. A step has images of 16 vectors.
     """
     m, n = shape.rows, shape.cols
     c, k, beside = max(n // KRYLOV_SHARE, KRYLOV_LEAST), max(1, n // KRYLOV_KEPT) + 1, min(n, KRYLOV_MEDIAN)
@@ -235,7 +235,8 @@ def held_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
     proof = 8 * c * n + 8 * beside * n + 40 * beside * beside + step
     kept = 44 * k * n + 12 * min(2048, m) * k + 40 * k * k
     search = 8 * c * n + 16 * c * c + max(32 * c * c, proof, kept) + _between_bytes(shape, panels)
-    return 4 * m * n + _BESIDE * n + max(search, panels.in_flight + _others_bytes(shape, panels))
+    passing = 8 * 256 * n + panels.in_flight + _others_bytes(shape, panels) + _delta_stays_bytes(shape)
+    return 4 * m * n + _sums_kept_bytes(n) + _BESIDE * n + max(search, passing)
 
 
 def full_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
