@@ -241,8 +241,8 @@ class Search:
     def ceiling(self, low: float) -> tuple[float, float]:
         """A bound of all eigenvalues but those found above `low`, and the largest that was seen of these others.
 
-        On the complement of k vectors lies none above λ_{k+1} or below it (Courant & Fischer), and a random start block
-        sees it (`unseen`): the bound holds but for a probability of 1e-12. The density's block will do where as many
+        The largest eigenvalue on the complement of any k vectors is no less than λ_{k+1} (Courant & Fischer), and a random
+        start block sees it (`unseen`): the bound holds but for a probability of 1e-12. The density's block will do where as many
         were set apart for it; else a block of its own, which entered nothing that led to `low`.
 
         Raises:
