@@ -241,9 +241,9 @@ class Search:
     def ceiling(self, low: float) -> tuple[float, float]:
         """A bound of all eigenvalues but those found above `low`, and the largest that was seen of these others.
 
-        The largest eigenvalue on the complement of any k vectors is no less than λ_{k+1} (Courant & Fischer), and a random
-        start block sees it (`unseen`): the bound holds but for a probability of 1e-12. The density's block will do where as many
-        were set apart for it; else a block of its own, which entered nothing that led to `low`.
+        The largest eigenvalue on the complement of any k vectors is no less than λ_{k+1} (Courant & Fischer), and a
+        random start block sees it (`unseen`): the bound holds but for a probability of 1e-12. The density's block will
+        do where as many were set apart for it; else a block of its own, which entered nothing that led to `low`.
 
         Raises:
             UnresolvedError: it is above `low`, so that a value may have been missed.
