@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import tracemalloc
+from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,8 @@ def _live_bytes(
                     )
             found = found or gram.truncate(source, rule, arithmetic=host, precision="float64", krylov=krylov)
             assert found.backend.startswith("randomized") == (bool(krylov) and not found.climbed)
-            for _ in host.merger(found.vh, dtype).merged(source.panels()):
-                pass
+            # A loop's variable would keep the last block.
+            deque(host.merger(found.vh, dtype).merged(source.panels()), maxlen=0)
             del found
             scratch.settle()
         return tracemalloc.get_traced_memory()[1]
