@@ -146,8 +146,8 @@ def _shards(out: Path, report: Report) -> tuple[list[ShardHeader], list[Damage]]
             try:
                 found.append(read_header(path))
             except InputError as error:
-                found_wrong, _, _ = str(error).rpartition("; ")  # what an input is to be replaced by, OUT is not
-                damage.append(Damage(name, found_wrong))
+                # What follows is advice for an input.
+                damage.append(Damage(name, str(error).rsplit("; ", 1)[0]))
     return found, damage
 
 

@@ -17,9 +17,8 @@ _REMEDIES = {
     **dict.fromkeys(TOO_MANY, OPEN_FILES),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "make it writable"),
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR), "name another OUT"),
-    **dict.fromkeys(
-        (errno.ELOOP, errno.EISDIR), "remove what is there"
-    ),  # a link or a folder in place of a file of OUT
+    # A link or a folder in place of a file of OUT.
+    **dict.fromkeys((errno.ELOOP, errno.EISDIR), "remove what is there"),
 }
 
 

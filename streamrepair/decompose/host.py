@@ -91,23 +91,20 @@ class HostArithmetic:
 
     def hold(self, source: PanelSource, probes: Doubles) -> Held:
         """Δ whole in float32, and in float64 its images of probes, in one pass."""
-        stored: Real | None = None
+        held: Real | None = None
         exact, trace = np.zeros((source.cols, len(probes))), 0.0
         for block in blocks(source):
-            if stored is None:
-                stored = np.empty((source.cols, source.rows) if block.wide else (source.rows, source.cols), np.float32)
-            rows = slice(block.start, block.start + block.rows)
-            part = stored[:, rows] if block.wide else stored[rows]
-            self._subtract(block, part)
-            delta = part.T if block.wide else part
+            if held is None:  # in the order in which it is stored
+                held = np.empty((source.rows, source.cols), np.float32, order="F" if block.wide else "C")
+            delta = held[block.start : block.start + block.rows]
+            self._subtract(block, delta.T if block.wide else delta)
             for start in range(0, len(delta), _STRIPE_ROWS):
                 # Products in float32 would be those of the operator itself, and show nothing of its error.
                 stripe = delta[start : start + _STRIPE_ROWS].astype(np.float64)
                 exact += stripe.T @ (stripe @ probes.T)
                 trace += float(np.einsum("ij,ij->", stripe, stripe))
-            wide = block.wide
-        assert stored is not None
-        return Held(HeldDelta(stored.T if wide else stored, self._both), np.ascontiguousarray(exact.T), trace)
+        assert held is not None
+        return Held(HeldDelta(held, self._both), np.ascontiguousarray(exact.T), trace)
 
     def products(self, source: PanelSource, vectors: Doubles) -> tuple[Doubles, Doubles]:
         """(k, n) ΔᵀΔ·v for each row v of `vectors`, and (k, k) inner products vᵀΔᵀΔ·w, in float64, in one pass."""

@@ -55,11 +55,10 @@ def truncate(
         )
         search.begin()
         density = search.density()
-        median = search.estimated(density)
-        search.refuse_blunt(median.value, "float32")
-        search.settle(search.cut(median.value))
         if not density.continuous(search.place):
             raise UnresolvedError("the spectrum is not continuous around its median")
+        median = search.estimated(density)
+        search.refuse_blunt(median.value, "float32")
         low, high = search.around(median.value, median.bound + search.bound)
         search.settle(low)
         ceiling, following = search.ceiling(low)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from threadpoolctl import threadpool_limits
+
+from streamrepair.decompose.krylov import BlockLanczos, Ritz
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -16,3 +19,16 @@ def _one_thread() -> Iterator[None]:
     with threadpool_limits(1):
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def lossy_bases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Krylov bases that never show their third value."""
+    original = BlockLanczos.ritz
+
+    def lossy(self: BlockLanczos) -> Ritz:
+        ritz = original(self)
+        keep = np.arange(len(ritz.values)) != 2
+        return Ritz(ritz.values[keep], ritz.residuals[keep], ritz.weights[keep], ritz.coefficients[:, keep])
+
+    monkeypatch.setattr(BlockLanczos, "ritz", lossy)

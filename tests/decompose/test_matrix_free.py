@@ -15,7 +15,7 @@ from streamrepair.decompose.choose import MOST_KEPT
 from streamrepair.decompose.halves import LEAST_COLUMNS, in_turn
 from streamrepair.decompose.held import HeldDelta
 from streamrepair.decompose.host import HostArithmetic
-from streamrepair.decompose.krylov import BlockLanczos, Ritz
+from streamrepair.decompose.krylov import BlockLanczos
 from streamrepair.decompose.krylov_search import Search, unseen
 from streamrepair.decompose.truncation import NonFiniteDeltaError, OutgrownError, Truncation, UnresolvedError
 from streamrepair.errors import NumericalError
@@ -114,27 +114,15 @@ def test_values_within_the_interval_are_told_of(gap: float) -> None:
     _check(source, found)
 
 
-def _lossy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Krylov bases that never show their third value."""
-    original = BlockLanczos.ritz
-
-    def ritz(self: BlockLanczos) -> Ritz:
-        found = original(self)
-        keep = np.arange(len(found.values)) != 2
-        return Ritz(found.values[keep], found.residuals[keep], found.weights[keep], found.coefficients[:, keep])
-
-    monkeypatch.setattr(BlockLanczos, "ritz", ritz)
-
-
-def test_a_missed_direction_is_seen_by_another_start_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    _lossy(monkeypatch)
+@pytest.mark.usefixtures("lossy_bases")
+def test_a_missed_direction_is_seen_by_another_start_block() -> None:
     with pytest.raises(UnresolvedError, match="other values may lie"):
         _truncated(from_delta(low_rank_plus_noise(500, N, 6), "F32"))
 
 
+@pytest.mark.usefixtures("lossy_bases")
 def test_that_other_start_block_is_what_catches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without it the answer would be wrong: the test above tests something."""
-    _lossy(monkeypatch)
     monkeypatch.setattr(Search, "ceiling", lambda _, low: (0.9 * low, 0.8 * low))
     source = from_delta(low_rank_plus_noise(500, N, 6), "F32")
     assert _truncated(source).threshold.rank_kept == 5

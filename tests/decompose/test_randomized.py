@@ -16,7 +16,7 @@ from streamrepair.decompose import certify, gram, ladder, lapack, randomized
 from streamrepair.decompose.choose import MOST_KEPT, Estimate
 from streamrepair.decompose.gram_operator import GramOperator
 from streamrepair.decompose.host import HostArithmetic
-from streamrepair.decompose.krylov import BlockLanczos, Guess, Ritz
+from streamrepair.decompose.krylov import Guess
 from streamrepair.decompose.krylov_search import Search
 from streamrepair.decompose.symmetric import Seen, SymmetricPair
 from streamrepair.decompose.truncation import Truncation, UnresolvedError
@@ -167,20 +167,14 @@ def test_faulty_products_and_solutions_are_caught(
     _check(_gapped(), truncation)
 
 
-def test_a_missed_direction_is_caught_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("lossy_bases")
+def test_a_missed_direction_is_caught_by_the_proof() -> None:
     """A Ritz pair that is lost leaves its value in what Cholesky is to factor."""
-    original = BlockLanczos.ritz
-
-    def lossy(self: BlockLanczos) -> Ritz:
-        ritz = original(self)
-        keep = np.arange(len(ritz.values)) != 2
-        return Ritz(ritz.values[keep], ritz.residuals[keep], ritz.weights[keep], ritz.coefficients[:, keep])
-
-    monkeypatch.setattr(BlockLanczos, "ritz", lossy)
     with pytest.raises(UnresolvedError):
         _alone(_gapped())
 
 
+@pytest.mark.usefixtures("lossy_bases")
 def test_cholesky_that_always_succeeds_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it left behind is not a factor: the probes tell."""
     original = lapack.cholesky
@@ -189,14 +183,6 @@ def test_cholesky_that_always_succeeds_is_caught(monkeypatch: pytest.MonkeyPatch
         original(matrix)
         return True
 
-    lossy_ritz = BlockLanczos.ritz
-
-    def lossy(self: BlockLanczos) -> Ritz:
-        ritz = lossy_ritz(self)
-        keep = np.arange(len(ritz.values)) != 2
-        return Ritz(ritz.values[keep], ritz.residuals[keep], ritz.weights[keep], ritz.coefficients[:, keep])
-
-    monkeypatch.setattr(BlockLanczos, "ritz", lossy)
     monkeypatch.setattr(lapack, "cholesky", careless)
     with pytest.raises(UnresolvedError):
         _alone(_gapped())
