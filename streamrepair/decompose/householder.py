@@ -1,7 +1,8 @@
 """Back-transformation of many vectors by the reflectors of a tridiagonal reduction, in blocks.
 
 LAPACK's ?ormtr takes 32 reflectors at a time, which is too few for the products to run at full speed where there are
-many vectors, and with between 32 and 128 vectors it takes them one by one.
+many vectors, and with between 32 and 128 vectors it takes them one by one; T's vectors, most of whose entries have
+underflowed, take it twice as long as others, as it looks for zeros at their ends.
 
 Source: Schreiber & Van Loan 1989 (compact WY); the triangular factor's inverse is taken from the reflectors' inner
 products (Puglisi 1992).
@@ -20,7 +21,7 @@ from streamrepair.decompose.halves import Both, in_turn
 
 _BLOCK = 64
 _BELOW = np.tri(_BLOCK, k=-1, dtype=bool)
-_LEAST_COLUMNS, _LEAST_VECTORS = 768, 48
+_LEAST_COLUMNS, _LEAST_VECTORS = 256, 32
 """Below these LAPACK is as quick."""
 _HALVED_VECTORS = 256
 """Where there are fewer, factors of the reflectors, which each half makes for itself, would tell."""
