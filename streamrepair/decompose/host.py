@@ -1,8 +1,4 @@
-"""Arithmetic on the CPU: NumPy for conversions, SciPy's BLAS and LAPACK in place for the rest.
-
-The eigenvalue problem is stopped half-way on purpose: reduce to tridiagonal form T, take all values of T, then the
-vectors of the few values that the threshold keeps. That is where the time of a full decomposition is saved.
-"""
+"""Arithmetic on the CPU: NumPy for conversions, SciPy's BLAS and LAPACK in place for the rest."""
 
 from __future__ import annotations
 
@@ -10,13 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
-from streamrepair.decompose import certify, halves, householder, lapack, twisted
-from streamrepair.decompose.arithmetic import Count, Doubles, Gram, Merger, Precision, Spectrum, Vectors, on_host
+from streamrepair.decompose import halves, lapack
+from streamrepair.decompose.arithmetic import Doubles, Gram, Merger, Precision, Vectors, on_host
 from streamrepair.decompose.convert import STORED_TYPE, Raw, Real, RealType, difference, narrow, widened
 from streamrepair.decompose.halves import Both, in_halves, in_turn, middle
 from streamrepair.decompose.held import Held, HeldDelta
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.decompose.scratch import Scratch
+from streamrepair.decompose.tridiagonal import TridiagonalSpectrum
 
 _FLUSH_ROWS = 8192
 """Rows summed in float32 before the sum is added to the float64 one: longer runs lose digits, shorter ones time."""
@@ -240,50 +237,3 @@ class HostMerger(Merger):
         in_halves(merge, len(merged), cols, self._both)
         self._lost += sum(lost)
         return out
-
-
-class TridiagonalSpectrum(Spectrum):
-    """LAPACK's dsytrd and dsterf; of the vectors asked for T's own, and these turned back by `householder`.
-
-    Args:
-        gram: (n, n) float64, C upper triangle set; it is overwritten by the reflectors.
-        both: does two halves of many vectors.
-
-    Raises:
-        NumericalError: LAPACK failed, or the median is not T's.
-    """
-
-    def __init__(self, gram: Doubles, both: Both = in_turn) -> None:
-        self._reflectors, self._both = gram, both
-        self._diagonal, self._off, self._scales = lapack.tridiagonalise(gram)
-        self._values = lapack.tridiagonal_values(self._diagonal, self._off)
-        certify.check_place(self._diagonal, self._off, self._values, (len(gram) - 1) // 2)
-
-    @property
-    def values(self) -> Doubles:
-        """(n,) eigenvalues, ascending."""
-        return self._values
-
-    def product(self, probes: Doubles) -> Doubles:
-        """Q·T·Qᵀ·X."""
-        rotated = probes.copy()
-        lapack.rotate_back(self._reflectors, self._scales, rotated, transpose=True)
-        image = lapack.times_tridiagonal(self._diagonal, self._off, rotated)
-        lapack.rotate_back(self._reflectors, self._scales, image)
-        return image
-
-    def count_above(self, shift: float, bound: float = 0.0) -> Count:  # noqa: ARG002 - a Sturm sequence has none
-        """By a Sturm sequence."""
-        above = certify.sturm_count(self._diagonal, self._off, shift)
-        return Count(above, above)
-
-    def top(self, count: int) -> Doubles:
-        """By twisted factorisations of T or, where clusters spoil those, by MRRR."""
-        if count == 0:
-            return np.empty((0, len(self._values)))
-        vectors = twisted.vectors(self._diagonal, self._off, self._values[-count:])
-        if not certify.orthonormality(vectors) <= certify.ORTHONORMALITY:
-            del vectors
-            vectors = lapack.tridiagonal_vectors(self._diagonal, self._off, count)
-        householder.rotate_back(self._reflectors, self._scales, vectors, self._both)
-        return vectors

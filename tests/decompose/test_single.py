@@ -12,6 +12,7 @@ from streamrepair.decompose.convert import Real
 from streamrepair.decompose.halves import Both
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
+from streamrepair.decompose.tridiagonal import SingleTridiagonal
 from streamrepair.decompose.truncation import MOST_MIXING, Truncation, UnresolvedError, mixing, roots
 from streamrepair.decompose.windows import Slack, Windows
 from streamrepair.errors import NumericalError
@@ -98,7 +99,7 @@ def test_what_float32_vectors_are_off_by_is_foretold(spectrum: str) -> None:
     probes = certify.probe_vectors(n)
     gram = HostArithmetic().gram(source, probes, "float32")
     assert gram.matrix is not None
-    form = single.SingleTridiagonal(gram.matrix)
+    form = SingleTridiagonal(gram.matrix)
     error, seen = single._factor_error(form, gram, probes)
     first = HardThreshold().estimate(roots(form.values), m, n)
     basis = single._Basis.chosen(form, first, error, seen)
@@ -206,7 +207,7 @@ def test_what_windows_leave_is_no_further_from_t_than_is_said(kind: str, monkeyp
     rows, blunt = seen[0]
     gram = HostArithmetic().gram(source, certify.probe_vectors(n), "float32")
     assert gram.matrix is not None
-    error = source.delta().T @ source.delta() - single.SingleTridiagonal(gram.matrix).product(np.eye(n))
+    error = source.delta().T @ source.delta() - SingleTridiagonal(gram.matrix).product(np.eye(n))
     others = np.linalg.qr(rows.T, mode="complete")[0][:, len(rows) :]
     assert np.linalg.norm(others.T @ error @ others, 2) <= blunt
 

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, lapack, twisted
-from streamrepair.decompose.host import TridiagonalSpectrum
+from streamrepair.decompose.tridiagonal import TridiagonalSpectrum
 
 Doubles = NDArray[np.float64]
 
