@@ -52,9 +52,6 @@ class OutputError(StreamRepairError, OSError):
 class NumericalError(StreamRepairError, ArithmeticError):
     """No backend produced a factorisation that passed its check, or the result overflows its dtype."""
 
-    climbed: tuple[str, ...] = ()
-    """Why other ways had been left before, in order."""
-
 
 class LockedError(StreamRepairError, BlockingIOError):
     """Another live run holds OUT."""
