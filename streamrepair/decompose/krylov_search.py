@@ -127,7 +127,9 @@ class Search:
         # The first estimate is a rough one: what is settled at first lies clear of the noise.
         rough = 1.2 * self.look()
         if not self.settle(rough, steps=_SOON):
-            better = self.density()  # of how many are kept, before more is spent on them
+            # Of how many are kept, before more is spent on them. The median comes from a later one: by then more has
+            # converged and is set apart, which makes it another estimate.
+            better = self.density()
             self.refuse_many(self.size - better.position(self.cut(better.at(self.place))))
             self.settle(rough)
 
