@@ -146,8 +146,7 @@ def _shards(out: Path, report: Report) -> tuple[list[ShardHeader], list[Damage]]
             try:
                 found.append(read_header(path))
             except InputError as error:
-                # What follows is advice for an input.
-                damage.append(Damage(name, str(error).rsplit("; ", 1)[0]))
+                damage.append(Damage(name, error.finding))  # the advice is for an input
     return found, damage
 
 
