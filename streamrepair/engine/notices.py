@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from streamrepair.checkpoint.beside import kind_of
 from streamrepair.checkpoint.naming import same_by_another_name
-from streamrepair.checkpoint.pairing import NOT_IN_BASE, Selection, is_of_no_kind
+from streamrepair.checkpoint.pairing import NOT_IN_BASE, SHAPES_DIFFER, Selection, is_of_no_kind
 from streamrepair.checkpoint.sidecars import left_beside, not_carried, sidecars, stated_model
 from streamrepair.engine.job import Outcome
 from streamrepair.engine.memory import PROCESS_BYTES
@@ -41,7 +41,7 @@ def plan_warnings(plan: Plan) -> list[str]:
             f"{have} a side shorter than {_FEW}, of which the law of large matrices says little; "
             f"--exclude passes them through, e.g. {shown(short[0].name)} {list(short[0].out.shape)}"
         )
-    if resized := [t for t in plan.tasks if t.pairing.reason.startswith("shapes differ")]:
+    if resized := [t for t in plan.tasks if t.pairing.kind == SHAPES_DIFFER]:
         n = len(resized)
         differ = f"differs in shape and {_are(n)}" if n == 1 else f"differ in shape and {_are(n)}"
         found.append(f"{counted(n, 'tensor')} {differ} kept, e.g. {shown(resized[0].name)}")
