@@ -159,7 +159,7 @@ def _refusal_of_scales(entry: TensorEntry, codes: dict[str, str]) -> _Refusal | 
     other scales than FT's would be neither checkpoint's weight.
     """
     own = codes.get(entry.name.rpartition(".")[0])
-    return None if own is None else _Refusal(f"belongs to the quantised {own} beside it")
+    return None if own is None else _Refusal(f"belongs to the quantised {shown(own)} beside it")
 
 
 def is_of_no_kind(pairing: Pairing) -> bool:
