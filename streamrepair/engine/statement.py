@@ -79,7 +79,7 @@ def make_report(
     *,
     sidecars: Mapping[str, str],
 ) -> Report:
-    """The report of a run whose every tensor has its record.
+    """The report of a run whose every tensor has its record; `sealed` gives it its digest.
 
     Args:
         sessions: all that led to this result, the present one last. sidecars: digest of each.
@@ -91,7 +91,7 @@ def make_report(
         tensors[pairing.name] = TensorRecord(
             action="dropped", reason=pairing.reason, shape=entry.shape, dtype=entry.dtype
         )
-    report = Report(
+    return Report(
         version=__version__,
         base=_summary(plan.base),
         ft=_summary(plan.ft),
@@ -120,13 +120,15 @@ def make_report(
         ),
         tensors=tensors,
     )
-    text = report_text(report)
-    return msgspec.structs.replace(report, report_digest=digest_of(memoryview(text)[: text.rindex(b"null")]))
 
 
-def report_text(report: Report) -> bytes:
-    """A report as it stands in its file."""
-    return msgspec.json.format(msgspec.json.encode(report)) + b"\n"
+def sealed(report: Report) -> tuple[Report, bytes]:
+    """A report with its digest, and as it stands in its file."""
+    assert report.report_digest is None
+    text = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
+    at = text.rindex(b"null")
+    digest = digest_of(memoryview(text)[:at])
+    return msgspec.structs.replace(report, report_digest=digest), text[:at] + f'"{digest}"\n}}\n'.encode()
 
 
 def is_as_written(text: bytes, report: Report) -> bool:
