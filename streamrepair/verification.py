@@ -146,7 +146,7 @@ def _shards(out: Path, report: Report) -> tuple[list[ShardHeader], list[Damage]]
             try:
                 found.append(read_header(path))
             except InputError as error:
-                damage.append(Damage(name, error.finding))  # the advice is for an input
+                damage.append(Damage(name, error.finding))  # without advice for an input
     return found, damage
 
 
@@ -219,7 +219,7 @@ def _indexed(out: Path, damage: list[Damage]) -> Checkpoint | None:
     try:
         return open_checkpoint(str(out), side="OUT")
     except InputError as error:
-        damage.append(Damage(str(out), str(error)))
+        damage.append(Damage(str(out), error.finding))  # without advice for an input
         return None
 
 

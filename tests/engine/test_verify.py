@@ -138,6 +138,13 @@ def test_a_bit_flipped_in_the_index_is_found(out: Path, pair: Pair, offset: int)
     assert path.read_bytes() == whole
 
 
+def test_an_index_that_is_broken_is_not_to_be_downloaded(out: Path) -> None:
+    """As that of an input would be."""
+    (out / "model.safetensors.index.json").write_text("{")
+    assert "broken or cut JSON" in _found(out)[str(out)]
+    assert "download" not in _found(out)[str(out)]
+
+
 def test_a_report_without_a_digest_of_the_index(out: Path) -> None:
     """As earlier versions wrote them."""
     path = out / "streamrepair.json"
