@@ -10,9 +10,17 @@ import re
 
 
 class StreamRepairError(Exception):
-    """An expected failure; `exit_status` is what the command exits with."""
+    """An expected failure; `exit_status` is what the command exits with.
+
+    Args:
+        finding: what was found, or the whole message. advice: what to do, apart for whoever has other advice to give.
+    """
 
     exit_status = 1
+
+    def __init__(self, finding: str, advice: str = "") -> None:
+        super().__init__(f"{finding}; {advice}" if advice else finding)
+        self.finding, self.advice = finding, advice
 
 
 class UsageError(StreamRepairError, ValueError):
@@ -51,9 +59,6 @@ class OutputError(StreamRepairError, OSError):
 
 class NumericalError(StreamRepairError, ArithmeticError):
     """No backend produced a factorisation that passed its check, or the result overflows its dtype."""
-
-    climbed: tuple[str, ...] = ()
-    """Why other ways had been left before, in order."""
 
 
 class LockedError(StreamRepairError, BlockingIOError):

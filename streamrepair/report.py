@@ -243,7 +243,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     warnings: tuple[str, ...]
     tensors: dict[str, TensorRecord]
     report_digest: str | None = None
-    """Of the file's text before it; last of all, and null in reports of earlier versions."""
+    """Of all else that the file says, however it is laid out; last of all, and null in reports of earlier versions."""
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):

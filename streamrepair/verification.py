@@ -146,8 +146,7 @@ def _shards(out: Path, report: Report) -> tuple[list[ShardHeader], list[Damage]]
             try:
                 found.append(read_header(path))
             except InputError as error:
-                # What follows is advice for an input.
-                damage.append(Damage(name, str(error).rsplit("; ", 1)[0]))
+                damage.append(Damage(name, error.finding))  # without advice for an input
     return found, damage
 
 
@@ -220,7 +219,7 @@ def _indexed(out: Path, damage: list[Damage]) -> Checkpoint | None:
     try:
         return open_checkpoint(str(out), side="OUT")
     except InputError as error:
-        damage.append(Damage(str(out), str(error)))
+        damage.append(Damage(str(out), error.finding))  # without advice for an input
         return None
 
 

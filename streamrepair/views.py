@@ -65,7 +65,7 @@ def groups(plan: Plan) -> list[Group]:
 
 def _treatment(task: Task, unit: Unit) -> str:
     if task.shape is None:
-        return _kind(task.pairing.reason)
+        return f"keep, {task.pairing.kind or task.pairing.reason}"
     backend = "randomized or gram" if task.backend == "randomized" else task.backend
     on = ", on GPU" if task.place == "cuda" else ""
     return f"repair, {backend}{on}{' in batches' if len(unit.tasks) > 1 else ''}"
@@ -185,7 +185,3 @@ def predicted_s(task: Task, settings: Settings, rates: Rates) -> dict[str, float
         "gram_many_kept": round(cost.predicted(task.shape, "gram", rates, many).total_s, 6),
         "full": round(cost.predicted(task.shape, "full", rates).total_s, 6),
     }
-
-
-def _kind(reason: str) -> str:
-    return f"keep, {reason.partition(':')[0]}"

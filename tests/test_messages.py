@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from streamrepair import api
 from streamrepair.checkpoint import osfile
 from streamrepair.engine import commit
 from streamrepair.engine.stop import StopRequest
-from streamrepair.errors import StreamRepairError, brief
+from streamrepair.errors import BudgetError, InputError, LockedError, OutputError, StreamRepairError, brief
 from tests.builders import entry, write_file
 from tests.engine.test_run import _spoil
 from tests.faults import Kernel, fails
@@ -256,6 +257,15 @@ def test_the_pair_that_is_spoilt_is_sound(tmp_path: Path, monkeypatch: pytest.Mo
     case.run()
     assert isinstance(case.pair, Pair)
     assert api.verify(case.out).damage == ()
+
+
+@pytest.mark.parametrize("kind", [StreamRepairError, InputError, OutputError, BudgetError, LockedError])
+def test_finding_and_advice_are_one_message_and_stay_apart(kind: type[StreamRepairError]) -> None:
+    """Whatever the standard library's type makes of two arguments."""
+    error = kind("a; b", "do c")
+    for each in (error, pickle.loads(pickle.dumps(error))):
+        assert (type(each), str(each), each.finding, each.advice) == (kind, "a; b; do c", "a; b", "do c")
+    assert (str(kind("a; b")), kind("a; b").finding, kind("a; b").advice) == ("a; b", "a; b", "")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from streamrepair.decompose.choose import Backend, Estimate
 from streamrepair.decompose.convert import STORED_TYPE
 from streamrepair.engine import budget, limits
 from streamrepair.errors import BudgetError, UsageError
-from streamrepair.units import format_bytes
+from streamrepair.units import format_apart
 
 DTYPES = {"bf16": "BF16", "f16": "F16", "f32": "F32"}
 """What --dtype offers."""
@@ -87,7 +87,7 @@ def refuse_too_large(cases: Sequence[Case], conditions: Conditions) -> None:
         needed_bytes = least_bytes + (20 * m * n if conditions.check else 0)
         if needed_bytes > free_bytes:
             remedy = "leave it out, or add --no-check" if least_bytes <= free_bytes else "leave it out"
+            needed, free = format_apart(needed_bytes, free_bytes)
             raise BudgetError(
-                f"--shape {case.shape[0]}x{case.shape[1]} needs about {format_bytes(needed_bytes)} of memory, "
-                f"{format_bytes(free_bytes)} can be had: {remedy}"
+                f"--shape {case.shape[0]}x{case.shape[1]} needs about {needed} of memory, {free} can be had: {remedy}"
             )

@@ -122,12 +122,12 @@ def refuse_not_downloaded(start_of_file: bytes) -> None:
     start = start_of_file.lstrip().lower()
     for signature, what in _NOT_DOWNLOADED.items():
         if start.startswith(signature):
-            raise InputError(f"is {what}, the file itself was not downloaded; run `git lfs pull` or `hf download`")
+            raise InputError(f"is {what}, the file itself was not downloaded", "run `git lfs pull` or `hf download`")
 
 
 def malformed(problem: str) -> InputError:
     """The error for a file that breaks its format."""
-    return InputError(f"{problem}; download or export the file again")
+    return InputError(problem, "download or export the file again")
 
 
 def walk_object(text: str, at: int, member: Callable[[str, int], int], *, what: str) -> int:

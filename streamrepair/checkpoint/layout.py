@@ -95,7 +95,7 @@ def open_checkpoint(given: str | Path, *, side: str) -> Checkpoint:
             return _from_main_file(str(given), _main_file(path), whole_folder=True)
         return _from_main_file(str(given), path, whole_folder=path.name.endswith(".index.json"))
     except InputError as error:
-        raise InputError(f"{side}: {error}") from error
+        raise InputError(f"{side}: {error.finding}", error.advice) from error
 
 
 def _refuse_one_of_several(path: Path, *, named: bool) -> None:
@@ -110,7 +110,7 @@ def _refuse_one_of_several(path: Path, *, named: bool) -> None:
     numbered = _ONE_OF.search(path.name)
     if numbered is not None and int(numbered[1]) > 1:
         remedy = "name its folder or its index instead" if named else "fetch the others and the index"
-        raise InputError(f"{shown_path(path)}: is one shard of {int(numbered[1])}; {remedy}")
+        raise InputError(f"{shown_path(path)}: is one shard of {int(numbered[1])}", remedy)
     for name in _names_in(path.parent) if named else ():
         if name.endswith(_INDEX):
             with contextlib.suppress(InputError):  # a broken index is not what was named
@@ -119,7 +119,7 @@ def _refuse_one_of_several(path: Path, *, named: bool) -> None:
                     break
     else:
         return
-    raise InputError(f"{shown_path(path)}: is one shard of {len(shards)}; name its folder or {shown(name)} instead")
+    raise InputError(f"{shown_path(path)}: is one shard of {len(shards)}", f"name its folder or {shown(name)} instead")
 
 
 def _status(path: Path) -> os.stat_result:
@@ -128,7 +128,7 @@ def _status(path: Path) -> os.stat_result:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         why = error.strerror if isinstance(error, OSError) else error
         raise InputError(
-            f"{shown_path(path)}: cannot be opened ({why}); check the path, or name a Hub id as owner/name"
+            f"{shown_path(path)}: cannot be opened ({why})", "check the path, or name a Hub id as owner/name"
         ) from error
 
 
@@ -136,7 +136,7 @@ def _existing(given: str) -> Path:
     """`given` as a path that exists, after a download if it names a repository of the Hub."""
     path = Path(given)
     if not given:
-        raise InputError("the path is empty; name a folder, a .safetensors file, an index or a Hub id")
+        raise InputError("the path is empty", "name a folder, a .safetensors file, an index or a Hub id")
     if not os.path.lexists(path) and hub.is_id(given):
         return hub.fetched(given)
     return path
@@ -151,22 +151,22 @@ def _main_file(folder: Path) -> Path:
         if name in names:
             return folder / name
     if len(indices) > 1:
-        raise InputError(f"{shown_path(folder)}: has {len(indices)} indices ({_listed(indices)}); name one of them")
+        raise InputError(f"{shown_path(folder)}: has {len(indices)} indices ({_listed(indices)})", "name one of them")
     if indices or len(shards) == 1:
         return folder / (indices or shards)[0]
     if shards:
         raise InputError(
-            f"{shown_path(folder)}: has {len(shards)} .safetensors files ({_listed(shards)}) and no index; "
-            "fetch the missing model.safetensors.index.json, or name one file"
+            f"{shown_path(folder)}: has {len(shards)} .safetensors files ({_listed(shards)}) and no index",
+            "fetch the missing model.safetensors.index.json, or name one file",
         )
     if parts := _parts(folder):
         raise InputError(
-            f"{shown_path(folder)}: has no .safetensors file itself, its subfolders have ({_listed(parts)}); name one "
-            "of them, and that of the same name on the other side"
+            f"{shown_path(folder)}: has no .safetensors file itself, its subfolders have ({_listed(parts)})",
+            "name one of them, and that of the same name on the other side",
         )
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
-        raise InputError(f"{shown_path(folder)}: has no .safetensors file, only {_listed(pickles)}; {_CONVERT}")
-    raise InputError(f"{shown_path(folder)}: has no .safetensors file and no index; name a checkpoint's folder")
+        raise InputError(f"{shown_path(folder)}: has no .safetensors file, only {_listed(pickles)}", _CONVERT)
+    raise InputError(f"{shown_path(folder)}: has no .safetensors file and no index", "name a checkpoint's folder")
 
 
 def _parts(folder: Path) -> list[str]:
@@ -184,7 +184,7 @@ def _names_in(folder: Path) -> list[str]:
     try:
         return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
     except OSError as error:
-        raise InputError(f"{shown_path(folder)}: cannot be listed ({error.strerror}); check its mode") from error
+        raise InputError(f"{shown_path(folder)}: cannot be listed ({error.strerror})", "check its mode") from error
 
 
 def _from_main_file(given: str, path: Path, *, whole_folder: bool) -> Checkpoint:
@@ -192,8 +192,8 @@ def _from_main_file(given: str, path: Path, *, whole_folder: bool) -> Checkpoint
     index_name = None
     if path.name.startswith("."):
         raise InputError(
-            f"{shown_path(path)}: begins with a dot, and loaders would not see a result of that name; name a link to "
-            "it that has another"
+            f"{shown_path(path)}: begins with a dot, and loaders would not see a result of that name",
+            "name a link to it that has another",
         )
     if path.name.endswith(_SHARD):
         _refuse_one_of_several(path, named=not whole_folder)
@@ -205,9 +205,9 @@ def _from_main_file(given: str, path: Path, *, whole_folder: bool) -> Checkpoint
         metadata, weight_map = _read_index(path)
         index_name, shards = path.name, _open_shards(path, set(weight_map.values()))
     elif path.name.endswith(_PICKLES):
-        raise InputError(f"{shown_path(path)}: is no safetensors file; {_CONVERT}")
+        raise InputError(f"{shown_path(path)}: is no safetensors file", _CONVERT)
     else:
-        raise InputError(f"{shown_path(path)}: is no folder, .safetensors file or .index.json; name one of those")
+        raise InputError(f"{shown_path(path)}: is no folder, .safetensors file or .index.json", "name one of those")
     own = {shard.path.name for shard in shards}
     return Checkpoint(
         given=given,
@@ -253,8 +253,8 @@ def _open_shards(path: Path, shard_names: set[str]) -> tuple[ShardHeader, ...]:
     missing = [name for name in names if _is_missing(path.parent / name)]
     if missing:
         raise InputError(
-            f"{shown_path(path)}: {len(missing)} of its {len(names)} shards are missing ({_listed(missing)}); "
-            "download them into the same folder"
+            f"{shown_path(path)}: {len(missing)} of its {len(names)} shards are missing ({_listed(missing)})",
+            "download them into the same folder",
         )
     return tuple(read_header(path.parent / name) for name in names)
 

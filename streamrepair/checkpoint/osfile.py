@@ -45,7 +45,7 @@ def open_input(path: Path) -> int:
             mode = os.fstat(fd).st_mode
             if not stat.S_ISREG(mode):
                 what = "folder" if stat.S_ISDIR(mode) else "FIFO, device or socket"
-                raise InputError(f"is a {what}, expected a regular file; put the file itself there")
+                raise InputError(f"is a {what}, expected a regular file", "put the file itself there")
         except BaseException:
             close(fd)
             raise
@@ -80,8 +80,8 @@ def read_exactly(fd: int, nbytes: int, offset: int) -> bytes:
             continue
         if not part:
             raise InputError(
-                f"ends at byte {offset}, {nbytes} bytes early: it shrank while it was read; "
-                "download or export the file again"
+                f"ends at byte {offset}, {nbytes} bytes early: it shrank while it was read",
+                "download or export the file again",
             )
         parts.append(part)
         nbytes -= len(part)

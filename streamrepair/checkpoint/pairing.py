@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
@@ -21,6 +21,7 @@ LEAST_ELEMENTS = 1024
 
 NOT_IN_BASE = "not in the base checkpoint"
 """Why a tensor of FT alone is kept."""
+SHAPES_DIFFER = "shapes differ"
 
 Intent = Literal["repair", "keep", "drop"]
 
@@ -44,6 +45,20 @@ class Pairing:
     """Why, in words for the report."""
     base: Side | None
     ft: Side | None
+    kind: str = ""
+    """The reason without numbers of the tensor's own, where it has such."""
+
+
+class _Refusal(NamedTuple):
+    """Why a tensor is passed through."""
+
+    kind: str
+    own: str = ""
+    """Numbers of the tensor's own."""
+
+    @property
+    def reason(self) -> str:
+        return f"{self.kind}: {self.own}" if self.own else self.kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +123,22 @@ def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection) -> Iterator[P
                 continue
             found = base.tensors.get(entry.name)
             other = Side(*found) if found else None
-            refusal = (
-                _refusal(entry, other.entry if other else None)
-                or _refusal_of_scales(entry, codes)
-                or selection.refusal(entry.name)
-            )
-            intent: Intent = "keep" if refusal else "repair"
-            yield Pairing(entry.name, intent, refusal or "", other, Side(position, entry))
+            side = Side(position, entry)
+            refusal = _refusal(entry, other.entry if other else None) or _refusal_of_scales(entry, codes)
+            if refusal is None and (unwanted := selection.refusal(entry.name)) is not None:
+                refusal = _Refusal(unwanted)
+            if refusal is None:
+                yield Pairing(entry.name, "repair", "", other, side)
+            else:
+                yield Pairing(entry.name, "keep", refusal.reason, other, side, refusal.kind)
 
 
-def _refusal(ft: TensorEntry, base: TensorEntry | None) -> str | None:
+def _refusal(ft: TensorEntry, base: TensorEntry | None) -> _Refusal | None:
     """Why a tensor is passed through, or None if it is a pair of matrices."""
     if base is None:
-        return NOT_IN_BASE
+        return _Refusal(NOT_IN_BASE)
     if ft.shape != base.shape:
-        return f"shapes differ: {list(base.shape)} in base, {list(ft.shape)} fine-tuned"
+        return _Refusal(SHAPES_DIFFER, f"{list(base.shape)} in base, {list(ft.shape)} fine-tuned")
     return _of_no_kind(ft, base)
 
 
@@ -136,14 +152,14 @@ def _codes(ft: Checkpoint) -> dict[str, str]:
     return found
 
 
-def _refusal_of_scales(entry: TensorEntry, codes: dict[str, str]) -> str | None:
+def _refusal_of_scales(entry: TensorEntry, codes: dict[str, str]) -> _Refusal | None:
     """Why a matrix is passed through that means nothing without the codes beside it, which are; or None.
 
     The scales and zero points of FP8 blocks, GPTQ, AWQ, HQQ and the like are matrices of plain floats. FT's codes with
     other scales than FT's would be neither checkpoint's weight.
     """
     own = codes.get(entry.name.rpartition(".")[0])
-    return None if own is None else f"belongs to the quantised {own} beside it"
+    return None if own is None else _Refusal(f"belongs to the quantised {shown(own)} beside it")
 
 
 def is_of_no_kind(pairing: Pairing) -> bool:
@@ -154,15 +170,15 @@ def is_of_no_kind(pairing: Pairing) -> bool:
     return _of_no_kind(ft.entry, base.entry) is not None
 
 
-def _of_no_kind(ft: TensorEntry, base: TensorEntry) -> str | None:
+def _of_no_kind(ft: TensorEntry, base: TensorEntry) -> _Refusal | None:
     """Why tensors of these dtypes and this shape are not repaired, or None if they are."""
     for side, entry in (("base", base), ("fine-tuned", ft)):
         if entry.dtype not in FLOATS:
-            return f"dtype {entry.dtype} ({side}) is not a plain floating-point weight"
+            return _Refusal(f"dtype {entry.dtype} ({side}) is not a plain floating-point weight")
     if len(ft.shape) != 2:
-        return f"{len(ft.shape)}-D, not a matrix"
+        return _Refusal(f"{len(ft.shape)}-D, not a matrix")
     if ft.numel < LEAST_ELEMENTS:
-        return f"tiny: {ft.numel} elements, fewer than {LEAST_ELEMENTS}"
+        return _Refusal("tiny", f"{ft.numel} elements, fewer than {LEAST_ELEMENTS}")
     return None
 
 

@@ -38,12 +38,12 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{shown_path(path)}: {error}") from error
+        raise InputError(f"{shown_path(path)}: {error.finding}", error.advice) from error
     except OSError as error:
         what = f"{shown_path(path)}: cannot be read ({error.strerror})"
         if error.errno in TOO_MANY:
             raise StreamRepairError(f"{what}: {OPEN_FILES} and run the same command again") from error
-        raise InputError(f"{what}; check the path and mode") from error
+        raise InputError(what, "check the path and mode") from error
 
 
 @contextlib.contextmanager
@@ -60,8 +60,8 @@ def writing(path: Path, verb: str) -> Iterator[None]:
             raise
         remedy = _REMEDIES.get(error.errno or 0, "mend the disk")
         raise OutputError(
-            f"{shown_path(path)}: could not be {verb} ({error.strerror or error}); finished work is kept: "
-            f"{remedy} and run the same command again"
+            f"{shown_path(path)}: could not be {verb} ({error.strerror or error})",
+            f"finished work is kept: {remedy} and run the same command again",
         ) from error
 
 
@@ -75,4 +75,4 @@ def reading_output() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise OutputError(str(error)) from error
+        raise OutputError(error.finding, error.advice) from error

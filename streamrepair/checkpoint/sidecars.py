@@ -79,7 +79,7 @@ def _walk(folder: Path, prefix: str, depth: int) -> Iterator[tuple[str, bool]]:
             yield prefix, False  # lost+found and the like are no reason to refuse the weights
             return
         raise InputError(
-            f"{refusals.shown_path(folder)}: cannot be listed ({error.strerror}); check its mode"
+            f"{refusals.shown_path(folder)}: cannot be listed ({error.strerror})", "check its mode"
         ) from error
     with entries:
         for entry in entries:

@@ -34,7 +34,7 @@ def check_readable(path: Path, most_bytes: int) -> int:
 
 def _refuse_longer(status: os.stat_result, most_bytes: int | None) -> None:
     if most_bytes is not None and status.st_size > most_bytes:
-        raise InputError(f"is {status.st_size} bytes long, expected at most {most_bytes}; move it elsewhere")
+        raise InputError(f"is {status.st_size} bytes long, expected at most {most_bytes}", "move it elsewhere")
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -9,7 +9,6 @@ Source: Golub & Van Loan, Matrix Computations, section 8.6; the checks are `cert
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -43,6 +42,7 @@ def truncate(
     krylov: float = 0.0,
     estimate: Estimate = "exact",
     held: float = 0.0,
+    left: list[str] | None = None,
 ) -> Truncation:
     """Decide and factor one delta through its Gram matrix, or without one where few values are kept.
 
@@ -50,39 +50,19 @@ def truncate(
         krylov: share of the rank up to which `randomized` goes first; 0: not at all.
         estimate: of the noise; "fast" is `randomized`'s alone.
         held: share up to which `matrix_free` goes before that.
+        left: gets why methods were left for the one whose answer, or error, this is.
 
     Raises:
         UnresolvedError: this precision cannot tell the kept rank.
         NonFiniteDeltaError: the sums are not finite.
         NumericalError: LAPACK failed or its answer did not pass the checks.
     """
-    left: list[str] = []
-    try:
-        found = _first_sound(
-            source, rule, left, arithmetic=arithmetic, precision=precision, krylov=krylov, estimate=estimate, held=held
-        )
-    except NumericalError as error:
-        error.climbed = tuple(left)
-        raise
-    return replace(found, climbed=tuple(left))
-
-
-def _first_sound(
-    source: PanelSource,
-    rule: HardThreshold,
-    left: list[str],
-    *,
-    arithmetic: Arithmetic,
-    precision: Precision,
-    krylov: float,
-    estimate: Estimate,
-    held: float,
-) -> Truncation:
-    """The answer of the first method that has one; why those before it had none is added to `left`."""
+    left = [] if left is None else left
+    host = arithmetic if isinstance(arithmetic, HostArithmetic) else None
     probes = certify.probe_vectors(source.cols)
-    if held and precision == "float32" and isinstance(arithmetic, HostArithmetic):
+    if held and precision == "float32" and host is not None:
         try:
-            return matrix_free.truncate(source, rule, arithmetic=arithmetic, probes=probes, most_kept=held)
+            return matrix_free.truncate(source, rule, arithmetic=host, probes=probes, most_kept=held)
         except (ArithmeticError, np.linalg.LinAlgError) as error:
             left.append(f"randomized-float32 without a Gram matrix: {error}")
             krylov = 0.0 if isinstance(error, OutgrownError) and held >= krylov else krylov
@@ -91,7 +71,6 @@ def _first_sound(
     check_sums(gram.trace, gram.exact_images)
     if krylov and gram.matrix is not None:
         try:
-            products = partial(arithmetic.products, source) if isinstance(arithmetic, HostArithmetic) else None
             return randomized.truncate(
                 source,
                 rule,
@@ -100,12 +79,12 @@ def _first_sound(
                 precision=precision,
                 estimate=estimate,
                 most_kept=krylov,
-                products=products,
+                products=None if host is None else partial(host.products, source),
             )
         except (ArithmeticError, np.linalg.LinAlgError) as error:
             left.append(f"randomized-{precision}: {error}")
-    if precision == "float32" and isinstance(arithmetic, HostArithmetic):
-        return single.truncate(source, rule, arithmetic=arithmetic, gram=gram, probes=probes)
+    if precision == "float32" and host is not None:
+        return single.truncate(source, rule, arithmetic=host, gram=gram, probes=probes)
     return conclude(gram, gram.factorise(), rule, source.rows, precision)
 
 

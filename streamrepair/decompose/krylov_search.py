@@ -127,7 +127,9 @@ class Search:
         # The first estimate is a rough one: what is settled at first lies clear of the noise.
         rough = 1.2 * self.look()
         if not self.settle(rough, steps=_SOON):
-            better = self.density()  # of how many are kept, before more is spent on them
+            # Of how many are kept, before more is spent on them. The median comes from a later one: by then more has
+            # converged and is set apart, which makes it another estimate.
+            better = self.density()
             self.refuse_many(self.size - better.position(self.cut(better.at(self.place))))
             self.settle(rough)
 
@@ -304,6 +306,16 @@ class Search:
         if count == len(values):
             raise UnresolvedError(f"no value below {low:.3g} was found")
         return Top(values[:count], vectors[:count], norms[:count], float(values[count]), float(norms[count]))
+
+
+def refuse_estimator(rule: HardThreshold) -> None:
+    """Hold that τ rests on the median alone: of the values below it a search knows the density only.
+
+    Raises:
+        UnresolvedError: it rests on others too.
+    """
+    if rule.sigma != "median":
+        raise UnresolvedError("this estimator needs all values")
 
 
 def unseen(n: int, steps: int, *, block: int = BLOCK, chance: float = _UNSEEN) -> float:

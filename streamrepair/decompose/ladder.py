@@ -68,7 +68,9 @@ def decompose(
     failures: list[str] = []
     too_blunt = False
     host = host or HostArithmetic()
-    rungs = _rungs(source, rule, arithmetic, backend, host, sharp=sharp, full_fits=full_fits, estimate=estimate)
+    rungs = _rungs(
+        source, rule, arithmetic, backend, host, sharp=sharp, full_fits=full_fits, estimate=estimate, left=failures
+    )
     again = {_GRAM_ON_CPU}
     if batched is not None:
         first = f"gram-{precisions(arithmetic, rule, source.cols, sharp=sharp)[0]}"
@@ -80,15 +82,14 @@ def decompose(
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # squares that overflow pass no check
                 found = attempt()
-            return replace(found, climbed=(*failures, *found.climbed))
+            return replace(found, climbed=tuple(failures))
         except NonFiniteDeltaError as error:
             if not name.startswith("gram"):
                 raise
-            failures += [*error.climbed, f"{name}: {error}"]  # squares can overflow where the input is sound
+            failures.append(f"{name}: {error}")  # squares can overflow where the input is sound
         except (ArithmeticError, RuntimeError, np.linalg.LinAlgError) as error:
             too_blunt = isinstance(error, UnresolvedError)
-            before = error.climbed if isinstance(error, NumericalError) else ()
-            failures += [*before, f"{name}: {brief(error)}"]
+            failures.append(f"{name}: {brief(error)}")
     raise NumericalError("; ".join(failures))
 
 
@@ -102,7 +103,9 @@ def _rungs(
     sharp: bool,
     full_fits: bool,
     estimate: Estimate,
+    left: list[str],
 ) -> list[Rung]:
+    """What to try, in order; a rung that has several ways adds to `left` why it left one for the next."""
     rungs: list[Rung] = []
     krylov = krylov_share(backend, estimate, source.cols)
     if backend != "full":
@@ -116,6 +119,7 @@ def _rungs(
                 krylov=krylov,
                 estimate=estimate,
                 held=held_share(backend, estimate, source.rows, source.cols),
+                left=left,
             )
             rungs.append((f"gram-{precision}", attempt))
         if not isinstance(arithmetic, HostArithmetic):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
 from streamrepair.decompose.host import HostArithmetic
-from streamrepair.decompose.krylov_search import Search, rotation
+from streamrepair.decompose.krylov_search import Search, refuse_estimator, rotation
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.randomized import Facts, concluded
 from streamrepair.decompose.truncation import Truncation, UnresolvedError, check_sums, refuse_mixing
@@ -41,8 +41,7 @@ def truncate(
         NonFiniteDeltaError: sums over the delta are not finite.
         NumericalError: LAPACK failed, or its answer did not pass the checks.
     """
-    if rule.sigma != "median":
-        raise UnresolvedError("this estimator needs all values")
+    refuse_estimator(rule)
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is met
         held = arithmetic.hold(source, probes)
         check_sums(held.trace, held.images)

@@ -27,7 +27,7 @@ from streamrepair.decompose.arithmetic import Gram, Precision, Products
 from streamrepair.decompose.choose import MOST_KEPT, Estimate
 from streamrepair.decompose.gram_operator import GramOperator
 from streamrepair.decompose.krylov import Density, Guess
-from streamrepair.decompose.krylov_search import Search, Top, rotation
+from streamrepair.decompose.krylov_search import Search, Top, refuse_estimator, rotation
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.order_statistic import Located, locate
 from streamrepair.decompose.symmetric import Seen, SymmetricPair
@@ -70,8 +70,7 @@ def truncate(
         NumericalError: LAPACK failed, or its answer did not pass the checks; likewise.
     """
     assert gram.matrix is not None
-    if rule.sigma != "median":
-        raise UnresolvedError("this estimator needs all values")
+    refuse_estimator(rule)
     matrix = SymmetricPair(gram.matrix)
     try:
         with np.errstate(over="ignore", invalid="ignore"):  # what comes of it passes no check

@@ -60,8 +60,8 @@ def _reads_as(shard: ShardFile, name: str, digest: str | None) -> bool:
 
 def finished_report(
     plan: Plan, workspace: Workspace, done: Mapping[str, TensorRecord], *, mending: bool
-) -> Report | None:
-    """The report of an earlier run that this one has nothing to add to.
+) -> tuple[Report, bytes] | None:
+    """The report of an earlier run that this one has nothing to add to, and its text.
 
     Args:
         mending: sidecars, too, are to be what the report has.
@@ -80,7 +80,7 @@ def finished_report(
         return None
     if mending and any(not _has(out / restored(name), digest) for name, digest in report.sidecar_digests.items()):
         return None
-    return report
+    return report, text
 
 
 def _has(path: Path, digest: str) -> bool:

@@ -19,12 +19,12 @@ class NonFiniteInputError(InputError):
     """A weight of BASE or FT is NaN or infinite: the pair is refused and leaves no output.
 
     Args:
-        found: what is where.
+        finding: what is where.
     """
 
-    def __init__(self, found: str) -> None:
-        super().__init__(f"{found}: restore the file, or pass such tensors through with --on-nonfinite copy-ft")
-        self.found = found
+    def __init__(self, finding: str) -> None:
+        super().__init__(f"{finding}: restore the file, or pass such tensors through with --on-nonfinite copy-ft")
+        self.finding = finding
 
 
 def met_nonfinite(job: Job, piece: memoryview, offset: int, *, of_base: bool) -> str | None:
@@ -50,7 +50,7 @@ def _allowed(job: Job, side: Side, index: int, *, of_base: bool) -> str:
     checkpoint = job.around.base if of_base else job.around.ft
     error = nonfinite_error(checkpoint.shards[side.shard].path, side.entry, index)
     if job.around.settings.on_nonfinite == "copy-ft":
-        return error.found
+        return error.finding
     raise error
 
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 from streamrepair.checkpoint.beside import kind_of
 from streamrepair.checkpoint.naming import same_by_another_name
-from streamrepair.checkpoint.pairing import NOT_IN_BASE, Selection, is_of_no_kind
+from streamrepair.checkpoint.pairing import NOT_IN_BASE, SHAPES_DIFFER, Selection, is_of_no_kind
 from streamrepair.checkpoint.sidecars import left_beside, not_carried, sidecars, stated_model
 from streamrepair.engine.job import Outcome
 from streamrepair.engine.memory import PROCESS_BYTES
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import InputError, shown
-from streamrepair.units import counted, format_bytes
+from streamrepair.units import counted, format_apart
 
 _FEW = 8
 _LISTED = 5
@@ -41,7 +41,7 @@ def plan_warnings(plan: Plan) -> list[str]:
             f"{have} a side shorter than {_FEW}, of which the law of large matrices says little; "
             f"--exclude passes them through, e.g. {shown(short[0].name)} {list(short[0].out.shape)}"
         )
-    if resized := [t for t in plan.tasks if t.pairing.reason.startswith("shapes differ")]:
+    if resized := [t for t in plan.tasks if t.pairing.kind == SHAPES_DIFFER]:
         n = len(resized)
         differ = f"differs in shape and {_are(n)}" if n == 1 else f"differ in shape and {_are(n)}"
         found.append(f"{counted(n, 'tensor')} {differ} kept, e.g. {shown(resized[0].name)}")
@@ -96,16 +96,17 @@ def _are(number: int) -> str:
 def machine_warnings(plan: Plan, *, free_bytes: int, resident_bytes: int) -> Iterator[str]:
     """Of a plan on the machine, and in the process, that is to carry it out."""
     if plan.ram_projected_bytes > free_bytes:
-        projected, free = format_bytes(plan.ram_projected_bytes), format_bytes(free_bytes)
+        projected, free = format_apart(plan.ram_projected_bytes, free_bytes)
         yield (
             f"{projected} of memory are projected, {free} are free: the kernel may end the run; allow less with --ram"
         )
     held = resident_bytes - PROCESS_BYTES
     if held > 0 and not plan.gpus and plan.ram_projected_bytes + held > plan.ram_allowed_bytes:
+        resident, process = format_apart(resident_bytes, PROCESS_BYTES)
+        used, allowed = format_apart(plan.ram_projected_bytes + held, plan.ram_allowed_bytes)
         yield (
-            f"the program held {format_bytes(resident_bytes)} before the run, {format_bytes(PROCESS_BYTES)} are "
-            f"projected for it: up to {format_bytes(plan.ram_projected_bytes + held)} are used, --ram allows "
-            f"{format_bytes(plan.ram_allowed_bytes)}"
+            f"the program held {resident} before the run, {process} are projected for it: up to {used} are used, "
+            f"--ram allows {allowed}"
         )
 
 

@@ -72,7 +72,7 @@ def save(rates: Rates) -> Path:
         osfile.make_folder(target.parent)
         wholefile.write_atomic(target, msgspec.json.format(msgspec.json.encode(measured)))
     except (OutputError, RuntimeError) as error:  # RuntimeError: no home folder
-        why = str(error).partition(";")[0]
+        why = error.finding if isinstance(error, OutputError) else error
         raise OutputError(
             f"{why}; the speeds are not kept: let XDG_CACHE_HOME name a folder to keep them in"
         ) from error

@@ -35,7 +35,7 @@ from streamrepair.engine.side_files import check_apart, check_path_beside
 from streamrepair.engine.statement import (
     fingerprint,
     make_report,
-    report_text,
+    sealed,
     shard_index,
     stated_dtype,
     statement_bytes,
@@ -159,8 +159,9 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         for message in other_sidecars(plan, run.workspace.out):
             run.warn(message)
         run.workspace.finish()
-        _write_copy(finished, report_path)
-        return finished
+        report, text = finished
+        _write_copy(text, report_path)
+        return report
     if done and (before := run.workspace.began_on) not in ("", fingerprint(plan).device):
         run.warn(
             f"{len(done)} tensors were finished on {before}, the rest is done on {plan.device}: "
@@ -190,16 +191,16 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     unchanged()
     copied = _write_beside(run)
     run.record_session()
-    report = make_report(plan, committer.records, run.workspace.accounts.sessions, sidecars=copied)
-    wholefile.write_atomic(run.workspace.out / REPORT_NAME, report_text(report))
+    report, text = sealed(make_report(plan, committer.records, run.workspace.accounts.sessions, sidecars=copied))
+    wholefile.write_atomic(run.workspace.out / REPORT_NAME, text)
     run.workspace.finish()
-    _write_copy(report, report_path)
+    _write_copy(text, report_path)
     return report
 
 
-def _write_copy(report: Report, path: Path | None) -> None:
+def _write_copy(text: bytes, path: Path | None) -> None:
     if path is not None:
-        wholefile.write_atomic(path, report_text(report))
+        wholefile.write_atomic(path, text)
 
 
 def _write_trace(run: _Run, path: Path) -> None:

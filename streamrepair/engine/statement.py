@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from streamrepair.checkpoint.layout import Checkpoint
-from streamrepair.checkpoint.write import digest_of
+from streamrepair.checkpoint.write import digest_of, digest_text, new_digest
 from streamrepair.engine.accounts import most_bytes, summed, summed_uses
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan
@@ -19,6 +19,7 @@ from streamrepair.report import (
     Report,
     Session,
     TensorRecord,
+    decoded,
     storable,
 )
 from streamrepair.version import __version__
@@ -79,7 +80,7 @@ def make_report(
     *,
     sidecars: Mapping[str, str],
 ) -> Report:
-    """The report of a run whose every tensor has its record.
+    """The report of a run whose every tensor has its record; `sealed` gives it its digest.
 
     Args:
         sessions: all that led to this result, the present one last. sidecars: digest of each.
@@ -91,7 +92,7 @@ def make_report(
         tensors[pairing.name] = TensorRecord(
             action="dropped", reason=pairing.reason, shape=entry.shape, dtype=entry.dtype
         )
-    report = Report(
+    return Report(
         version=__version__,
         base=_summary(plan.base),
         ft=_summary(plan.ft),
@@ -120,21 +121,45 @@ def make_report(
         ),
         tensors=tensors,
     )
-    text = report_text(report)
-    return msgspec.structs.replace(report, report_digest=digest_of(memoryview(text)[: text.rindex(b"null")]))
 
 
-def report_text(report: Report) -> bytes:
-    """A report as it stands in its file."""
-    return msgspec.json.format(msgspec.json.encode(report)) + b"\n"
+def sealed(report: Report) -> tuple[Report, bytes]:
+    """A report with its digest, and as it stands in its file."""
+    assert report.report_digest is None
+    text = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
+    at = text.rindex(b"null")
+    digest = _content_digest(text)
+    return msgspec.structs.replace(report, report_digest=digest), text[:at] + f'"{digest}"\n}}\n'.encode()
 
 
 def is_as_written(text: bytes, report: Report) -> bool:
-    """Whether the text that a report was read from is what the run wrote; of one without a digest nobody knows."""
+    """Whether the text that a report was read from says what the run wrote; of one without a digest nobody knows."""
     if report.report_digest is None:
         return True
     end = f'"{report.report_digest}"\n}}\n'.encode()
-    return text.endswith(end) and digest_of(memoryview(text)[: -len(end)]) == report.report_digest
+    if text.endswith(end) and digest_of(memoryview(text)[: -len(end)]) == report.report_digest:
+        return True  # as digests were once, of the text before them
+    try:
+        return _content_digest(text) == report.report_digest
+    except (ValueError, RecursionError, msgspec.MsgspecError):  # no UTF-8 in a member that is none of ours
+        return False
+
+
+def _content_digest(text: bytes) -> str:
+    """Digest of what a report's text says but for `report_digest`, whatever its layout, order and spelling of numbers.
+
+    Of the JSON and not of the record, so that a member that another version has counts too. Tensors are taken one by
+    one: all of them decoded would be several times the text.
+    """
+    members = decoded(text, dict[str, msgspec.Raw])
+    tensors = decoded(members.pop("tensors"), dict[str, msgspec.Raw])
+    members.pop("report_digest")
+    hashed = new_digest()
+    for under, values in (((), members), (("tensors",), tensors)):
+        for name in sorted(values):
+            value = json.loads(bytes(values[name]), parse_int=float)  # jq writes 1.0 as 1
+            hashed.update(msgspec.json.encode((*under, name, value), order="sorted"))
+    return digest_text(hashed)
 
 
 def _summary(checkpoint: Checkpoint) -> CheckpointSummary:

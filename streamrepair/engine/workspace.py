@@ -23,7 +23,7 @@ from streamrepair.checkpoint.write import ShardFile, ShardLayout
 from streamrepair.engine.accounts import Accounts
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
 from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord, decoded, restored
-from streamrepair.units import format_bytes
+from streamrepair.units import format_apart
 
 STATE = ".streamrepair"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -220,8 +220,9 @@ class Workspace:
         needed += self._beside_bytes + _SLACK_BYTES
         free = osfile.free_bytes(there)
         if needed > free:
+            needs, are = format_apart(needed, free)
             raise DiskSpaceError(
-                f"OUT {shown(str(self.out))}: the result needs {format_bytes(needed)}, {format_bytes(free)} are free: "
+                f"OUT {shown(str(self.out))}: the result needs {needs}, {are} are free: "
                 "free space or choose another OUT"
             )
 

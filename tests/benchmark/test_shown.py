@@ -147,12 +147,15 @@ def test_the_command_prints_json_and_draws(tmp_path: Path) -> None:
 
 
 def test_speeds_that_cannot_be_kept_are_shown_all_the_same(tmp_path: Path) -> None:
-    (tmp_path / "streamrepair").write_text("a file")
-    done = _bench("--calibrate", "--json", cwd=tmp_path, XDG_CACHE_HOME=str(tmp_path))
+    cache = tmp_path / "one; two"
+    cache.mkdir()
+    (cache / "streamrepair").write_text("a file")
+    done = _bench("--calibrate", "--json", cwd=tmp_path, XDG_CACHE_HOME=str(cache))
     assert done.returncode == 1
     assert json.loads(done.stdout)["float64_flops_per_s"] > 1e8
     (line,) = done.stderr.splitlines()
-    assert "the speeds are not kept: let XDG_CACHE_HOME name a folder" in line
+    assert f"{cache}/streamrepair: could not be " in line
+    assert "); the speeds are not kept: let XDG_CACHE_HOME name a folder" in line
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,14 @@ def test_scales_stay_with_the_codes_that_they_scale(tmp_path: Path, codes: str, 
     assert [p.name for p in found.values() if p.intent == "repair"] == ["layers.0.q.norm.weight", "layers.0.k.weight"]
 
 
+def test_a_reason_holds_no_name_as_a_checkpoint_has_it(tmp_path: Path) -> None:
+    """`plan` prints it."""
+    codes = ("I8", (64, 64), bytes(4096))
+    tensors: Tensors = {"q.\x1b[31mred": codes, "q.scale": SCALES, "a": MATRIX}
+    found = _paired(tmp_path, tensors, tensors)
+    assert found["q.scale"].reason == "belongs to the quantised \\x1b[31mred beside it"
+
+
 @pytest.mark.parametrize(
     "beside",
     [np.zeros((64, 64), np.int64), np.zeros((64, 64), np.bool_), np.zeros(64, np.int32), np.int8(0)],

@@ -110,6 +110,7 @@ def test_other_estimators_are_left_to_methods_that_know_all_values() -> None:
     tail = HardThreshold(sigma="tail")
     truncation = ladder.decompose(_gapped(), tail, arithmetic=HostArithmetic(), backend="randomized")
     assert truncation.backend.startswith("gram")
+    assert truncation.climbed == ("randomized-float64: this estimator needs all values",)
 
 
 @given(

@@ -147,7 +147,7 @@ def _live_bytes(
     try:
         for source in sources:
             scratch.begin("alike")
-            found = None
+            found, left = None, list[str]()
             if dtype == "BF16":  # the float64 attempt is made outside: the failed one's arrays live in its traceback
                 with contextlib.suppress(UnresolvedError):
                     found = gram.truncate(
@@ -158,9 +158,12 @@ def _live_bytes(
                         krylov=krylov,
                         estimate="fast" if fast else "exact",
                         held=krylov if fast else 0.0,
+                        left=left,
                     )
-            found = found or gram.truncate(source, rule, arithmetic=host, precision="float64", krylov=krylov)
-            assert found.backend.startswith("randomized") == (bool(krylov) and not found.climbed)
+            if found is None:
+                left.clear()
+                found = gram.truncate(source, rule, arithmetic=host, precision="float64", krylov=krylov, left=left)
+            assert found.backend.startswith("randomized") == (bool(krylov) and not left)
             # A loop's variable would keep the last block.
             deque(host.merger(found.vh, dtype).merged(source.panels()), maxlen=0)
             del found

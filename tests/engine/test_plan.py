@@ -16,6 +16,7 @@ from streamrepair.engine.fit import most_at_once
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import BudgetError, UsageError
 from streamrepair.report import Settings
+from streamrepair.views import groups
 from tests.builders import bf16
 from tests.pairs import DEMO, Pair, read_tensors, shard_bytes, smallest_budget, snapshot, write_pair
 
@@ -242,3 +243,10 @@ def test_float32_output_is_planned_at_its_size(tmp_path: Path) -> None:
     plan = api.plan(pair.base, pair.ft, settings=Settings(out_dtype="float32"))
     assert {t.name: (t.out.dtype, t.out.nbytes) for t in plan.tasks} == {"w": ("F32", 16384), "x": ("F32", 40)}
     assert sum(len(raw[2]) for raw in read_tensors(pair.ft).values()) == 8192 + 20
+
+
+def test_a_group_is_named_by_the_whole_reason_but_for_numbers_of_its_members(tmp_path: Path) -> None:
+    """A pattern may hold a colon, too."""
+    pair = write_pair(tmp_path, {"a": (8, 8), "b": (8, 9), "c": (64, 64)}, shards=(1, 1))
+    found = groups(api.plan(pair.base, pair.ft, settings=Settings(include="(?:a|b)")))
+    assert {group.treatment: group.count for group in found} == {"keep, tiny": 2, "keep, not included by '(?:a|b)'": 1}

@@ -913,6 +913,15 @@ def test_a_disk_that_is_too_small_is_met_before_any_work(tmp_path: Path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_disk_that_is_too_small_by_little_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not "needs 7.02 MB, 7.02 MB are free"."""
+    pair = write_pair(tmp_path, {"w": (64, 64)})
+    (pair.ft / "vocab.json").write_bytes(bytes(3_004_000))
+    monkeypatch.setattr(osfile, "free_bytes", lambda _: 7_016_000)
+    with pytest.raises(DiskSpaceError, match=r"needs 7\.0(19|2)\d* MB, 7\.016 MB are free"):
+        api.repair(pair.base, pair.ft, tmp_path / "out")
+
+
 def test_a_disk_need_hold_only_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small result fits a small disk; sidecars count at their size."""
     pair = write_pair(tmp_path, {"w": (64, 64)})

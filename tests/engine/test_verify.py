@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from streamrepair import api
+from streamrepair.checkpoint.write import digest_of
 from streamrepair.errors import DamageError, InputError, UsageError
 from tests.command import run
 from tests.pairs import DEMO, Pair, stored, write_pair, write_split
@@ -134,6 +138,13 @@ def test_a_bit_flipped_in_the_index_is_found(out: Path, pair: Pair, offset: int)
     assert path.read_bytes() == whole
 
 
+def test_an_index_that_is_broken_is_not_to_be_downloaded(out: Path) -> None:
+    """As that of an input would be."""
+    (out / "model.safetensors.index.json").write_text("{")
+    assert "broken or cut JSON" in _found(out)[str(out)]
+    assert "download" not in _found(out)[str(out)]
+
+
 def test_a_report_without_a_digest_of_the_index(out: Path) -> None:
     """As earlier versions wrote them."""
     path = out / "streamrepair.json"
@@ -230,6 +241,79 @@ def test_an_edited_number_of_the_report(out: Path, field: str) -> None:
     report["tensors"]["b"][field] += 1
     path.write_text(json.dumps(report, indent=2) + "\n")
     assert _found(out) == {"streamrepair.json": "not as it was written: edited since, or damaged"}
+
+
+def _jq(text: str, *options: str) -> str:
+    if shutil.which("jq") is None:
+        pytest.skip("no jq")
+    return subprocess.run(["jq", *options, "."], input=text, capture_output=True, text=True, check=True).stdout
+
+
+def _spelt_otherwise(text: str) -> str:
+    """Floats with 17 digits, or none where they are whole; names in escapes."""
+
+    def other(found: re.Match[str]) -> str:
+        value = float(found[1])
+        return str(int(value)) if value.is_integer() else f"{value:.16e}"
+
+    # A value to a line.
+    text = re.sub(r"(?<=[ :])(-?[0-9]+[.e][0-9.e+-]*)(?=,?$)", other, text, flags=re.MULTILINE)
+    return text.replace('"tensors"', '"t\\u0065nsors"').replace('"rank_kept"', '"rank\\u005fkept"')
+
+
+@pytest.mark.parametrize(
+    "lay_out",
+    [
+        lambda text: json.dumps(json.loads(text)),
+        lambda text: json.dumps(json.loads(text), indent=8, sort_keys=True),
+        lambda text: json.dumps(json.loads(text, object_pairs_hook=lambda pairs: dict(reversed(pairs)))),
+        _jq,
+        lambda text: _jq(text, "-cS"),
+        _spelt_otherwise,
+    ],
+    ids=["compact", "sorted", "reversed", "jq", "jq sorted", "numbers"],
+)
+def test_a_report_laid_out_anew_says_what_it_said(pair: Pair, out: Path, lay_out: Callable[[str], str]) -> None:
+    path = out / "streamrepair.json"
+    before = path.read_text()
+    after = lay_out(before)
+    assert after != before
+    path.write_text(after)
+    assert _found(out) == {}
+    api.repair(pair.base, pair.ft, out)
+    assert path.read_text() == after
+    report = json.loads(after)
+    report["tensors"]["b"]["rank_kept"] += 1
+    path.write_text(lay_out(json.dumps(report, indent=2) + "\n"))
+    assert list(_found(out)) == ["streamrepair.json"]
+
+
+def test_a_report_with_a_digest_of_its_text(out: Path) -> None:
+    """As digests were once: it stands for that text alone."""
+    path = out / "streamrepair.json"
+    text = path.read_text()
+    at = text.index(json.loads(text)["report_digest"]) - 1
+    path.write_text(f'{text[:at]}"{digest_of(text[:at].encode())}"\n}}\n')
+    assert _found(out) == {}
+    path.write_text(json.dumps(json.loads(path.read_text())))
+    assert list(_found(out)) == ["streamrepair.json"]
+
+
+@pytest.mark.parametrize("content", [b"1", b"[1e999]", b'"\xed\xa0\x80"', b'"\xff"', b'{"a": {"b": null}}'])
+@pytest.mark.parametrize("before", [b'"format"', b'"action"'])
+def test_a_member_that_is_none_of_ours_is_an_edit(out: Path, before: bytes, content: bytes) -> None:
+    path = out / "streamrepair.json"
+    path.write_bytes(path.read_bytes().replace(before, b'"other": ' + content + b", " + before, 1))
+    assert list(_found(out)) == ["streamrepair.json"]
+
+
+def test_a_member_that_is_left_out_is_an_edit(out: Path) -> None:
+    """Though reading makes up for it."""
+    path = out / "streamrepair.json"
+    report = json.loads(path.read_text())
+    assert report["tensors"]["b"].pop("warnings") == []
+    path.write_text(json.dumps(report))
+    assert list(_found(out)) == ["streamrepair.json"]
 
 
 def test_a_bit_flipped_in_the_report_is_found_wherever_it_is(out: Path) -> None:
