@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from streamrepair import api
-from streamrepair.checkpoint.write import digest_of
 from streamrepair.errors import DamageError, InputError, UsageError
 from tests.command import run
 from tests.pairs import DEMO, Pair, stored, write_pair, write_split
@@ -285,17 +284,6 @@ def test_a_report_laid_out_anew_says_what_it_said(pair: Pair, out: Path, lay_out
     report = json.loads(after)
     report["tensors"]["b"]["rank_kept"] += 1
     path.write_text(lay_out(json.dumps(report, indent=2) + "\n"))
-    assert list(_found(out)) == ["streamrepair.json"]
-
-
-def test_a_report_with_a_digest_of_its_text(out: Path) -> None:
-    """As digests were once: it stands for that text alone."""
-    path = out / "streamrepair.json"
-    text = path.read_text()
-    at = text.index(json.loads(text)["report_digest"]) - 1
-    path.write_text(f'{text[:at]}"{digest_of(text[:at].encode())}"\n}}\n')
-    assert _found(out) == {}
-    path.write_text(json.dumps(json.loads(path.read_text())))
     assert list(_found(out)) == ["streamrepair.json"]
 
 
