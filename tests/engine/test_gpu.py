@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -39,6 +40,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
     told = {
         "is_available": lambda: True,
+        "device": lambda _: contextlib.nullcontext(),
         "mem_get_info": lambda _: (card.free, card.total),
         "memory_reserved": lambda _: card.reserved,
         "memory_allocated": lambda _: card.allocated,
@@ -65,6 +67,28 @@ def test_the_limit_is_for_the_run_alone(card: Card) -> None:
     assert card.fraction == 0.9
     with pytest.raises(KeyError), capped_memory(["cuda:0"], 32 * GB):
         raise KeyError
+    assert card.fraction == 0.9
+
+
+def test_a_card_that_breaks_during_a_run_does_not_undo_it(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its work was done by the CPU; that the limit cannot be put back is no failure."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with capped_memory(["cuda:0"], 32 * GB):
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", broken)
+
+
+def test_limits_are_put_back_where_a_further_card_cannot_be_used(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_alone(device: torch.device) -> SimpleNamespace:
+        if device.index:
+            raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+        return SimpleNamespace(total_memory=card.total)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", one_alone)
+    with pytest.raises(UsageError, match=r"^cuda:1 cannot"), capped_memory(["cuda:0", "cuda:1"], 32 * GB):
+        pass
     assert card.fraction == 0.9
 
 
