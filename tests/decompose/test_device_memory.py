@@ -144,6 +144,21 @@ def test_other_failures_of_a_device_leave_the_merge_to_the_cpu_at_once(monkeypat
     assert merger.climbed == ("merge: CUDA error: an illegal memory access was encountered",)
 
 
+def test_a_device_that_gives_no_stream_leaves_the_merge_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SOURCES["tall"]
+    arithmetic = _device()
+    truncation = _decomposed(source, arithmetic)
+    expected = _merged(source, arithmetic.merger(truncation.vh, "BF16"))
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cpu, "Stream", broken)
+    merger = arithmetic.merger(truncation.vh, "BF16")
+    assert np.mean(_merged(source, merger) != expected) < 1e-3
+    assert merger.climbed == ("merge: CUDA error: an illegal memory access was encountered",)
+
+
 @pytest.mark.parametrize(
     "words",
     [
