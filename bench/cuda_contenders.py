@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ class Answer:
         return {
             "rank": result.rank,
             "rank_exact": self.rank,
-            "delta_error": error,
+            "delta_error": error if math.isfinite(error) else None,  # JSON has no NaN
             "passed": agrees and error <= DELTA_TOLERANCE,
             "backend": result.backend,
             "climbed": list(result.climbed),
@@ -132,9 +133,16 @@ def _loaded(raw: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     return torch.from_numpy(raw).to(device).view(torch.bfloat16)
 
 
-def stages(source: pairs.Source, arithmetic: DeviceArithmetic, wait: Callable[[], None]) -> dict[str, float]:
-    """Seconds of each stage in float64, and the share of their allowance that rounding errors took in the proofs."""
-    probes, found, last = certify.probe_vectors(source.cols), {}, time.perf_counter()
+def stages(
+    source: pairs.Source, arithmetic: DeviceArithmetic, wait: Callable[[], None], found: dict[str, float]
+) -> None:
+    """Seconds of each stage in float64, and the share of their allowance that rounding errors took in the proofs.
+
+    Args:
+        found: gets them one by one, so that a stage that fails takes none of those before it along. The rounding errors
+            come before the proofs, which they may make fail.
+    """
+    probes, last = certify.probe_vectors(source.cols), time.perf_counter()
 
     def lap(name: str) -> None:
         nonlocal last
@@ -151,6 +159,8 @@ def stages(source: pairs.Source, arithmetic: DeviceArithmetic, wait: Callable[[]
     bound = certify.solver_bound(float(spectrum.values[-1]), source.cols)
     threshold, _ = decide(spectrum.values, bound, RULE, source.rows, source.cols)
     lap("decide_s")
+    found |= _rounding(spectrum, threshold.tau**2, bound, probes)
+    lap("rounding_s")
     spectrum.count_above(threshold.tau**2, bound)
     lap("count_s")
     kept = spectrum.values[source.cols - threshold.rank_kept :]
@@ -158,7 +168,6 @@ def stages(source: pairs.Source, arithmetic: DeviceArithmetic, wait: Callable[[]
     lap("vectors_s")
     gram.conclude(summed, spectrum, RULE, source.rows, "float64")
     lap("conclude_s")
-    return found | _rounding(spectrum, threshold.tau**2, bound, probes)
 
 
 def _rounding(spectrum: EighSpectrum, shift: float, bound: float, probes: Doubles) -> dict[str, float]:
