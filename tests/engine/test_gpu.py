@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from streamrepair.engine import budget
+from streamrepair.engine import budget, gpu
 from streamrepair.engine.gpu import capped_memory
 from streamrepair.engine.memory import CUDA_CONTEXT_BYTES
 from streamrepair.errors import UsageError
@@ -114,3 +115,22 @@ def test_a_card_that_does_not_answer_is_named(card: Card, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "get_device_properties", busy)
     with pytest.raises(UsageError, match=says), capped_memory(["cuda:1"], 10 * GB):
         pass
+
+
+def test_every_run_works_in_the_same_stream(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps a workspace for each one that ever multiplied."""
+    seen: list[object] = []
+
+    @contextlib.contextmanager
+    def current(stream: object) -> Iterator[None]:
+        seen.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    gpu._stream_of.cache_clear()
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        with gpu.own_stream(device):
+            pass
+    gpu._stream_of.cache_clear()
+    assert seen[0] is seen[2] is not seen[1]
