@@ -69,7 +69,7 @@ def batch(count: int, shape: tuple[int, int], arithmetic: DeviceArithmetic, cloc
     sources = [pairs.pair(shape, "gapped", arithmetic.device, seed) for seed in range(count)]
     works = contenders.batched(sources, arithmetic)
     name = f"{count}:{shape[0]}x{shape[1]}"
-    return {"runs": [clock.measure(f"{way} {name}", 1.0, work) for way, work in works.items()]}
+    return {"runs": [clock.measure(f"{way} {name}", 1.0, work, contenders.decided) for way, work in works.items()]}
 
 
 def gpu_record(device: torch.device) -> Record | None:
@@ -173,6 +173,9 @@ def _whole(model: str, device: torch.device, repeats: int) -> Record:
 def _faulty(record: Record) -> bool:
     steps = [*record["batches"], *record["cases"], record.get("whole", {})]
     if any("failed" in step or "failed" in step.get("answer", ()) for step in steps):
+        return True
+    batched = [run for batch in record["batches"] for run in batch.get("runs", ())]
+    if any("failed" in run or run.get("check", {}).get("why") for run in batched):
         return True
     ours = [run for case in record["cases"] for run in case.get("runs", ()) if run["name"] == "streamrepair"]
     return any("seconds" not in run or not run.get("check", {}).get("passed", True) for run in ours)

@@ -18,7 +18,8 @@ from streamrepair.decompose.arithmetic import Doubles, on_host
 from streamrepair.decompose.batched import truncate_batch
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.spectrum import EighSpectrum, GramMatrix
-from streamrepair.decompose.truncation import decide
+from streamrepair.decompose.truncation import Truncation, decide
+from streamrepair.errors import NumericalError, brief
 from streamrepair.spectral.threshold import HardThreshold
 
 RULE = HardThreshold()
@@ -189,3 +190,9 @@ def batched(sources: Sequence[pairs.Source], arithmetic: DeviceArithmetic) -> di
             gram.truncate(source, RULE, arithmetic=arithmetic, precision="float64") for source in sources
         ],
     }
+
+
+def decided(results: Sequence[Truncation | NumericalError]) -> dict[str, Any]:
+    """How many members of a batch have an answer, and why others have none: they do not fail with it."""
+    failures = [result for result in results if isinstance(result, NumericalError)]
+    return {"decided": len(results) - len(failures), "why": sorted({brief(failure) for failure in failures})}

@@ -48,7 +48,7 @@ def test_small_shapes_are_measured_and_held_against_float64(tmp_path: Path) -> N
         assert ours["rank"] > 0.1 * n or case["spectrum"] == "gapped"
     (batch,) = record["batches"]
     assert [run["name"] for run in batch["runs"]] == ["batched 3:80x40", "one by one 3:80x40"]
-    assert all(run["seconds"] > 0 for run in batch["runs"])
+    assert all(run["seconds"] > 0 and run["check"] == {"decided": 3, "why": []} for run in batch["runs"])
     whole = record["whole"]
     assert whole["batches"] == [6, 4, 4]
     assert [run["name"] for run in whole["runs"]] == ["in batches", "one by one"]
