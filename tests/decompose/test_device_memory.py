@@ -166,10 +166,11 @@ def test_a_device_that_gives_no_stream_leaves_the_merge_to_the_cpu(monkeypatch: 
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasSgemm( handle, …)`",
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+        'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1165, please report',
     ],
 )
 def test_memory_that_a_library_could_not_get_counts_as_such(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    """cuBLAS says so in an error that is not torch's OutOfMemoryError: smaller blocks are tried, not the CPU."""
+    """It is said in an error that is not torch's OutOfMemoryError: smaller blocks are tried, not the CPU."""
     source = SOURCES["tall"]
     truncation = _decomposed(source, _device())
     original, calls = torch.linalg.vector_norm, 0
