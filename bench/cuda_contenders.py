@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from streamrepair.decompose.arithmetic import Doubles, on_host
 from streamrepair.decompose.batched import truncate_batch
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.spectrum import EighSpectrum, GramMatrix
-from streamrepair.decompose.truncation import decide
+from streamrepair.decompose.truncation import Truncation, decide
+from streamrepair.errors import NumericalError, brief
 from streamrepair.spectral.threshold import HardThreshold
 
 RULE = HardThreshold()
@@ -54,7 +56,7 @@ class Answer:
         return {
             "rank": result.rank,
             "rank_exact": self.rank,
-            "delta_error": error,
+            "delta_error": error if math.isfinite(error) else None,  # JSON has no NaN
             "passed": agrees and error <= DELTA_TOLERANCE,
             "backend": result.backend,
             "climbed": list(result.climbed),
@@ -132,9 +134,16 @@ def _loaded(raw: np.ndarray[Any, Any], device: torch.device) -> Tensor:
     return torch.from_numpy(raw).to(device).view(torch.bfloat16)
 
 
-def stages(source: pairs.Source, arithmetic: DeviceArithmetic, wait: Callable[[], None]) -> dict[str, float]:
-    """Seconds of each stage in float64, and the share of their allowance that rounding errors took in the proofs."""
-    probes, found, last = certify.probe_vectors(source.cols), {}, time.perf_counter()
+def stages(
+    source: pairs.Source, arithmetic: DeviceArithmetic, wait: Callable[[], None], found: dict[str, float]
+) -> None:
+    """Seconds of each stage in float64, and the share of their allowance that rounding errors took in the proofs.
+
+    Args:
+        found: gets them one by one, so that a stage that fails takes none of those before it along. The rounding errors
+            come before the proofs, which they may make fail.
+    """
+    probes, last = certify.probe_vectors(source.cols), time.perf_counter()
 
     def lap(name: str) -> None:
         nonlocal last
@@ -151,6 +160,8 @@ def stages(source: pairs.Source, arithmetic: DeviceArithmetic, wait: Callable[[]
     bound = certify.solver_bound(float(spectrum.values[-1]), source.cols)
     threshold, _ = decide(spectrum.values, bound, RULE, source.rows, source.cols)
     lap("decide_s")
+    found |= _rounding(spectrum, threshold.tau**2, bound, probes)
+    lap("rounding_s")
     spectrum.count_above(threshold.tau**2, bound)
     lap("count_s")
     kept = spectrum.values[source.cols - threshold.rank_kept :]
@@ -158,7 +169,6 @@ def stages(source: pairs.Source, arithmetic: DeviceArithmetic, wait: Callable[[]
     lap("vectors_s")
     gram.conclude(summed, spectrum, RULE, source.rows, "float64")
     lap("conclude_s")
-    return found | _rounding(spectrum, threshold.tau**2, bound, probes)
 
 
 def _rounding(spectrum: EighSpectrum, shift: float, bound: float, probes: Doubles) -> dict[str, float]:
@@ -180,3 +190,9 @@ def batched(sources: Sequence[pairs.Source], arithmetic: DeviceArithmetic) -> di
             gram.truncate(source, RULE, arithmetic=arithmetic, precision="float64") for source in sources
         ],
     }
+
+
+def decided(results: Sequence[Truncation | NumericalError]) -> dict[str, Any]:
+    """How many members of a batch have an answer, and why others have none: they do not fail with it."""
+    failures = [result for result in results if isinstance(result, NumericalError)]
+    return {"decided": len(results) - len(failures), "why": sorted({brief(failure) for failure in failures})}

@@ -27,6 +27,8 @@ from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
 from streamrepair.report import Report
 
+_MOST_REASONS = 8
+
 
 def whole(name: str, device: torch.device, repeats: int) -> dict[str, Any]:
     """Seconds and memory of both, in turn, and how far their results differ."""
@@ -66,6 +68,7 @@ def _record(plan: Plan, reports: list[Report]) -> dict[str, Any]:
         "ram_projected_bytes": plan.ram_projected_bytes,
         "ram_measured_bytes": reports[-1].budget.ram_measured_bytes,
         "climbed": sum(bool(record.climbed) for record in reports[-1].tensors.values()),
+        "why": sorted({reason for record in reports[-1].tensors.values() for reason in record.climbed})[:_MOST_REASONS],
     }
 
 

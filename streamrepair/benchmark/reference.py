@@ -66,6 +66,8 @@ def begin_device_peak(device: str) -> None:
     if device != "cpu":
         import torch
 
+        # The reset does not see to it, and raises where nothing was done on a card before.
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(torch.device(device))
 

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import TYPE_CHECKING
 
 from streamrepair.engine.memory import CUDA_CONTEXT_BYTES
 from streamrepair.errors import UsageError, brief
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextlib.contextmanager
@@ -21,8 +26,16 @@ def own_stream(device: str) -> Iterator[None]:
         return
     import torch
 
-    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+    with torch.cuda.device(device), torch.cuda.stream(_stream_of(device)):
         yield
+
+
+@cache
+def _stream_of(device: str) -> torch.cuda.Stream:
+    """The same in every run of a program: torch keeps a workspace of cuBLAS, 32 MiB on Hopper, for each it ever saw."""
+    import torch
+
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
@@ -37,14 +50,10 @@ def capped_memory(gpus: Sequence[str], vram_bytes: int | None) -> Iterator[None]
     if not gpus or vram_bytes is None or not _available():
         yield
         return
-    before = [_capped(gpu, vram_bytes) for gpu in gpus]
-    try:
+    with contextlib.ExitStack() as limits:
+        for gpu in gpus:
+            limits.callback(_uncapped, gpu, _capped(gpu, vram_bytes))
         yield
-    finally:
-        import torch
-
-        for gpu, fraction in zip(gpus, before, strict=True):
-            torch.cuda.set_per_process_memory_fraction(fraction, torch.device(gpu))
 
 
 def _capped(gpu: str, vram_bytes: int) -> float:
@@ -59,11 +68,24 @@ def _capped(gpu: str, vram_bytes: int) -> float:
         total = torch.cuda.get_device_properties(card).total_memory
         share = max(0.0, held + vram_bytes - CUDA_CONTEXT_BYTES) / total
         before = 1.0 if asked is None else float(asked(card))
-        torch.cuda.set_per_process_memory_fraction(min(before, share), card)
         torch.cuda.reset_peak_memory_stats(card)
+        _limit(gpu, min(before, share))
     except RuntimeError as error:
         raise unusable(gpu, error) from error
     return before
+
+
+def _uncapped(gpu: str, share: float) -> None:
+    """Put back the share of a card that torch was allowed; one that broke meanwhile does not undo what was done."""
+    with contextlib.suppress(RuntimeError):
+        _limit(gpu, share)
+
+
+def _limit(gpu: str, share: float) -> None:
+    import torch
+
+    with torch.cuda.device(gpu):  # torch leaves the card current for which it set a limit
+        torch.cuda.set_per_process_memory_fraction(share, torch.device(gpu))
 
 
 def release_memory() -> None:

@@ -48,7 +48,7 @@ def test_small_shapes_are_measured_and_held_against_float64(tmp_path: Path) -> N
         assert ours["rank"] > 0.1 * n or case["spectrum"] == "gapped"
     (batch,) = record["batches"]
     assert [run["name"] for run in batch["runs"]] == ["batched 3:80x40", "one by one 3:80x40"]
-    assert all(run["seconds"] > 0 for run in batch["runs"])
+    assert all(run["seconds"] > 0 and run["check"] == {"decided": 3, "why": []} for run in batch["runs"])
     whole = record["whole"]
     assert whole["batches"] == [6, 4, 4]
     assert [run["name"] for run in whole["runs"]] == ["in batches", "one by one"]
@@ -88,3 +88,59 @@ def test_what_the_device_has_no_memory_for_is_recorded_and_the_rest_goes_on(tmp_
     (case,) = json.loads((tmp_path / "cuda.json").read_text())["cases"]
     assert case["answer"] == {"failed": "CUDA out of memory. Tried to allocate 9 GiB."}
     assert all(run["seconds"] > 0 and "check" not in run for run in case["runs"])
+
+
+def test_what_there_is_no_time_for_is_left_out_and_said_to_be(tmp_path: Path) -> None:
+    arguments = ["--device", "cpu", "--shapes", "96x64", "--spectra", "heavy", "--batches", "2:64x32", "--model", ""]
+    done = _run(*arguments, "--minutes", "0", "--results", str(tmp_path / "new"))
+    record = json.loads((tmp_path / "new" / "cuda.json").read_text())
+    assert done.returncode == 0, done.stderr
+    assert record["cases"] == [{"spectrum": "heavy", "shape": [96, 64], "left_out": "no time is left"}]
+    assert [run["left_out"] for run in record["batches"][0]["runs"]] == ["no time is left"] * 2
+
+
+def test_a_step_that_fails_leaves_all_others_what_they_had(tmp_path: Path) -> None:
+    """Whatever is wrong with it, and the stages before the one that failed too."""
+    broken = "\n".join(
+        [
+            "import cuda, sys",
+            "pair, check = cuda.pairs.pair, cuda.contenders.certify.check_vectors",
+            "def one_shape(shape, *rest, **knobs):",
+            "    if shape == (128, 64):",
+            "        raise KeyError('a mistake')",
+            "    return pair(shape, *rest, **knobs)",
+            "def no_vectors(*_):",
+            "    cuda.contenders.certify.check_vectors = check",
+            "    raise ArithmeticError('not orthonormal')",
+            "cuda.pairs.pair, cuda.contenders.certify.check_vectors = one_shape, no_vectors",
+            "sys.exit(cuda.main())",
+        ]
+    )
+    (tmp_path / "broken.py").write_text(broken)
+    arguments = [
+        "--device",
+        "cpu",
+        "--shapes",
+        "128x64,96x64",
+        "--spectra",
+        "gapped",
+        "--batches",
+        "",
+        "--model",
+        "none",
+    ]
+    arguments += ["--contenders", "streamrepair,eigh-float64", "--results", str(tmp_path)]
+    path = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])}
+    command = [sys.executable, str(tmp_path / "broken.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=path)
+    record = json.loads((tmp_path / "cuda.json").read_text())
+    assert done.returncode == 1
+    assert "KeyError: 'a mistake'" in done.stderr
+    assert record["whole"] == {"failed": "'none'"}
+    assert record["cases"][0]["failed"] == "'a mistake'"
+    sound = record["cases"][1]
+    assert [run["name"] for run in sound["runs"]] == ["streamrepair", "eigh-float64"]
+    assert all(run["check"]["passed"] for run in sound["runs"])
+    assert sound["stages"]["failed"] == "not orthonormal"
+    assert {"eigh_s", "count_s", "residual_units", "formed_units"} <= sound["stages"].keys()
+    assert "vectors_s" not in sound["stages"]

@@ -9,6 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 import scipy.linalg
+import torch
 
 from streamrepair.benchmark import measure as measuring
 from streamrepair.benchmark import reference
@@ -171,3 +172,18 @@ def test_the_output_is_base_plus_the_kept_delta_rounded_once() -> None:
     worker.repair()
     expected = subject.source.base.astype(np.float64) + exact(subject.source, subject.rule).star.T
     np.testing.assert_array_equal(worker._out, expected.astype(np.float32))
+
+
+def test_a_cards_peak_can_begin_before_anything_was_done_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own reset raises until CUDA is initialised, which a measurement is the first to need."""
+    began: list[object] = []
+
+    def reset(device: torch.device) -> None:
+        if not began:
+            raise RuntimeError(f"Allocator not initialized for device {device.index}: did you call init?")
+        began.append(device)
+
+    monkeypatch.setattr(torch.cuda, "init", lambda: began.append("init"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    reference.begin_device_peak("cuda:0")
+    assert began == ["init", torch.device("cuda:0")]

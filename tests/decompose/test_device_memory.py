@@ -144,6 +144,21 @@ def test_other_failures_of_a_device_leave_the_merge_to_the_cpu_at_once(monkeypat
     assert merger.climbed == ("merge: CUDA error: an illegal memory access was encountered",)
 
 
+def test_a_device_that_gives_no_stream_leaves_the_merge_to_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SOURCES["tall"]
+    arithmetic = _device()
+    truncation = _decomposed(source, arithmetic)
+    expected = _merged(source, arithmetic.merger(truncation.vh, "BF16"))
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cpu, "Stream", broken)
+    merger = arithmetic.merger(truncation.vh, "BF16")
+    assert np.mean(_merged(source, merger) != expected) < 1e-3
+    assert merger.climbed == ("merge: CUDA error: an illegal memory access was encountered",)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -151,10 +166,11 @@ def test_other_failures_of_a_device_leave_the_merge_to_the_cpu_at_once(monkeypat
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasSgemm( handle, …)`",
         "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
         "cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`",
+        'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1165, please report',
     ],
 )
 def test_memory_that_a_library_could_not_get_counts_as_such(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
-    """cuBLAS says so in an error that is not torch's OutOfMemoryError: smaller blocks are tried, not the CPU."""
+    """It is said in an error that is not torch's OutOfMemoryError: smaller blocks are tried, not the CPU."""
     source = SOURCES["tall"]
     truncation = _decomposed(source, _device())
     original, calls = torch.linalg.vector_norm, 0

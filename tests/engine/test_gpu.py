@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from streamrepair.engine import budget
+from streamrepair.engine import budget, gpu
 from streamrepair.engine.gpu import capped_memory
 from streamrepair.engine.memory import CUDA_CONTEXT_BYTES
 from streamrepair.errors import UsageError
@@ -39,6 +41,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Card:
     card = Card()
     told = {
         "is_available": lambda: True,
+        "device": lambda _: contextlib.nullcontext(),
         "mem_get_info": lambda _: (card.free, card.total),
         "memory_reserved": lambda _: card.reserved,
         "memory_allocated": lambda _: card.allocated,
@@ -68,6 +71,28 @@ def test_the_limit_is_for_the_run_alone(card: Card) -> None:
     assert card.fraction == 0.9
 
 
+def test_a_card_that_breaks_during_a_run_does_not_undo_it(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its work was done by the CPU; that the limit cannot be put back is no failure."""
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with capped_memory(["cuda:0"], 32 * GB):
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", broken)
+
+
+def test_limits_are_put_back_where_a_further_card_cannot_be_used(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_alone(device: torch.device) -> SimpleNamespace:
+        if device.index:
+            raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+        return SimpleNamespace(total_memory=card.total)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", one_alone)
+    with pytest.raises(UsageError, match=r"^cuda:1 cannot"), capped_memory(["cuda:0", "cuda:1"], 32 * GB):
+        pass
+    assert card.fraction == 0.9
+
+
 def test_a_run_allows_itself_no_more_than_the_program_did(card: Card) -> None:
     with capped_memory(["cuda:0"], 100 * GB):
         assert card.fraction == 0.9
@@ -90,3 +115,22 @@ def test_a_card_that_does_not_answer_is_named(card: Card, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "get_device_properties", busy)
     with pytest.raises(UsageError, match=says), capped_memory(["cuda:1"], 10 * GB):
         pass
+
+
+def test_every_run_works_in_the_same_stream(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps a workspace for each one that ever multiplied."""
+    seen: list[object] = []
+
+    @contextlib.contextmanager
+    def current(stream: object) -> Iterator[None]:
+        seen.append(stream)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    gpu._stream_of.cache_clear()
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        with gpu.own_stream(device):
+            pass
+    gpu._stream_of.cache_clear()
+    assert seen[0] is seen[2] is not seen[1]

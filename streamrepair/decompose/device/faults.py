@@ -4,8 +4,19 @@ from __future__ import annotations
 
 import torch
 
-_ALLOCATION = ("out of memory", "ALLOC_FAILED", "STATUS_NOT_INITIALIZED", "`cublasCreate", "`cusolverDnCreate(")
-"""cuBLAS and cuSOLVER report memory they could not get, for themselves or their handles, as errors of their own."""
+_ALLOCATION = (
+    "out of memory",
+    "ALLOC_FAILED",
+    "STATUS_NOT_INITIALIZED",
+    "`cublasCreate",
+    "`cusolverDnCreate(",
+    "NVML_SUCCESS ==",
+)
+"""cuBLAS and cuSOLVER report memory they could not get, for themselves or their handles, as errors of their own.
+
+torch's allocator asks NVML what to say of a full card, and fails an assertion where that does not answer: in a container
+with a part of a card (MIG), for example.
+"""
 
 
 def no_memory(error: RuntimeError) -> bool:

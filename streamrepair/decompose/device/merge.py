@@ -49,7 +49,7 @@ class DeviceMerger(Merger):
         self._dtype = torch.float32 if out_dtype in ("BF16", "F16") else torch.float64
         self._basis: Tensor | None = None
         self._lost: Tensor | None = None
-        self._download = Download(device)
+        self._download: Download | None = None
         self._rows: int | None = None
         self._fallback = host
         self._host: Merger | None = None
@@ -130,6 +130,8 @@ class DeviceMerger(Merger):
         self._host = (self._fallback or HostArithmetic()).merger(vectors, self._out_dtype)
 
     def _queued(self, block: Panel) -> Crossing:
+        if self._download is None:  # not before: a card that broke has no stream to give, which is met here as all else
+            self._download = Download(self._device)
         if self._basis is None:
             self._basis = rows_on(self._vh, self._device).to(self._dtype)
         shape = block.base.shape
