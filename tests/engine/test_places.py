@@ -61,6 +61,31 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(pair: Pair, 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["report", "trace"])
+def test_nothing_takes_the_place_of_a_file_beside_weights_that_are_named_as_one_file(
+    tmp_path: Path, option: str
+) -> None:
+    """Their folder is not the input's, but the configuration in it is read; it was replaced by the report."""
+    pair = write_pair(tmp_path, {"w": (64, 48)}, shards=(1, 1))
+    for side in (pair.base, pair.ft):
+        (side / "config.json").write_text("{}")
+        for name in ("config.json", "model.safetensors"):
+            before = snapshot(tmp_path)
+            with pytest.raises(InputError, match=rf"--{option} .* lies in (BASE|FT)"):
+                api.repair(
+                    pair.base / "model.safetensors",
+                    pair.ft / "model.safetensors",
+                    tmp_path / "out",
+                    **{option: side / name},  # type: ignore[arg-type]
+                )
+            assert snapshot(tmp_path) == before
+    beside = pair.ft / "report.json"
+    api.repair(
+        pair.base / "model.safetensors", pair.ft / "model.safetensors", tmp_path / "out", **{option: beside}  # type: ignore[arg-type]
+    )
+    assert beside.is_file()
+
+
 def test_report_and_trace_in_one_file_are_refused(pair: Pair, tmp_path: Path) -> None:
     """The report took the trace's place, or the trace the report's, and nothing was said."""
     (tmp_path / "link").symlink_to(tmp_path)
