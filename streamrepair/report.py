@@ -256,6 +256,8 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     device: str = ""
     """Where the run began to compute; another one may go on, with a warning. "" in runs that did not note it."""
+    shards: tuple[str, ...] = ()
+    """Names of the result's; in the Hub's cache `ft` has those of what its links lead to."""
 
     def differences(self, other: Fingerprint) -> list[str]:
         """What changed from `other` to this, in words; empty if nothing did."""

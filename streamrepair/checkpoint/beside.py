@@ -30,12 +30,14 @@ _PATTERNS = (*(f"*{suffix}" for suffix in _SUFFIXES), "*vocab*.tsv", "*.model.v[
 """Other tables are data that models are trained on. The last is Mistral's: tokenizer.model.v3, tokenizer.model.v7m1."""
 _NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
 _LEFT_OUT = re.compile(
-    r"(\.safetensors\.index\.json|(pytorch_model|tf_model|flax_model).*\.index\.json"
+    r"(\.safetensors\.index(\.[\w-]+)?\.json|(pytorch_model|tf_model|flax_model).*\.index(\.[\w-]+)?\.json"
     r"|streamrepair\.json|dghard_repair\.json|trainer_state\.json|adapter_config\.json|.*results\.json)\Z"
 )
 _NEVER_NEEDED = re.compile(
-    # Weights in other formats and what training keeps; documentation and pictures; logs.
-    r"(\.(bin|pt|pth|ckpt|h5|msgpack|ot|gguf|ggml|onnx|mlmodel|distcp|md|rst|pdf|png|jpe?g|gif|svg|webp|log|out|err|sh|lock)"
+    # Weights in other formats and what training keeps; documentation and pictures; logs. Other .bin files are parts of
+    # their own (a projector, a language model), and so are those of folders.
+    r"(\A/((diffusion_)?pytorch_model|adapter_model|model|optimizer|scheduler|training_args)[^/]*\.bin"
+    r"|\.(pt|pth|ckpt|h5|msgpack|ot|gguf|ggml|onnx|mlmodel|distcp|md|rst|pdf|png|jpe?g|gif|svg|webp|log|out|err|sh|lock)"
     r"|tfevents\..*|/latest|/adapter_model\.safetensors)\Z",
     re.IGNORECASE,
 )

@@ -39,6 +39,7 @@ _CONVERT = (
     "from_pretrained(…).save_pretrained(…)"
 )
 _ONE_OF = re.compile(r"-\d+-of-(\d+)\.safetensors\Z")
+_VARIANT_INDEX = re.compile(r"(.+)\.safetensors\.index\.([\w-]+)\.json")
 _LARGEST_METADATA_CHARACTERS = 2**20
 _MOST_LISTED = 10
 
@@ -155,6 +156,7 @@ def _main_file(folder: Path) -> Path:
     if indices or len(shards) == 1:
         return folder / (indices or shards)[0]
     if shards:
+        _refuse_variant(folder, names)
         raise InputError(
             f"{shown_path(folder)}: has {len(shards)} .safetensors files ({_listed(shards)}) and no index",
             "fetch the missing model.safetensors.index.json, or name one file",
@@ -167,6 +169,20 @@ def _main_file(folder: Path) -> Path:
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         raise InputError(f"{shown_path(folder)}: has no .safetensors file, only {_listed(pickles)}", _CONVERT)
     raise InputError(f"{shown_path(folder)}: has no .safetensors file and no index", "name a checkpoint's folder")
+
+
+def _refuse_variant(folder: Path, names: list[str]) -> None:
+    """Refuse shards whose index has the variant in another place of its name, as diffusers and transformers save it.
+
+    Raises:
+        InputError: there is such an index.
+    """
+    for name in names:
+        if (found := _VARIANT_INDEX.fullmatch(name)) is not None:
+            raise InputError(
+                f"{shown_path(folder)}: its index {shown(name)} is that of a variant",
+                f"copy it to {shown(f'{found[1]}.{found[2]}{_INDEX}')} beside it",
+            )
 
 
 def _parts(folder: Path) -> list[str]:

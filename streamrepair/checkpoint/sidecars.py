@@ -189,8 +189,11 @@ def _settings(data: bytes) -> dict[str, Any] | None:
 def _with_dtype(data: bytes, dtype: str) -> bytes:
     if (config := _settings(data)) is None:
         return data
-    # Multimodal models state it again for each of their parts.
-    for part in (config, *(v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict))):
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        # Multimodal models state it again for each of their parts, and for parts of those.
+        parts += (v for k, v in part.items() if k.endswith("_config") and isinstance(v, dict))
         for key in ("dtype", "torch_dtype"):
             if isinstance(part.get(key), str):
                 part[key] = dtype

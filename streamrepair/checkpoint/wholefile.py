@@ -9,6 +9,9 @@ from pathlib import Path
 from streamrepair.checkpoint import osfile
 from streamrepair.errors import InputError, OutputError
 
+_PARTIAL = ".partial"
+_LONGEST_NAME_BYTES = 255
+
 
 def read_whole(path: Path, most_bytes: int | None = None) -> bytes:
     """All of a file that fits memory.
@@ -43,7 +46,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OutputError: it failed; the old file is untouched, and nothing is left beside it.
     """
-    partial = path.with_name(path.name + ".partial")
+    partial = _partial(path)
     osfile.unlink(partial)
     fd = osfile.open_output(partial)
     try:
@@ -58,3 +61,10 @@ def write_atomic(path: Path, data: bytes) -> None:
             osfile.unlink(partial)
         raise
     osfile.sync_folder(path.parent)
+
+
+def _partial(path: Path) -> Path:
+    """Where a file grows: beside it, by a name that is cut where it would be longer than names may be."""
+    name = os.fsencode(path.name)
+    room = _LONGEST_NAME_BYTES - len(_PARTIAL)
+    return path.with_name((path.name if len(name) <= room else name[:room].decode(errors="ignore")) + _PARTIAL)

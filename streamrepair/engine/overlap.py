@@ -8,13 +8,15 @@ from pathlib import Path
 
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.checkpoint.sidecars import sidecars
 from streamrepair.errors import InputError, shown
 
 
 def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], beside: Mapping[str, Path]) -> None:
     """Refuse an OUT that is, lies in, contains, or shares files with an input, and other files in an input.
 
-    The folder of an input that is named as one file is not the input's: OUT may lie in it, but not be it.
+    The folder of an input that is named as one file is not the input's: OUT may lie in it, but not be it. What is
+    read there beside the weights is.
 
     Args:
         beside: option → the file that it has written.
@@ -33,6 +35,7 @@ def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], beside: Mapping[
                 f"OUT {shown(str(out))} is, lies in, or contains {side} {shown(checkpoint.given)}: name another folder"
             )
         files = {shard.path.resolve() for shard in checkpoint.shards}
+        files |= {(checkpoint.folder / name).resolve() for name in sidecars(checkpoint)} if beside else set()
         for option, path in beside.items():
             place = _resolved(option, path)
             if place in files or (checkpoint.whole_folder and place.is_relative_to(folder)):

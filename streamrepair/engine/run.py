@@ -31,7 +31,7 @@ from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.overlap import refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Unit
-from streamrepair.engine.side_files import check_apart, check_path_beside
+from streamrepair.engine.side_files import check_apart, check_path_beside, check_places
 from streamrepair.engine.statement import (
     fingerprint,
     make_report,
@@ -118,6 +118,7 @@ def execute(
     for option, path in beside.items():
         check_path_beside(option, path, out)
     check_apart(beside)
+    check_places(out, sidecars(plan.ft))
     beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
     limits.allow_open_files()
     budget.reset_peak()
@@ -306,7 +307,9 @@ def _unchanged_check(run: _Run) -> Callable[[], None]:
 def _write_beside(run: _Run) -> dict[str, str]:
     """Sidecars first, the index last: it is what makes loaders see a sharded checkpoint; the sidecars' digests."""
     plan, out = run.plan, run.workspace.out
-    digests = copy_sidecars(plan.ft, sidecars(plan.ft), out, dtype=stated_dtype(plan))
+    names = sidecars(plan.ft)
+    run.workspace.note_sidecars(names)
+    digests = copy_sidecars(plan.ft, names, out, dtype=stated_dtype(plan))
     if plan.ft.index_name is not None:
         wholefile.write_atomic(out / plan.ft.index_name, shard_index(plan))
     return digests

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
 
-from streamrepair.errors import UsageError, shown
+from streamrepair.checkpoint.refusals import shown_path
+from streamrepair.errors import InputError, UsageError, shown
 from streamrepair.report import REPORT_NAME
 
 
@@ -37,6 +38,21 @@ def check_apart(beside: Mapping[str, Path]) -> None:
         first = places.setdefault(path.absolute().parent.resolve() / path.name, option)
         if first != option:
             raise UsageError(f"{first} and {option} are both {shown(str(path))}: name two files")
+
+
+def check_places(out: Path, names: Iterable[str]) -> None:
+    """Refuse an OUT in which something else has the place of a file that is copied there once the weights are done.
+
+    Raises:
+        InputError: a folder is where a file goes, or a file or a link where a folder does.
+    """
+    for name in names:
+        for part in reversed(PurePath(name).parents[:-1]):
+            folder = out / part
+            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                raise InputError(f"{shown_path(folder)}: is in the place of a folder of FT's: move it away")
+        if (out / name).is_dir() and not (out / name).is_symlink():
+            raise InputError(f"{shown_path(out / name)}: is in the place of a file of FT's: move it away")
 
 
 def _check(option: str, name: str, path: Path, out: Path) -> None:

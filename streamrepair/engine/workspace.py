@@ -4,6 +4,7 @@ OUT/.streamrepair/lock        held by the live run (flock: it ends with the proc
 OUT/.streamrepair/run.json    the fingerprint
 OUT/.streamrepair/journal     finished tensors
 OUT/.streamrepair/sessions    what every start of the command took
+OUT/.streamrepair/sidecars    what is copied beside the weights, before any of it is
 OUT/.streamrepair/partial/    shards that are not whole yet
 OUT/.streamrepair/made        an empty file: the run made OUT itself, so a refusal removes it again
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,16 @@ from streamrepair.checkpoint.journal import Journal
 from streamrepair.checkpoint.write import ShardFile, ShardLayout
 from streamrepair.engine.accounts import Accounts
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
-from streamrepair.report import REPORT_NAME, Fingerprint, JournalEntry, Report, TensorRecord, decoded, restored
+from streamrepair.report import (
+    REPORT_NAME,
+    Fingerprint,
+    JournalEntry,
+    Report,
+    TensorRecord,
+    decoded,
+    restored,
+    storable,
+)
 from streamrepair.units import format_apart
 
 STATE = ".streamrepair"
@@ -82,6 +92,8 @@ class Workspace:
         if made_out:
             osfile.close(osfile.open_output(self.state / "made"))
         entries = self._begin(fingerprint) if overwrite else self._continue(fingerprint, finished)
+        if not overwrite:
+            self._refuse_unaccounted({entry.name for entry in entries})
         osfile.make_folder(self.work)
         self.accounts.open()
         self.damaged = tuple(shard.final for shard in self.shards if not shard.open())
@@ -96,6 +108,7 @@ class Workspace:
         if (self.state / "run.json").exists():
             self._refuse_changed(fingerprint)
         else:
+            self._refuse_unaccounted(frozenset())
             for name in ("journal", "sessions"):
                 osfile.unlink(self.state / name)
             wholefile.write_atomic(self.state / "run.json", msgspec.json.format(msgspec.json.encode(fingerprint)))
@@ -189,6 +202,21 @@ class Workspace:
                 "move them away or name another OUT"
             )
 
+    def _refuse_unaccounted(self, journalled: Set[str]) -> None:
+        """Refuse a shard that bears the name of one of ours and is none.
+
+        Without a report a run has come no further than its journal, and a shard has its name when all of its tensors
+        are there.
+        """
+        if (self.out / REPORT_NAME).exists():
+            return
+        for shard in self.shards:
+            if shard.final.exists() and not shard.layout.entries.keys() <= journalled:
+                raise InputError(
+                    f"OUT {shown(str(self.out))} holds {shown(shard.final.name)}, which the unfinished run there did "
+                    "not make: move it away or name another OUT"
+                )
+
     def _own_weights(self) -> set[str]:
         """Names of the shards that earlier runs made in OUT, by their report or fingerprint, and of their index.
 
@@ -199,7 +227,7 @@ class Workspace:
             names |= report.headers.keys()
         with contextlib.suppress(InputError, msgspec.MsgspecError):
             before = decoded(wholefile.read_whole(self.state / "run.json"), Fingerprint)
-            names |= {Path(restored(path)).name for path in before.ft}
+            names |= {*before.shards, *(Path(restored(path)).name for path in before.ft)}
         return names | {path.name for path in self.out.glob(_WEIGHTS[1]) if _shards_in(path) <= names}
 
     def _earlier_report(self) -> Report | None:
@@ -255,13 +283,33 @@ class Workspace:
             for path in self.out.glob(pattern):
                 if path.name in own:
                     osfile.unlink(path)
-        for name in map(restored, report.sidecars) if report is not None else ():
-            # Another model's tokenizer must not be left to this one. The name is from a file: it may lead anywhere.
+        # Another model's tokenizer must not be left to this one.
+        self._remove({*map(restored, report.sidecars if report is not None else ()), *self._noted_sidecars()})
+        osfile.remove_folder(self.work, with_content=True)
+        for name in ("run.json", "journal", "sessions", "sidecars"):
+            osfile.unlink(self.state / name)
+
+    def note_sidecars(self, names: Iterable[str]) -> None:
+        """Write down what is about to be copied beside the weights; what an earlier start copied besides is removed.
+
+        Until the report lists them nothing else tells that they are a run's.
+
+        Raises:
+            OutputError: OUT cannot be written.
+        """
+        self._remove(self._noted_sidecars() - {*names})
+        wholefile.write_atomic(self.state / "sidecars", msgspec.json.encode([*map(storable, names)]))
+
+    def _noted_sidecars(self) -> set[str]:
+        with contextlib.suppress(InputError, msgspec.MsgspecError):
+            return {*map(restored, decoded(wholefile.read_whole(self.state / "sidecars"), list[str]))}
+        return set()
+
+    def _remove(self, names: Set[str]) -> None:
+        """Remove files of OUT. Their names are from a file, and may lead anywhere."""
+        for name in sorted(names):
             if (self.out / name).resolve().is_relative_to(self.out.resolve()):
                 osfile.unlink(self.out / name)
-        osfile.remove_folder(self.work, with_content=True)
-        for name in ("run.json", "journal", "sessions"):
-            osfile.unlink(self.state / name)
 
     def _refuse_changed(self, fingerprint: Fingerprint) -> None:
         path = self.state / "run.json"

@@ -136,6 +136,16 @@ def test_shards_without_their_index_are_refused(tmp_path: Path) -> None:
     assert "missing model.safetensors.index.json" in _refusal(folder)
 
 
+def test_the_index_of_a_variant_is_refused_with_the_name_that_is_read(tmp_path: Path) -> None:
+    """It was said to be missing."""
+    folder = write_sharded(tmp_path / "in", [ONE, TWO], stem="model.fp16")
+    variant = folder / "model.safetensors.index.fp16.json"
+    (folder / "model.fp16.safetensors.index.json").rename(variant)
+    assert f"{variant.name} is that of a variant: copy it to model.fp16.safetensors.index.json" in _refusal(folder)
+    (folder / "model.fp16.safetensors.index.json").write_bytes(variant.read_bytes())
+    assert len(open_checkpoint(folder, side="FT").shards) == 2
+
+
 @pytest.mark.parametrize("name", ["pytorch_model-00001-of-00002.bin", "a.pt", "a.pth", "a.gguf"])
 def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"never read")

@@ -23,8 +23,8 @@ CARRIED = (
 LEFT = (
     ".gitattributes", ".cache/x.json", "README.md", "adapter_config.json", "all_results.json",
     "checkpoint-500/config.json", "dghard_repair.json", "model.bin", "onnx/config.json", "optimizer.pt",
-    "original/params.json", "pytorch_model.bin.index.json", "rng_state.pth", "streamrepair.json",
-    "trainer_state.json", "training_args.bin",
+    "model.safetensors.index.fp16.json", "original/params.json", "pytorch_model.bin.index.json", "rng_state.pth",
+    "streamrepair.json", "trainer_state.json", "training_args.bin",
 )  # fmt: skip
 
 
@@ -53,10 +53,15 @@ def test_what_loading_needs_is_copied_byte_for_byte_and_nothing_else(ft: Path, t
 
 def test_what_might_be_needed_and_is_not_copied_is_told_of(ft: Path) -> None:
     """Weights of a part in a folder of its own, pickled vocabularies: not training's state, pictures or the README."""
-    missed = ("2_Dense/model.safetensors", "data/train.tsv", "mel_filters.npz", "vocab.pkl", "voices/a.npy")
+    missed = (
+        "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin", "data/train.tsv", "language_model/5gram.bin",
+        "mel_filters.npz", "mm_projector.bin", "vocab.pkl", "voices/a.npy",
+    )  # fmt: skip
     for name in (
         *missed,
         "stray.safetensors",
+        "optimizer.bin",
+        "pytorch_model-00001-of-00002.bin",
         "adapter/adapter_model.safetensors",
         "assets/a.PNG",
         "global_step5/x.pt",
@@ -132,11 +137,15 @@ def test_a_folder_of_out_that_leads_elsewhere_is_refused(ft: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("key", ["torch_dtype", "dtype"])
 def test_the_dtype_that_config_states_follows_the_weights(ft: Path, tmp_path: Path, key: str) -> None:
-    config = {"model_type": "ä", key: "bfloat16", "text_config": {key: "bfloat16", "n": 1}, "quantization_config": None}
+    def stating(dtype: str) -> dict[str, object]:
+        parts = {"text_config": {key: dtype, "n": 1}, "thinker_config": {"text_config": {key: dtype}}}
+        return {"model_type": "ä", key: dtype, **parts, "quantization_config": None}
+
+    config = stating("bfloat16")
     (ft / "config.json").write_text(json.dumps(config))
     (ft / "text_config.json").write_text(json.dumps(config))
     copied = _copied(ft, tmp_path / "out", "float32")
-    assert json.loads(copied["config.json"]) == config | {key: "float32", "text_config": {key: "float32", "n": 1}}
+    assert json.loads(copied["config.json"]) == stating("float32")
     assert json.loads(copied["text_config.json"]) == config
 
 
@@ -156,6 +165,13 @@ def test_one_file_has_sidecars_only_beside_a_config(tmp_path: Path) -> None:
     assert sidecars(open_checkpoint(path, side="FT")) == ()
     (tmp_path / "config.json").write_text("{}")
     assert sidecars(open_checkpoint(path, side="FT")) == ("config.json", "notes.txt")
+
+
+def test_a_sidecar_with_the_longest_name_is_copied(ft: Path, tmp_path: Path) -> None:
+    """The name of what is not whole yet was longer than a name may be, which ended the run after all its work."""
+    for name in ("说" * 83 + "ab.txt", "说" * 83 + "ac.txt", "x" * 251 + ".txt"):
+        (ft / name).write_text(name)
+        assert _copied(ft, tmp_path / "out")[name] == name.encode()
 
 
 def test_a_monstrous_sidecar_is_refused(ft: Path, tmp_path: Path) -> None:

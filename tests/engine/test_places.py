@@ -12,7 +12,7 @@ from streamrepair import api
 from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.engine import task
 from streamrepair.engine.job import Job
-from streamrepair.errors import InputError, LockedError, OutputError, UsageError
+from streamrepair.errors import DiskSpaceError, InputError, LockedError, OutputError, UsageError
 from tests.faults import Kernel, fails
 from tests.pairs import Pair, shard_bytes, snapshot, write_pair
 
@@ -59,6 +59,34 @@ def test_a_report_that_cannot_be_written_is_refused_before_any_work(pair: Pair, 
             api.repair(pair.base, pair.ft, tmp_path / "out", report=tmp_path / name)
     assert snapshot(tmp_path) == before
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["report", "trace"])
+def test_nothing_takes_the_place_of_a_file_beside_weights_that_are_named_as_one_file(
+    tmp_path: Path, option: str
+) -> None:
+    """Their folder is not the input's, but the configuration in it is read; it was replaced by the report."""
+    pair = write_pair(tmp_path, {"w": (64, 48)}, shards=(1, 1))
+    for side in (pair.base, pair.ft):
+        (side / "config.json").write_text("{}")
+        for name in ("config.json", "model.safetensors"):
+            before = snapshot(tmp_path)
+            with pytest.raises(InputError, match=rf"--{option} .* lies in (BASE|FT)"):
+                api.repair(
+                    pair.base / "model.safetensors",
+                    pair.ft / "model.safetensors",
+                    tmp_path / "out",
+                    **{option: side / name},  # type: ignore[arg-type]
+                )
+            assert snapshot(tmp_path) == before
+    beside = pair.ft / "report.json"
+    api.repair(
+        pair.base / "model.safetensors",
+        pair.ft / "model.safetensors",
+        tmp_path / "out",
+        **{option: beside},  # type: ignore[arg-type]
+    )
+    assert beside.is_file()
 
 
 def test_report_and_trace_in_one_file_are_refused(pair: Pair, tmp_path: Path) -> None:
@@ -129,6 +157,28 @@ def test_a_sidecar_that_cannot_be_read_is_met_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("there", ["tokenizer.json/", "sub", "sub -> .", "sub/deep"])
+def test_what_has_the_place_of_a_sidecar_in_out_is_met_before_any_work(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str
+) -> None:
+    """With --overwrite OUT may hold other files; one in the way ended the run when all else was done."""
+    monkeypatch.setattr(task, "_repair", _no_work)
+    (pair.ft / "sub" / "deep").mkdir(parents=True)
+    (pair.ft / "sub" / "deep" / "vocab.txt").write_text("")
+    path = tmp_path / "out" / there.partition(" ")[0]
+    path.parent.mkdir(parents=True)
+    if there.endswith("/"):
+        path.mkdir()
+    elif "->" in there:
+        path.symlink_to(tmp_path)
+    else:
+        path.write_text("of the user")
+    before = snapshot(tmp_path)
+    with pytest.raises(InputError, match=r"is in the place of a (file|folder) of FT's: move it away"):
+        api.repair(pair.base, pair.ft, tmp_path / "out", overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
 def _foreign(out: Path, names: list[str]) -> None:
     """A checkpoint that no run made, called as the result's files would be."""
     out.mkdir()
@@ -144,6 +194,97 @@ def test_overwrite_takes_no_checkpoint_that_only_bears_the_same_names(pair: Pair
         with pytest.raises(InputError, match=r"not empty|weights that are not of an earlier run"):
             api.repair(pair.base, pair.ft, tmp_path / "out", overwrite=overwrite)
         assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(("begun", "overwrite"), [(True, False), (False, False), (False, True)])
+def test_a_run_that_goes_on_takes_no_shard_that_it_did_not_make(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool, overwrite: bool
+) -> None:
+    """One in OUT of which nothing but its state was there, or only an empty folder for that, was replaced."""
+    out = tmp_path / "out"
+    if begun:
+        monkeypatch.setattr(osfile, "os", Kernel(("posix_fallocate",), fails(1, 28)))
+        with pytest.raises(DiskSpaceError):
+            api.repair(pair.base, pair.ft, out)
+        monkeypatch.undo()
+    else:
+        (out / ".streamrepair").mkdir(parents=True)
+    (out / "model-00002-of-00002.safetensors").write_bytes(b"precious")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"holds (weights|model-00002).*not.*: move (it|them) away"):
+            api.repair(pair.base, pair.ft, out, overwrite=overwrite)
+        assert (out / "model-00002-of-00002.safetensors").read_bytes() == b"precious"
+    (out / "model-00002-of-00002.safetensors").unlink()
+    api.repair(pair.base, pair.ft, out)
+    assert api.verify(out).damage == ()
+
+
+def test_overwrite_knows_an_unfinished_runs_shards_where_ft_is_made_of_links(pair: Pair, tmp_path: Path) -> None:
+    """As the Hub's cache is: its links lead to files named by their digest."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(pair.ft.glob("*.safetensors"))):
+        path.rename(blobs / f"{number}")
+        path.symlink_to(blobs / f"{number}")
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out)
+    (out / "streamrepair.json").unlink()
+    assert api.repair(pair.base, pair.ft, out, overwrite=True, scale=2.0).settings.scale == 2.0
+    assert api.verify(out).damage == ()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_nothing_that_an_unfinished_run_copied_beside_the_weights_stays_in_anothers_result(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """Its tokenizer stayed, no report listed it, and `verify` called the result whole."""
+    out = tmp_path / "out"
+    for name in ("config.json", "tokenizer.model", "sub/vocab.txt"):
+        (pair.ft / name).parent.mkdir(exist_ok=True)
+        (pair.ft / name).write_text("{}")
+    write = wholefile.write_atomic
+
+    def fail_at_the_report(path: Path, data: bytes) -> None:
+        if path.name == "streamrepair.json":
+            raise OutputError("full")
+        write(path, data)
+
+    monkeypatch.setattr(wholefile, "write_atomic", fail_at_the_report)
+    with pytest.raises(OutputError, match="full"):
+        api.repair(pair.base, pair.ft, out)
+    monkeypatch.undo()
+    (out / "mine.model").write_text("of the user")
+    for name in ("tokenizer.model", "sub/vocab.txt"):
+        assert (out / name).is_file()
+        (pair.ft / name).unlink()
+    report = api.repair(pair.base, pair.ft, out, overwrite=overwrite, scale=2.0 if overwrite else 1.0)
+    assert report.sidecars == ("config.json", "tokenizer.json")
+    assert {path.name for path in out.rglob("*.model")} == {"mine.model"}
+    assert not (out / "sub" / "vocab.txt").exists()
+
+
+def test_a_result_that_was_half_removed_leaves_none_of_its_copies_either(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The report, which lists them, goes first."""
+    out = tmp_path / "out"
+    (pair.ft / "tokenizer.model").write_text("old")
+    api.repair(pair.base, pair.ft, out)
+    (pair.ft / "tokenizer.model").unlink()
+    unlink = osfile.unlink
+
+    def only_the_report(path: Path) -> None:
+        unlink(path)
+        if path.name == "streamrepair.json":
+            raise OutputError("killed")
+
+    monkeypatch.setattr(osfile, "unlink", only_the_report)
+    with pytest.raises(OutputError, match="killed"):
+        api.repair(pair.base, pair.ft, out, scale=2.0, overwrite=True)
+    monkeypatch.undo()
+    assert not (out / "streamrepair.json").exists()
+    api.repair(pair.base, pair.ft, out, scale=2.0, overwrite=True)
+    assert not (out / "tokenizer.model").exists()
 
 
 def test_overwrite_takes_no_index_that_is_not_a_runs(pair: Pair, tmp_path: Path) -> None:

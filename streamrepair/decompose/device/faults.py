@@ -14,8 +14,8 @@ _ALLOCATION = (
 )
 """cuBLAS and cuSOLVER report memory they could not get, for themselves or their handles, as errors of their own.
 
-torch's allocator asks NVML what to say of a full card, and fails an assertion where that does not answer: in a container
-with a part of a card (MIG), for example.
+torch's allocator asks NVML what to say of a full card, and fails an assertion where that does not answer: in a
+container with a part of a card (MIG), for example.
 """
 
 
