@@ -141,7 +141,7 @@ def test_the_index_of_a_variant_is_refused_with_the_name_that_is_read(tmp_path: 
     folder = write_sharded(tmp_path / "in", [ONE, TWO], stem="model.fp16")
     variant = folder / "model.safetensors.index.fp16.json"
     (folder / "model.fp16.safetensors.index.json").rename(variant)
-    assert f"{variant.name} is that of a variant: copy it to model.fp16.safetensors.index.json" in _refusal(folder)
+    assert f"{variant.name} is that of a variant; copy it to model.fp16.safetensors.index.json" in _refusal(folder)
     (folder / "model.fp16.safetensors.index.json").write_bytes(variant.read_bytes())
     assert len(open_checkpoint(folder, side="FT").shards) == 2
 
