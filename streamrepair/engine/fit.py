@@ -26,14 +26,14 @@ class Room:
     ram_bytes: int
     vram_bytes: int | None
     """Of each GPU; None without one."""
-    tensors: int
-    """Of both sides: their records take memory too."""
+    records_bytes: int
+    """Headers and records of both sides' tensors."""
     gpus: int
 
     @property
     def fixed_bytes(self) -> int:
         """What the process takes before any worker."""
-        return memory.run_bytes(0, tensors=self.tensors, gpus=self.gpus)
+        return memory.run_bytes(0, records_bytes=self.records_bytes, gpus=self.gpus)
 
     def fits_device(self, vram_bytes: int) -> bool:
         """Whether a task that needs so much of a GPU can run there."""
@@ -154,7 +154,7 @@ def fits_climb(plan: Plan, backend: str) -> Mapping[str, bool]:
     """
     at_once = sorted((unit.ram_bytes for unit in plan.at_once), reverse=True)
     others = sum(at_once[: plan.workers - 1])
-    fixed = memory.run_bytes(plan.workers, tensors=plan.tensors, gpus=len(plan.gpus))
+    fixed = memory.run_bytes(plan.workers, records_bytes=plan.records_bytes, gpus=len(plan.gpus))
     room = plan.ram_allowed_bytes - fixed - others
     return {
         task.name: (task.place == "cpu" and task.backend == backend)
@@ -175,6 +175,6 @@ def full_budget(plan: Plan, task: Task) -> int:
     assert task.shape is not None
     unit = next(unit for unit in plan.units if any(member is task for member in unit.tasks))
     others = sorted((other.ram_bytes for other in plan.at_once), reverse=True)[: len(plan.gpus)]
-    fixed = memory.run_bytes(1 + len(plan.gpus), tensors=plan.tensors, gpus=len(plan.gpus))
+    fixed = memory.run_bytes(1 + len(plan.gpus), records_bytes=plan.records_bytes, gpus=len(plan.gpus))
     need = memory.repair_bytes(task.shape, "full", task.shape.block) + _beside_bytes(unit, task)
     return fixed + sum(others) + need

@@ -17,6 +17,10 @@ PROCESS_BYTES = 80_000_000
 """The interpreter with NumPy, SciPy and their BLAS loaded, before any task."""
 TENSOR_BYTES = 4_000
 """Headers, plan and records of one tensor."""
+_HEADER_BYTES_OF_A_TENSOR = 500
+"""What of a header that has room in."""
+_HEADER_COPIES = 5
+"""Of what headers have beyond that, metadata as a rule: as bytes, as text and in pieces; 4.1 were met."""
 WORKER_BYTES = 24_000_000
 """A worker's stacks, allocator arena and BLAS buffers."""
 CUDA_HOST_BYTES = 3_000_000_000
@@ -312,7 +316,12 @@ def copy_bytes() -> int:
     return 3 * COPY_BYTES
 
 
-def run_bytes(workers: int, *, tensors: int, gpus: int) -> int:
-    """Host bytes of a run without its tasks: the process with the records of so many tensors, and its workers."""
+def records_bytes(tensors: int, *, headers_bytes: int = 0) -> int:
+    """Host bytes of the headers, plan and records of so many tensors."""
+    return TENSOR_BYTES * tensors + _HEADER_COPIES * max(0, headers_bytes - _HEADER_BYTES_OF_A_TENSOR * tensors)
+
+
+def run_bytes(workers: int, *, records_bytes: int, gpus: int) -> int:
+    """Host bytes of a run without its tasks: the process, the headers and records that it holds, and its workers."""
     cuda = CUDA_HOST_BYTES + (gpus - 1) * CUDA_FURTHER_BYTES if gpus else 0
-    return PROCESS_BYTES + TENSOR_BYTES * tensors + cuda + workers * WORKER_BYTES
+    return PROCESS_BYTES + records_bytes + cuda + workers * WORKER_BYTES

@@ -141,6 +141,11 @@ class Plan:
         return len(self.tasks) + len(self.dropped)
 
     @property
+    def records_bytes(self) -> int:
+        """Host bytes of the headers and records of all of them."""
+        return _records_bytes(self.base, self.ft, self.tensors)
+
+    @property
     def ram_projected_bytes(self) -> int:
         """Projected peak of the process: with the neediest units that the budget lets run together."""
         if self.ram_unhindered_bytes <= self.ram_allowed_bytes:
@@ -152,13 +157,15 @@ class Plan:
     @property
     def ram_unhindered_bytes(self) -> int:
         """The least budget in which no worker ever waits for memory."""
-        fixed = memory.run_bytes(self.workers, tensors=self.tensors, gpus=len(self.gpus))
+        fixed = memory.run_bytes(self.workers, records_bytes=self.records_bytes, gpus=len(self.gpus))
         return fixed + sum(unit.ram_bytes for unit in self.at_once)
 
     @property
     def room_bytes(self) -> int:
         """What is left for units, all together."""
-        return self.ram_allowed_bytes - memory.run_bytes(self.workers, tensors=self.tensors, gpus=len(self.gpus))
+        return self.ram_allowed_bytes - memory.run_bytes(
+            self.workers, records_bytes=self.records_bytes, gpus=len(self.gpus)
+        )
 
     @property
     def side_by_side(self) -> int:
@@ -206,6 +213,11 @@ class Plan:
         return sum(p.base.entry.nbytes for p in unused if p.base is not None and is_searched(p.base.entry))
 
 
+def _records_bytes(base: Checkpoint, ft: Checkpoint, tensors: int) -> int:
+    headers_bytes = sum(len(shard.header_bytes) for side in (base, ft) for shard in side.shards)
+    return memory.records_bytes(tensors, headers_bytes=headers_bytes)
+
+
 def make_plan(
     base: Checkpoint,
     ft: Checkpoint,
@@ -232,7 +244,9 @@ def make_plan(
     layouts = tuple(layout_like(shard, settings.out_dtype) for shard in ft.shards)
     pairings = pair(base, ft, Selection(settings.include, settings.exclude))
     kept = [(pairing, pairing.ft) for pairing in pairings if pairing.ft is not None]
-    room = Room(ram_bytes, vram_bytes, tensors=len(pairings), gpus=len(gpus_of(devices)))
+    room = Room(
+        ram_bytes, vram_bytes, records_bytes=_records_bytes(base, ft, len(pairings)), gpus=len(gpus_of(devices))
+    )
     tasks = [_placed(_task(pairing, side, layouts, settings), devices, room) for pairing, side in kept]
     refuse_too_large(tasks, room)
     units = batches.formed(tasks, lambda batch: holds(room, batch, tasks))

@@ -167,7 +167,10 @@ def test_a_plan_projects_its_batches(pair: Pair) -> None:
     assert batch.ram_bytes == member.ram_bytes + 8 * 4 * 431 * 397
     assert batch.vram_bytes == member.vram_bytes + 8 * (40 * 397**2 + 8 * 431 * 397)
     assert plan.vram_projected_bytes == memory.card_bytes(batch.vram_bytes)
-    assert plan.ram_unhindered_bytes == memory.run_bytes(2, tensors=11, gpus=1) + batch.ram_bytes + memory.copy_bytes()
+    assert (
+        plan.ram_unhindered_bytes
+        == memory.run_bytes(2, records_bytes=memory.records_bytes(11), gpus=1) + batch.ram_bytes + memory.copy_bytes()
+    )
 
 
 def test_the_ledger_reserves_a_batch_as_a_whole(pair: Pair) -> None:
@@ -188,7 +191,9 @@ def test_beside_a_member_that_climbs_are_the_other_pairs(pair: Pair) -> None:
     (batch,) = plan.batches
     task = batch.tasks[3]
     assert task.shape is not None
-    fixed = memory.run_bytes(2, tensors=11, gpus=1) + batch.ram_bytes  # as if another worker had the neediest unit
+    fixed = (
+        memory.run_bytes(2, records_bytes=memory.records_bytes(11), gpus=1) + batch.ram_bytes
+    )  # as if another worker had the neediest unit
     need = memory.repair_bytes(task.shape, "full", task.shape.block) + 8 * memory.pair_bytes(task.shape)
     for ram, fits in ((fixed + need, True), (fixed + need - 1, False)):
         assert fits_climb(replace(plan, ram_allowed_bytes=ram), "full")[task.name] == fits

@@ -30,7 +30,7 @@ from streamrepair.errors import BudgetError
 from streamrepair.report import Settings
 from streamrepair.spectral.threshold import HardThreshold
 from tests import command
-from tests.builders import Raw
+from tests.builders import Raw, write_safetensors
 from tests.decompose.sources import Doubles, fine_tuned
 from tests.pairs import stored, write_split
 
@@ -105,6 +105,19 @@ def test_nor_do_several_workers_one_task_after_another(tmp_path: Path) -> None:
     for workers in (1, 2):
         projected, measured, _ = _repair(tmp_path, "4GB", workers, {})
         assert measured <= projected
+
+
+@pytest.mark.parametrize("letter", ["n", "漢"])
+def test_long_metadata_are_projected(tmp_path: Path, letter: str) -> None:
+    """A header may have 100 MB."""
+    notes, weights = {"format": "pt", "notes": letter * 12_000_000}, np.random.default_rng(0).normal(size=(67, 61))
+    for side, values in (("base", weights), ("ft", weights + 1e-3)):
+        (tmp_path / side).mkdir()
+        write_safetensors(tmp_path / side / "model.safetensors", {"w": stored(values, "F32")}, notes)
+    projected, measured, _ = _repair(tmp_path, "2GB", 1, {})
+    assert measured <= projected
+    with pytest.raises(BudgetError):
+        api.plan(tmp_path / "base", tmp_path / "ft", ram=110_000_000)
 
 
 @pytest.mark.slow
@@ -328,8 +341,15 @@ def test_between_passes_are_held_whole_pairs_and_small_buffers() -> None:
     assert Panels.of(large, 1024).kept == 0
 
 
+def test_only_headers_longer_than_tensors_need_count_beside_them() -> None:
+    assert memory.records_bytes(7, headers_bytes=3_500) == 7 * memory.TENSOR_BYTES
+    assert memory.records_bytes(7, headers_bytes=3_501) == 7 * memory.TENSOR_BYTES + 5
+
+
 def test_every_part_of_a_run_is_in_its_sum() -> None:
-    alone = memory.run_bytes(0, tensors=0, gpus=0)
-    assert memory.run_bytes(3, tensors=7, gpus=0) == alone + 3 * memory.WORKER_BYTES + 7 * memory.TENSOR_BYTES
-    assert memory.run_bytes(0, tensors=0, gpus=1) == alone + memory.CUDA_HOST_BYTES
-    assert memory.run_bytes(0, tensors=0, gpus=3) == alone + memory.CUDA_HOST_BYTES + 2 * memory.CUDA_FURTHER_BYTES
+    alone = memory.run_bytes(0, records_bytes=0, gpus=0)
+    assert memory.run_bytes(3, records_bytes=7, gpus=0) == alone + 3 * memory.WORKER_BYTES + 7
+    assert memory.run_bytes(0, records_bytes=0, gpus=1) == alone + memory.CUDA_HOST_BYTES
+    assert (
+        memory.run_bytes(0, records_bytes=0, gpus=3) == alone + memory.CUDA_HOST_BYTES + 2 * memory.CUDA_FURTHER_BYTES
+    )
