@@ -21,6 +21,7 @@ from streamrepair.decompose import full, gram, krylov_search, order_statistic, s
 from streamrepair.decompose.arithmetic import Products
 from streamrepair.decompose.choose import MOST_KEPT
 from streamrepair.decompose.host import HostArithmetic
+from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.decompose.truncation import UnresolvedError
 from streamrepair.decompose.windows import Slack, Windows
@@ -324,6 +325,30 @@ def test_more_of_anything_never_needs_less(backend: str, field: str) -> None:
         assert memory.repair_bytes(more, backend, 512) >= memory.repair_bytes(PLAIN, backend, 512)
     assert memory.device_bytes(more, backend) >= memory.device_bytes(PLAIN, backend)
     assert memory.repair_bytes(more, backend, 512, cuda=True) >= memory.repair_bytes(PLAIN, backend, 512, cuda=True)
+
+
+def test_the_reference_route_on_a_gpu_checks_its_answer_in_host_memory() -> None:
+    """R, U and Vᵀ come from there; the residual is formed here."""
+    n = 601
+
+    class Elsewhere(HostArithmetic):
+        def triangular_factor(self, _: PanelSource) -> Doubles:
+            return np.random.default_rng(0).standard_normal((n, n))
+
+        def svd(self, matrix: Doubles, _: str) -> tuple[Doubles, Doubles, Doubles]:
+            return np.linalg.svd(matrix)
+
+    source = fine_tuned(_delta((n, n), 9), "BF16")
+    tracemalloc.start()
+    try:
+        full.truncate(source, HardThreshold(), arithmetic=Elsewhere())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    shape = replace(PLAIN, rows=n, cols=n)
+    projected = memory.repair_bytes(shape, "full", n, cuda=True) - memory.repair_bytes(shape, "gram", n, cuda=True)
+    assert projected == 32 * n * n
+    assert 40 * n * n < peak <= 49 * n * n
 
 
 def test_the_ring_holds_three_panels_and_no_more_rows_than_there_are() -> None:
