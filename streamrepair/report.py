@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Literal, TypeVar, get_args, get_type_hints
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
@@ -269,7 +270,10 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
             if before != now:
                 before, now = ("not given" if value is None else value for value in (before, now))
                 found.append(f"--{field.replace('_', '-')} was {before}, is {now}")
+        times = {_mtime(identity) for identity in (*other.base.values(), *other.ft.values())}
         for side, before_files, now_files in (("BASE", other.base, self.base), ("FT", other.ft, self.ft)):
+            if len(times) > 1 and _by_name(before_files) == _by_name(now_files):
+                continue  # moved or mounted elsewhere; where all have one time, only their places tell them apart
             changed = sorted(
                 p for p in before_files.keys() | now_files.keys() if before_files.get(p) != now_files.get(p)
             )
@@ -279,3 +283,17 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
             if len(changed) > 3:
                 found.append(f"and {len(changed) - 3} more files of {side}")
         return found
+
+
+def identity(*, file_bytes: int, mtime_ns: int, header_digest: str) -> str:
+    """What tells a file from others of its name, in words."""
+    return f"{file_bytes} bytes, mtime {mtime_ns}, header {header_digest[:16]}"
+
+
+def _mtime(identity: str) -> str:
+    return identity.split(", ")[1]
+
+
+def _by_name(files: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Names without folders, and identities."""
+    return sorted((path.rpartition("/")[2], identity) for path, identity in files.items())

@@ -52,13 +52,17 @@ class Bar:
             self.note(f"continuing: {format_bytes(done_bytes)} of {total} were finished before")
         self._found_bytes, self._began = done_bytes, _now()
         if sys.stderr.isatty():
-            from tqdm import tqdm  # a tenth of the start-up, which a run without a terminal does not need
+            with contextlib.suppress(ValueError):  # of a TQDM_… in the environment: then without a bar
+                self._bar = self._shown_bar()
 
-            self._bar = tqdm(
-                total=self._total_bytes, initial=done_bytes, unit="B", unit_scale=True, desc="repair",
-                file=sys.stderr, mininterval=0.2, dynamic_ncols=True, leave=False,
-                smoothing=0.02,  # matrices differ in what a byte of them costs: the last few tell little
-            )  # fmt: skip
+    def _shown_bar(self) -> tqdm[NoReturn]:
+        from tqdm import tqdm  # a tenth of the start-up, which a run without a terminal does not need
+
+        return tqdm(
+            total=self._total_bytes, initial=self._found_bytes, unit="B", unit_scale=True, desc="repair",
+            file=sys.stderr, mininterval=0.2, dynamic_ncols=True, leave=False,
+            smoothing=0.02,  # matrices differ in what a byte of them costs: the last few tell little
+        )  # fmt: skip
 
     def advance(self, done_bytes: int) -> None:
         """Move the bar; from any thread."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -39,6 +43,16 @@ def test_nothing_is_foretold_before_anything_is_done(
     bar.begin(api.plan(pair.base, pair.ft), 0)
     bar.advance(0)
     assert capsys.readouterr().err == "0 B of 6.14 kB done\n"
+
+
+def test_a_bar_that_the_environment_spoils_is_none(tmp_path: Path) -> None:
+    """tqdm takes options of its own from there, and gives up on those that it does not understand."""
+    pair, (ours, theirs) = write_pair(tmp_path, {"w": (64, 48)}), pty.openpty()
+    words = [sys.executable, "-m", "streamrepair", pair.base, pair.ft, tmp_path / "out"]
+    done = subprocess.run(words, stderr=theirs, env={**os.environ, "TQDM_NCOLS": "abc"}, check=False)
+    os.close(theirs)
+    os.close(ours)
+    assert done.returncode == 0
 
 
 def test_times_too_short_to_tell_are_no_powers_of_ten() -> None:

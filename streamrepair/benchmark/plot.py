@@ -46,7 +46,7 @@ def save(benchmark: Benchmark, path: Path) -> None:
     if path.suffix.lower() == ".html":
         title = "streamrepair bench"
         chart = f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n{chart}</html>\n'
-    write_atomic(path, chart.encode())
+    write_atomic(path, chart.encode(), among_others=True)
 
 
 def svg(benchmark: Benchmark) -> str:

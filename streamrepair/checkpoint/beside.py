@@ -37,8 +37,9 @@ _NEVER_NEEDED = re.compile(
     # Weights in other formats and what training keeps; documentation and pictures; logs. Other .bin files are parts of
     # their own (a projector, a language model), and so are those of folders.
     r"(\A/((diffusion_)?pytorch_model|adapter_model|model|optimizer|scheduler|training_args)[^/]*\.bin"
+    r"|\A/adapter_model\.safetensors"
     r"|\.(pt|pth|ckpt|h5|msgpack|ot|gguf|ggml|onnx|mlmodel|distcp|md|rst|pdf|png|jpe?g|gif|svg|webp|log|out|err|sh|lock)"
-    r"|tfevents\..*|/latest|/adapter_model\.safetensors)\Z",
+    r"|tfevents\..*|/latest)\Z",
     re.IGNORECASE,
 )
 _TOKENIZER = re.compile(

@@ -40,13 +40,16 @@ def _refuse_longer(status: os.stat_result, most_bytes: int | None) -> None:
         raise InputError(f"is {status.st_size} bytes long, expected at most {most_bytes}", "move it elsewhere")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, *, among_others: bool = False) -> None:
     """Replace `path` by `data`: whole after a crash, either the old bytes or the new.
+
+    Args:
+        among_others: whether files beside it are none of ours, whatever their names.
 
     Raises:
         OutputError: it failed; the old file is untouched, and nothing is left beside it.
     """
-    partial = _partial(path)
+    partial = _partial(path, f".{os.getpid()}{_PARTIAL}" if among_others else _PARTIAL)
     osfile.unlink(partial)
     fd = osfile.open_output(partial)
     try:
@@ -63,8 +66,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     osfile.sync_folder(path.parent)
 
 
-def _partial(path: Path) -> Path:
+def _partial(path: Path, suffix: str) -> Path:
     """Where a file grows: beside it, by a name that is cut where it would be longer than names may be."""
-    name = os.fsencode(path.name)
-    room = _LONGEST_NAME_BYTES - len(_PARTIAL)
-    return path.with_name((path.name if len(name) <= room else name[:room].decode(errors="ignore")) + _PARTIAL)
+    name, room = os.fsencode(path.name), _LONGEST_NAME_BYTES - len(suffix)
+    return path.with_name((path.name if len(name) <= room else name[:room].decode(errors="ignore")) + suffix)

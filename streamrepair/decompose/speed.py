@@ -12,22 +12,23 @@ from typing import Annotated
 
 import msgspec
 
-Positive = Annotated[float, msgspec.Meta(gt=0)]
+PerSecond = Annotated[float, msgspec.Meta(ge=1e3, le=1e18)]
+Seconds = Annotated[float, msgspec.Meta(ge=1e-9, le=1e3)]
 
 
 class Rates(msgspec.Struct, frozen=True, kw_only=True):
     """Speeds of one worker with one BLAS thread, or of one GPU."""
 
-    float32_flops_per_s: Positive
+    float32_flops_per_s: PerSecond
     """Matrix products, as in a Gram matrix."""
-    float64_flops_per_s: Positive
-    cache_bytes_per_s: Positive
+    float64_flops_per_s: PerSecond
+    cache_bytes_per_s: PerSecond
     """Of a symmetric matrix that fits the cache, read by matrix-vector products."""
-    memory_bytes_per_s: Positive
+    memory_bytes_per_s: PerSecond
     """The same from memory."""
     float32_first: bool
     """Whether 16-bit outputs are tried in float32."""
-    start_s: Positive
+    start_s: Seconds
     """Of each repair, whatever its size."""
 
 

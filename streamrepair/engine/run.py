@@ -201,13 +201,13 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
 
 def _write_copy(text: bytes, path: Path | None) -> None:
     if path is not None:
-        wholefile.write_atomic(path, text)
+        wholefile.write_atomic(path, text, among_others=True)
 
 
 def _write_trace(run: _Run, path: Path) -> None:
     """The result does not hang on it, so that it cannot be written is no failure."""
     try:
-        wholefile.write_atomic(path, chrome_trace(run.timeline, lane_names(run.plan.lanes)))
+        wholefile.write_atomic(path, chrome_trace(run.timeline, lane_names(run.plan.lanes)), among_others=True)
     except OutputError as error:
         run.watcher.warn(f"no trace: {error}")
 

@@ -121,9 +121,12 @@ class _Merged:
         """‖round(W_base + Δ*) − (W_base + Δ*)‖_F².
 
         Raises:
-            NumericalError: a value overflows the output dtype.
+            NumericalError: a value overflows the output dtype, or a device broke after the last block.
         """
-        lost = self._merger.lost()
+        try:
+            lost = self._merger.lost()
+        except NumericalError as error:
+            raise failed(self._job, error) from error
         if not lost < float("inf"):
             name, dtype = shown(self._job.task.name), self._job.task.out.dtype
             remedy = f"leave it out with --exclude '^{name}$' to pass it through"

@@ -20,6 +20,7 @@ from streamrepair.report import (
     Session,
     TensorRecord,
     decoded,
+    identity,
     storable,
 )
 from streamrepair.version import __version__
@@ -43,7 +44,7 @@ def fingerprint(plan: Plan) -> Fingerprint:
 def _identities(checkpoint: Checkpoint) -> dict[str, str]:
     shards = {storable(str(shard.path.resolve())): shard for shard in checkpoint.shards}
     return {
-        path: f"{shard.file_bytes} bytes, mtime {shard.mtime_ns}, header {shard.digest[:16]}"
+        path: identity(file_bytes=shard.file_bytes, mtime_ns=shard.mtime_ns, header_digest=shard.digest)
         for path, shard in shards.items()
     }
 

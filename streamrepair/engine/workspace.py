@@ -306,10 +306,13 @@ class Workspace:
         return set()
 
     def _remove(self, names: Set[str]) -> None:
-        """Remove files of OUT. Their names are from a file, and may lead anywhere."""
+        """Remove files of OUT, and folders that this leaves empty. The names are from a file, and may lead anywhere."""
         for name in sorted(names):
-            if (self.out / name).resolve().is_relative_to(self.out.resolve()):
-                osfile.unlink(self.out / name)
+            path = self.out / name
+            if path.resolve().is_relative_to(self.out.resolve()):
+                osfile.unlink(path)
+                for folder in path.relative_to(self.out).parents[:-1]:
+                    osfile.remove_folder(self.out / folder, with_content=False)
 
     def _refuse_changed(self, fingerprint: Fingerprint) -> None:
         path = self.state / "run.json"

@@ -54,7 +54,8 @@ def test_what_loading_needs_is_copied_byte_for_byte_and_nothing_else(ft: Path, t
 def test_what_might_be_needed_and_is_not_copied_is_told_of(ft: Path) -> None:
     """Weights of a part in a folder of its own, pickled vocabularies: not training's state, pictures or the README."""
     missed = (
-        "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin", "data/train.tsv", "language_model/5gram.bin",
+        "2_Dense/model.safetensors", "3_Dense/pytorch_model.bin",
+        "adapter/adapter_model.safetensors", "data/train.tsv", "language_model/5gram.bin",
         "mel_filters.npz", "mm_projector.bin", "vocab.pkl", "voices/a.npy",
     )  # fmt: skip
     for name in (
@@ -62,7 +63,7 @@ def test_what_might_be_needed_and_is_not_copied_is_told_of(ft: Path) -> None:
         "stray.safetensors",
         "optimizer.bin",
         "pytorch_model-00001-of-00002.bin",
-        "adapter/adapter_model.safetensors",
+        "adapter_model.safetensors",
         "assets/a.PNG",
         "global_step5/x.pt",
     ):

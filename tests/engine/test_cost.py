@@ -56,7 +56,13 @@ def test_a_measurement_is_kept_for_this_machine_only(tmp_path: Path, monkeypatch
     assert rates.save(mine) == tmp_path / "streamrepair" / "rates.json"
     assert [path.name for path in rates.path().parent.iterdir()] == ["rates.json"]
     assert rates.load() == mine
-    other = msgspec.json.decode(rates.path().read_bytes(), type=rates.Measured)
+    written = rates.path().read_bytes()
+    for nonsense in (1e308, 1e-300, -1.0, None):
+        content = msgspec.json.decode(written)
+        content["rates"]["float32_flops_per_s"] = nonsense
+        rates.path().write_bytes(msgspec.json.encode(content))
+        assert rates.load() is None
+    other = msgspec.json.decode(written, type=rates.Measured)
     rates.path().write_bytes(msgspec.json.encode(msgspec.structs.replace(other, machine="another")))
     assert rates.load() is None
     for text in ("{", rates.path().read_text().replace("0.5", "0.0")):

@@ -173,6 +173,19 @@ def test_a_lost_fingerprint_is_refused(out: Path) -> None:
     assert snapshot(out) == before
 
 
+def test_inputs_that_were_moved_are_those_of_the_run(out: Path, pair: Pair, tmp_path: Path, started: list[str]) -> None:
+    """To another scratch folder, or mounted elsewhere: sizes, times and headers tell them from others."""
+    whole = shard_bytes(out)
+    _flip(out / FIRST, "a")
+    (out / "streamrepair.json").unlink()
+    (tmp_path / "moved").mkdir()
+    base, ft = (side.rename(tmp_path / "moved" / side.name) for side in (pair.base, pair.ft))
+    api.repair(base, ft, out, scale=1.1)
+    assert started == ["a"]
+    assert shard_bytes(out) == whole
+    assert api.verify(out, repair=True).damage == ()
+
+
 def test_changed_inputs_are_refused(out: Path, pair: Pair) -> None:
     _flip(out / FIRST, "a")
     damaged = shard_bytes(out)
