@@ -27,7 +27,7 @@ CUDA_HOST_BYTES = 3_000_000_000
 """What CUDA's libraries and context add to the process's resident memory."""
 CUDA_FURTHER_BYTES = 500_000_000
 """What each GPU after the first adds to it."""
-CUDA_CONTEXT_BYTES = 700_000_000
+CUDA_CONTEXT_BYTES = 900_000_000
 """Device memory of the context and of the solver handles, which is not torch's."""
 CUDA_LIBRARY_BYTES = 150_000_000
 """What torch allocates there whatever the matrix: cuBLAS's workspace, 32 MiB from Hopper on, and to measure rates."""
