@@ -172,7 +172,7 @@ def _whole(model: str, device: torch.device, repeats: int) -> Record:
 
 def _faulty(record: Record) -> bool:
     steps = [*record["batches"], *record["cases"], record.get("whole", {})]
-    if any("failed" in step or "failed" in step.get("answer", ()) for step in steps):
+    if any("failed" in part for step in steps for part in (step, step.get("answer", ()), step.get("stages", ()))):
         return True
     batched = [run for batch in record["batches"] for run in batch.get("runs", ())]
     if any("failed" in run or run.get("check", {}).get("why") for run in batched):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Mapping
 from typing import Literal, TypeVar, get_args, get_type_hints
 from urllib.parse import quote_from_bytes, unquote_to_bytes
@@ -257,8 +258,6 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     device: str = ""
     """Where the run began to compute; another one may go on, with a warning. "" in runs that did not note it."""
-    shards: tuple[str, ...] = ()
-    """Names of the result's; in the Hub's cache `ft` has those of what its links lead to."""
 
     def differences(self, other: Fingerprint) -> list[str]:
         """What changed from `other` to this, in words; empty if nothing did."""
@@ -270,10 +269,9 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
             if before != now:
                 before, now = ("not given" if value is None else value for value in (before, now))
                 found.append(f"--{field.replace('_', '-')} was {before}, is {now}")
-        times = {_mtime(identity) for identity in (*other.base.values(), *other.ft.values())}
         for side, before_files, now_files in (("BASE", other.base, self.base), ("FT", other.ft, self.ft)):
-            if len(times) > 1 and _by_name(before_files) == _by_name(now_files):
-                continue  # moved or mounted elsewhere; where all have one time, only their places tell them apart
+            if _times_tell(before_files) and _by_name(before_files) == _by_name(now_files):
+                continue  # moved, or mounted elsewhere
             changed = sorted(
                 p for p in before_files.keys() | now_files.keys() if before_files.get(p) != now_files.get(p)
             )
@@ -285,13 +283,21 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
+_MTIME_NS = re.compile(r", mtime (-?\d+),")
+
+
 def identity(*, file_bytes: int, mtime_ns: int, header_digest: str) -> str:
     """What tells a file from others of its name, in words."""
     return f"{file_bytes} bytes, mtime {mtime_ns}, header {header_digest[:16]}"
 
 
-def _mtime(identity: str) -> str:
-    return identity.split(", ")[1]
+def _times_tell(files: Mapping[str, str]) -> bool:
+    """Whether files have times that others of their name, size and header hardly have: no whole seconds.
+
+    In images, in archives and on coarse file systems a checkpoint and another of its architecture may have the same.
+    """
+    found = [_MTIME_NS.search(identity) for identity in files.values()]
+    return all(time is not None and int(time[1]) % 10**9 != 0 for time in found)
 
 
 def _by_name(files: Mapping[str, str]) -> list[tuple[str, str]]:

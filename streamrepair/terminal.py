@@ -52,7 +52,7 @@ class Bar:
             self.note(f"continuing: {format_bytes(done_bytes)} of {total} were finished before")
         self._found_bytes, self._began = done_bytes, _now()
         if sys.stderr.isatty():
-            with contextlib.suppress(ValueError):  # of a TQDM_… in the environment: then without a bar
+            with contextlib.suppress(Exception):  # whatever comes of a TQDM_… in the environment: then without a bar
                 self._bar = self._shown_bar()
 
     def _shown_bar(self) -> tqdm[NoReturn]:

@@ -49,7 +49,7 @@ class DeepCheck(msgspec.Struct, frozen=True, kw_only=True):
     rank_kept: int
     rank_exact: int
     correctly_rounded: float
-    """Share of output values that are the float64 result rounded to nearest, or within 1e-6 of rms(Δ*) of it."""
+    """Share of output values that are the float64 result rounded to nearest, or within 1e-5 of rms(Δ*) of it."""
     largest_ulp: float
     """Largest distance from the float64 result, in units in the last place of the larger of value and correction."""
     delta_error: float
@@ -264,7 +264,7 @@ def _differing(where: str, expected: str | None, digest: Callable[[], str]) -> I
     try:
         found = digest()
     except InputError as error:
-        yield Damage(where, str(error))
+        yield Damage(where, error.finding)  # without advice for an input
         return
     if found != expected:
         yield Damage(where, f"digest {found}, the report has {expected}")

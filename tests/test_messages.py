@@ -108,9 +108,8 @@ def _other_input(case: Case) -> None:
 
 
 def _moved_input(case: Case) -> None:
-    """Where all files have the same time, as in images that are built to be the same to the byte."""
-    for path in (*case.base.iterdir(), *case.ft.iterdir()):
-        os.utime(path, ns=(0, 1000))
+    """Where times are whole seconds, as in images that are built to be the same to the byte."""
+    os.utime(case.base / "model.safetensors", ns=(0, 10**9))
     case.run()
     case.base = case.base.rename(case.top / "moved")
     case.run()
@@ -201,9 +200,9 @@ CASES: list[tuple[Callable[[Case], object], int, str]] = [
      "bytes, mtime 1000, header add1fa4ce9712a30, is 6408 bytes, mtime 2000, header add1fa4ce9712a30: repeat the "
      "earlier command, name another OUT, or start anew with --overwrite"),
     (_moved_input, 3, "OUT T/out holds a run that differs from this one: BASE file T/base/model.safetensors was 6408 "
-     "bytes, mtime 1000, header add1fa4ce9712a30, is none of its files; BASE file T/moved/model.safetensors was none "
-     "of its files, is 6408 bytes, mtime 1000, header add1fa4ce9712a30: repeat the earlier command, name another "
-     "OUT, or start anew with --overwrite"),
+     "bytes, mtime 1000000000, header add1fa4ce9712a30, is none of its files; BASE file T/moved/model.safetensors was "
+     "none of its files, is 6408 bytes, mtime 1000000000, header add1fa4ce9712a30: repeat the earlier command, name "
+     "another OUT, or start anew with --overwrite"),
     (_changing_input, 3, "T/base/model.safetensors: changed while it was being read (6408 bytes, mtime 1000 → 6408 "
      "bytes, mtime 2000): nothing may write to the inputs during a run; run again with --overwrite"),
     (_inside, 3, "OUT T/base/out is, lies in, or contains BASE T/base: name another folder"),

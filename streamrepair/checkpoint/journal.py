@@ -65,14 +65,24 @@ class Journal:
             self._fd = -1
 
 
+def records_in(content: bytes) -> list[bytes]:
+    """The sound records of a journal that is only looked at."""
+    return [text for text in _sound(content.split(b"\n")[:-1]) if text is not None and not text.isdigit()]
+
+
 def _line(text: bytes) -> bytes:
     return xxhash.xxh3_64_hexdigest(text).encode() + b" " + text + b"\n"
+
+
+def _sound(lines: list[bytes]) -> list[bytes | None]:
+    """The text of each line, or None where it is broken."""
+    return [text if _line(text) == line + b"\n" else None for line in lines for text in [line.partition(b" ")[2]]]
 
 
 def _records(content: bytes, path: Path) -> tuple[list[bytes], int]:
     """The sound records, and where what is kept ends."""
     lines = content.split(b"\n")[:-1]
-    texts = [text if _line(text) == line + b"\n" else None for line in lines for text in [line.partition(b" ")[2]]]
+    texts = _sound(lines)
     broken = texts.index(None) if None in texts else len(texts)
     end = sum(len(line) + 1 for line in lines[:broken])
     synced = max((int(text) for text in texts if text is not None and text.isdigit()), default=0)

@@ -19,8 +19,8 @@ TENSOR_BYTES = 4_000
 """Headers, plan and records of one tensor."""
 _HEADER_BYTES_OF_A_TENSOR = 500
 """What of a header that has room in."""
-_HEADER_COPIES = 5
-"""Of what headers have beyond that, metadata as a rule: as bytes, as text and in pieces; 4.1 were met."""
+_HEADER_COPIES = 8
+"""Of what headers have beyond that, metadata as a rule: as bytes, as text and in pieces; 6.9 were met."""
 WORKER_BYTES = 24_000_000
 """A worker's stacks, allocator arena and BLAS buffers."""
 CUDA_HOST_BYTES = 3_000_000_000

@@ -44,15 +44,18 @@ def check_places(out: Path, names: Iterable[str]) -> None:
     """Refuse an OUT in which something else has the place of a file that is copied there once the weights are done.
 
     Raises:
-        InputError: a folder is where a file goes, or a file or a link where a folder does.
+        InputError: a folder is where a file goes, or a file or a link where a folder does; or nobody may look there.
     """
-    for name in names:
-        for part in reversed(PurePath(name).parents[:-1]):
-            folder = out / part
-            if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-                raise InputError(f"{shown_path(folder)}: is in the place of a folder of FT's: move it away")
-        if (out / name).is_dir() and not (out / name).is_symlink():
-            raise InputError(f"{shown_path(out / name)}: is in the place of a file of FT's: move it away")
+    try:
+        for name in names:
+            for part in reversed(PurePath(name).parents[:-1]):
+                folder = out / part
+                if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+                    raise InputError(f"{shown_path(folder)}: is in the place of a folder of FT's: move it away")
+            if (out / name).is_dir() and not (out / name).is_symlink():
+                raise InputError(f"{shown_path(out / name)}: is in the place of a file of FT's: move it away")
+    except PermissionError as error:
+        raise InputError(f"OUT {shown_path(out)} cannot be looked into ({error.strerror}): name another OUT") from error
 
 
 def _check(option: str, name: str, path: Path, out: Path) -> None:

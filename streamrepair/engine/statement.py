@@ -37,7 +37,6 @@ def fingerprint(plan: Plan) -> Fingerprint:
         ft=_identities(plan.ft),
         settings=plan.settings,
         device=",".join(sorted({device.partition(":")[0] for device in plan.devices})),
-        shards=tuple(layout.name for layout in plan.layouts),
     )
 
 

@@ -12,15 +12,16 @@ OUT/.streamrepair/made        an empty file: the run made OUT itself, so a refus
 from __future__ import annotations
 
 import contextlib
+import filecmp
 import os
 from collections.abc import Iterable, Mapping, Set
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import msgspec
 
 from streamrepair.checkpoint import osfile, wholefile
-from streamrepair.checkpoint.journal import Journal
-from streamrepair.checkpoint.write import ShardFile, ShardLayout
+from streamrepair.checkpoint.journal import Journal, records_in
+from streamrepair.checkpoint.write import PARTIAL_SUFFIX, ShardFile, ShardLayout
 from streamrepair.engine.accounts import Accounts
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
 from streamrepair.report import (
@@ -92,8 +93,7 @@ class Workspace:
         if made_out:
             osfile.close(osfile.open_output(self.state / "made"))
         entries = self._begin(fingerprint) if overwrite else self._continue(fingerprint, finished)
-        if not overwrite:
-            self._refuse_unaccounted({entry.name for entry in entries})
+        self._refuse_unaccounted({entry.name for entry in entries})
         osfile.make_folder(self.work)
         self.accounts.open()
         self.damaged = tuple(shard.final for shard in self.shards if not shard.open())
@@ -206,19 +206,22 @@ class Workspace:
         """Refuse a shard that bears the name of one of ours and is none.
 
         Without a report a run has come no further than its journal, and a shard has its name when all of its tensors
-        are there.
+        are there, and no other then. Both names are there where a power cut kept half of a renaming.
         """
         if (self.out / REPORT_NAME).exists():
             return
         for shard in self.shards:
-            if shard.final.exists() and not shard.layout.entries.keys() <= journalled:
+            if not shard.final.exists():
+                continue
+            whole = shard.layout.entries.keys() <= journalled
+            if not whole or (shard.partial.exists() and not filecmp.cmp(shard.final, shard.partial, shallow=False)):
                 raise InputError(
-                    f"OUT {shown(str(self.out))} holds {shown(shard.final.name)}, which the unfinished run there did "
-                    "not make: move it away or name another OUT"
+                    f"OUT {shown(str(self.out))} holds {shown(shard.final.name)}, which the unfinished run there does "
+                    "not account for: move it away or name another OUT"
                 )
 
     def _own_weights(self) -> set[str]:
-        """Names of the shards that earlier runs made in OUT, by their report or fingerprint, and of their index.
+        """Names of the shards that earlier runs made in OUT, by their report or journal, and of their index.
 
         Never by the names of the run to come: `model.safetensors` is what anybody's checkpoint is called.
         """
@@ -226,9 +229,10 @@ class Workspace:
         if (report := self._earlier_report()) is not None:
             names |= report.headers.keys()
         with contextlib.suppress(InputError, msgspec.MsgspecError):
-            before = decoded(wholefile.read_whole(self.state / "run.json"), Fingerprint)
-            names |= {*before.shards, *(Path(restored(path)).name for path in before.ft)}
-        return names | {path.name for path in self.out.glob(_WEIGHTS[1]) if _shards_in(path) <= names}
+            made = {self._entry(line).shard for line in records_in(wholefile.read_whole(self.state / "journal"))}
+            names |= {name for name in made if not (self.work / f"{name}{PARTIAL_SUFFIX}").exists()}
+        indices = {path.name: _shards_in(path) for path in self.out.glob(_WEIGHTS[1])}
+        return names | {name for name, shards in indices.items() if shards and shards <= names}
 
     def _earlier_report(self) -> Report | None:
         with contextlib.suppress(InputError, msgspec.MsgspecError):
@@ -285,6 +289,7 @@ class Workspace:
                     osfile.unlink(path)
         # Another model's tokenizer must not be left to this one.
         self._remove({*map(restored, report.sidecars if report is not None else ()), *self._noted_sidecars()})
+        osfile.sync_folder(self.out)  # before what tells that they were a run's
         osfile.remove_folder(self.work, with_content=True)
         for name in ("run.json", "journal", "sessions", "sidecars"):
             osfile.unlink(self.state / name)
@@ -292,13 +297,17 @@ class Workspace:
     def note_sidecars(self, names: Iterable[str]) -> None:
         """Write down what is about to be copied beside the weights; what an earlier start copied besides is removed.
 
-        Until the report lists them nothing else tells that they are a run's.
+        Until the report lists them nothing else tells that they are a run's. What a finished result has stays.
 
         Raises:
             OutputError: OUT cannot be written.
         """
-        self._remove(self._noted_sidecars() - {*names})
-        wholefile.write_atomic(self.state / "sidecars", msgspec.json.encode([*map(storable, names)]))
+        gone = self._noted_sidecars() - {*names}
+        if not (self.out / REPORT_NAME).exists():
+            self._remove(gone)
+            osfile.sync_folder(self.out)
+            gone = set()
+        wholefile.write_atomic(self.state / "sidecars", msgspec.json.encode([*map(storable, sorted({*names, *gone}))]))
 
     def _noted_sidecars(self) -> set[str]:
         with contextlib.suppress(InputError, msgspec.MsgspecError):
@@ -308,8 +317,10 @@ class Workspace:
     def _remove(self, names: Set[str]) -> None:
         """Remove files of OUT, and folders that this leaves empty. The names are from a file, and may lead anywhere."""
         for name in sorted(names):
-            path = self.out / name
-            if path.resolve().is_relative_to(self.out.resolve()):
+            path, parts = self.out / name, PurePath(name).parts
+            if "\0" in name or ".." in parts or PurePath(name).is_absolute():
+                continue
+            if path.parent.resolve().is_relative_to(self.out.resolve()):
                 osfile.unlink(path)
                 for folder in path.relative_to(self.out).parents[:-1]:
                     osfile.remove_folder(self.out / folder, with_content=False)

@@ -368,7 +368,7 @@ def test_between_passes_are_held_whole_pairs_and_small_buffers() -> None:
 
 def test_only_headers_longer_than_tensors_need_count_beside_them() -> None:
     assert memory.records_bytes(7, headers_bytes=3_500) == 7 * memory.TENSOR_BYTES
-    assert memory.records_bytes(7, headers_bytes=3_501) == 7 * memory.TENSOR_BYTES + 5
+    assert memory.records_bytes(7, headers_bytes=3_501) == 7 * memory.TENSOR_BYTES + 8
 
 
 def test_every_part_of_a_run_is_in_its_sum() -> None:

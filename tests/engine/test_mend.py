@@ -186,6 +186,20 @@ def test_inputs_that_were_moved_are_those_of_the_run(out: Path, pair: Pair, tmp_
     assert api.verify(out, repair=True).damage == ()
 
 
+@pytest.mark.parametrize("side", ["base", "ft"])
+def test_another_checkpoint_with_times_of_whole_seconds_is_not_taken_for_the_runs(
+    out: Path, pair: Pair, tmp_path: Path, side: str
+) -> None:
+    """In images and archives all files have one and the same."""
+    mine: Path = getattr(pair, side)
+    other = shutil.copytree(mine, tmp_path / "other" / side)
+    for path in (*mine.iterdir(), *other.iterdir()):
+        os.utime(path, (1, 1))
+    api.repair(pair.base, pair.ft, tmp_path / "new", scale=1.1)
+    with pytest.raises(InputError, match="is none of its files"):
+        api.repair(*((other, pair.ft) if side == "base" else (pair.base, other)), tmp_path / "new", scale=1.1)
+
+
 def test_changed_inputs_are_refused(out: Path, pair: Pair) -> None:
     _flip(out / FIRST, "a")
     damaged = shard_bytes(out)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from streamrepair import api
 from streamrepair.checkpoint import osfile, wholefile
+from streamrepair.checkpoint.write import ShardFile
 from streamrepair.engine import task
 from streamrepair.engine.job import Job
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, OutputError, UsageError
@@ -207,7 +209,8 @@ def test_overwrite_takes_no_checkpoint_that_only_bears_the_same_names(pair: Pair
         assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize(("begun", "overwrite"), [(True, False), (False, False), (False, True)])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("begun", [True, False])
 def test_a_run_that_goes_on_takes_no_shard_that_it_did_not_make(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool, overwrite: bool
 ) -> None:
@@ -228,6 +231,42 @@ def test_a_run_that_goes_on_takes_no_shard_that_it_did_not_make(
     (out / "model-00002-of-00002.safetensors").unlink()
     api.repair(pair.base, pair.ft, out)
     assert api.verify(out).damage == ()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_shard_that_is_put_where_a_stopped_run_would_seal_its_own_is_left_alone(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """All of its tensors are in the journal, and it is still a partial file."""
+    out, name = tmp_path / "out", "model-00002-of-00002.safetensors"
+
+    def killed(*_: object, **__: object) -> None:
+        raise OutputError("killed")
+
+    monkeypatch.setattr(ShardFile, "seal", killed)
+    with pytest.raises(OutputError, match="killed"):
+        api.repair(pair.base, pair.ft, out)
+    monkeypatch.undo()
+    (out / name).write_bytes(b"precious")
+    with pytest.raises(InputError, match=r"holds .*not.*: move (it|them) away"):
+        api.repair(pair.base, pair.ft, out, overwrite=overwrite)
+    assert (out / name).read_bytes() == b"precious"
+    shutil.copy(out / ".streamrepair" / "partial" / f"{name}.partial", out / name)  # half of a renaming
+    api.repair(pair.base, pair.ft, out)
+    assert api.verify(out).damage == ()
+
+
+def test_mending_removes_nothing_that_a_finished_result_has(pair: Pair, tmp_path: Path) -> None:
+    """Though FT has lost it meanwhile."""
+    out = tmp_path / "out"
+    (pair.ft / "tokenizer.model").write_text("old")
+    api.repair(pair.base, pair.ft, out)
+    (pair.ft / "tokenizer.model").unlink()
+    shard = out / "model-00001-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\x7f")
+    assert api.verify(out).damage != ()
+    api.repair(pair.base, pair.ft, out)
+    assert (out / "tokenizer.model").read_text() == "old"
 
 
 def test_overwrite_knows_an_unfinished_runs_shards_where_ft_is_made_of_links(pair: Pair, tmp_path: Path) -> None:
