@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -308,7 +309,11 @@ def test_a_bit_flipped_in_the_report_is_found_wherever_it_is(out: Path) -> None:
     path = out / "streamrepair.json"
     content = path.read_bytes()
     for at in range(0, content.index(b'"report_digest"'), 41):
-        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+        with contextlib.suppress(ValueError):
+            if json.loads(flipped) == json.loads(content):
+                continue  # the 17th digit of a number that is the nearest to either
+        path.write_bytes(flipped)
         try:
             assert api.verify(out).damage, content[at - 20 : at + 20]
         except DamageError:  # no report at all
