@@ -21,6 +21,7 @@ REPORT_FORMAT = "streamrepair.report/1"
 REPORT_NAME = "streamrepair.json"
 
 _LARGEST_SCALE = 1e100  # its square, times that of a noise level, is still a number
+_MTIME_NS = re.compile(r", mtime (-?\d+),")  # in what `identity` says
 
 Action = Literal["repaired", "copied", "kept_ft", "dropped"]
 Record = TypeVar("Record")
@@ -283,9 +284,6 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
         return found
 
 
-_MTIME_NS = re.compile(r", mtime (-?\d+),")
-
-
 def identity(*, file_bytes: int, mtime_ns: int, header_digest: str) -> str:
     """What tells a file from others of its name, in words."""
     return f"{file_bytes} bytes, mtime {mtime_ns}, header {header_digest[:16]}"
@@ -296,10 +294,10 @@ def _times_tell(files: Mapping[str, str]) -> bool:
 
     In images, in archives and on coarse file systems a checkpoint and another of its architecture may have the same.
     """
-    found = [_MTIME_NS.search(identity) for identity in files.values()]
+    found = [_MTIME_NS.search(text) for text in files.values()]
     return all(time is not None and int(time[1]) % 10**9 != 0 for time in found)
 
 
 def _by_name(files: Mapping[str, str]) -> list[tuple[str, str]]:
     """Names without folders, and identities."""
-    return sorted((path.rpartition("/")[2], identity) for path, identity in files.items())
+    return sorted((path.rpartition("/")[2], text) for path, text in files.items())

@@ -308,16 +308,6 @@ class Search:
         return Top(values[:count], vectors[:count], norms[:count], float(values[count]), float(norms[count]))
 
 
-def refuse_estimator(rule: HardThreshold) -> None:
-    """Hold that τ rests on the median alone: of the values below it a search knows the density only.
-
-    Raises:
-        UnresolvedError: it rests on others too.
-    """
-    if rule.sigma != "median":
-        raise UnresolvedError("this estimator needs all values")
-
-
 def unseen(n: int, steps: int, *, block: int = BLOCK, chance: float = _UNSEEN) -> float:
     """How far below the largest eigenvalue of a positive operator its largest Ritz value may be, as a share of it.
 

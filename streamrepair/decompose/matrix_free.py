@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
 from streamrepair.decompose.host import HostArithmetic
-from streamrepair.decompose.krylov_search import Search, refuse_estimator, rotation
+from streamrepair.decompose.krylov_search import Search, rotation
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.randomized import Facts, concluded
-from streamrepair.decompose.truncation import Truncation, UnresolvedError, check_sums, refuse_mixing
+from streamrepair.decompose.truncation import Truncation, UnresolvedError, check_sums, refuse_estimator, refuse_mixing
 from streamrepair.spectral.threshold import HardThreshold
 
 Doubles = NDArray[np.float64]

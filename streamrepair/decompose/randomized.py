@@ -27,11 +27,11 @@ from streamrepair.decompose.arithmetic import Gram, Precision, Products
 from streamrepair.decompose.choose import MOST_KEPT, Estimate
 from streamrepair.decompose.gram_operator import GramOperator
 from streamrepair.decompose.krylov import Density, Guess
-from streamrepair.decompose.krylov_search import Search, Top, refuse_estimator, rotation
+from streamrepair.decompose.krylov_search import Search, Top, rotation
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.order_statistic import Located, locate
 from streamrepair.decompose.symmetric import Seen, SymmetricPair
-from streamrepair.decompose.truncation import Truncation, UnresolvedError, refuse_mixing, roots
+from streamrepair.decompose.truncation import Truncation, UnresolvedError, refuse_estimator, refuse_mixing, roots
 from streamrepair.decompose.windows import rayleigh_ritz
 from streamrepair.spectral.threshold import HardThreshold
 

@@ -30,6 +30,7 @@ from streamrepair.decompose.truncation import (
     UnresolvedError,
     errors_along,
     mixing,
+    refuse_estimator,
     refuse_mixing,
     roots,
 )
@@ -79,8 +80,7 @@ def truncate(
         NumericalError: LAPACK failed, or its answer did not pass the checks.
     """
     assert gram.matrix is not None
-    if rule.sigma != "median":
-        raise UnresolvedError("this estimator needs more values than the median")
+    refuse_estimator(rule)
     form = SingleTridiagonal(gram.matrix, arithmetic.both)
     error, seen = _factor_error(form, gram, probes)
     first = rule.estimate(roots(form.values), source.rows, source.cols)

@@ -151,6 +151,16 @@ def mixing(
     return float(np.sqrt(moved / (n * kept.sum())))
 
 
+def refuse_estimator(rule: HardThreshold) -> None:
+    """Hold that τ rests on the median alone: no other of the values below it is known exactly.
+
+    Raises:
+        UnresolvedError: it rests on others too.
+    """
+    if rule.sigma != "median":
+        raise UnresolvedError("this estimator needs all values")
+
+
 def refuse_mixing(turned: float) -> None:
     """Hold that kept and dropped vectors turned Δ* by no more than is allowed; NaN is more.
 

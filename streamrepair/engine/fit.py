@@ -154,8 +154,7 @@ def fits_climb(plan: Plan, backend: str) -> Mapping[str, bool]:
     """
     at_once = sorted((unit.ram_bytes for unit in plan.at_once), reverse=True)
     others = sum(at_once[: plan.workers - 1])
-    fixed = memory.run_bytes(plan.workers, records_bytes=plan.records_bytes, gpus=len(plan.gpus))
-    room = plan.ram_allowed_bytes - fixed - others
+    room = plan.room_bytes - others
     return {
         task.name: (task.place == "cpu" and task.backend == backend)
         or memory.repair_bytes(task.shape, backend, task.shape.block) + _beside_bytes(unit, task) <= room

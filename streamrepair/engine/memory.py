@@ -286,9 +286,8 @@ def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: boo
         # Pinned buffers (four up, two down; torch rounds each up to a power of two); vectors on their way to the CPU,
         # or R, U and V as they came from there, held against each other in three more arrays.
         sides = 4 * max(shape.base_item_bytes, shape.ft_item_bytes) + 2 * shape.out_item_bytes
-        work = (
-            (48 if backend == "full" else 16) * n * n + 2 * sides * shape.block * n + panels.in_flight + panels.gathered
-        )
+        returned = (48 if backend == "full" else 16) * n * n
+        work = returned + 2 * sides * shape.block * n + panels.in_flight + panels.gathered
     else:
         work = _WORK[backend](shape, panels)
     return work + copy_bytes()

@@ -146,6 +146,11 @@ class Plan:
         return _records_bytes(self.base, self.ft, self.tensors)
 
     @property
+    def fixed_bytes(self) -> int:
+        """Host bytes of the run without its units."""
+        return memory.run_bytes(self.workers, records_bytes=self.records_bytes, gpus=len(self.gpus))
+
+    @property
     def ram_projected_bytes(self) -> int:
         """Projected peak of the process: with the neediest units that the budget lets run together."""
         if self.ram_unhindered_bytes <= self.ram_allowed_bytes:
@@ -157,15 +162,12 @@ class Plan:
     @property
     def ram_unhindered_bytes(self) -> int:
         """The least budget in which no worker ever waits for memory."""
-        fixed = memory.run_bytes(self.workers, records_bytes=self.records_bytes, gpus=len(self.gpus))
-        return fixed + sum(unit.ram_bytes for unit in self.at_once)
+        return self.fixed_bytes + sum(unit.ram_bytes for unit in self.at_once)
 
     @property
     def room_bytes(self) -> int:
         """What is left for units, all together."""
-        return self.ram_allowed_bytes - memory.run_bytes(
-            self.workers, records_bytes=self.records_bytes, gpus=len(self.gpus)
-        )
+        return self.ram_allowed_bytes - self.fixed_bytes
 
     @property
     def side_by_side(self) -> int:

@@ -13,6 +13,15 @@ from streamrepair.engine.memory import MatrixShape, device_bytes
 SCRIPT = Path(__file__).parent.parent.parent / "bench" / "cuda.py"
 
 
+def _run_changed(folder: Path, changes: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The script's `main` after some lines of Python that follow its import; results go into `folder`."""
+    script = folder / "changed.py"
+    script.write_text("\n".join(["import cuda, sys", *changes, "sys.exit(cuda.main())"]))
+    path = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])}
+    command = [sys.executable, str(script), *arguments, "--results", str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=path)
+
+
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, str(SCRIPT), *arguments]
@@ -70,20 +79,14 @@ def test_what_would_take_too_long_is_left_out_and_said_to_be(tmp_path: Path) -> 
 
 def test_what_the_device_has_no_memory_for_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     """The truth takes more than anything else; without it there are times, and no success."""
-    broken = "\n".join(
-        [
-            "import cuda, sys, torch",
-            "def no_memory(*_):",
-            "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has …')",
-            "cuda.contenders.answer = no_memory",
-            "sys.exit(cuda.main())",
-        ]
-    )
+    changes = [
+        "import torch",
+        "def no_memory(*_):",
+        "    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has …')",
+        "cuda.contenders.answer = no_memory",
+    ]
     arguments = ["--device", "cpu", "--shapes", "96x64", "--spectra", "gapped", "--batches", "", "--model", ""]
-    (tmp_path / "broken.py").write_text(broken)
-    path = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])}
-    command = [sys.executable, str(tmp_path / "broken.py"), *arguments, "--results", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=path)
+    done = _run_changed(tmp_path, changes, *arguments)
     assert done.returncode == 1
     (case,) = json.loads((tmp_path / "cuda.json").read_text())["cases"]
     assert case["answer"] == {"failed": "CUDA out of memory. Tried to allocate 9 GiB."}
@@ -101,38 +104,20 @@ def test_what_there_is_no_time_for_is_left_out_and_said_to_be(tmp_path: Path) ->
 
 def test_a_step_that_fails_leaves_all_others_what_they_had(tmp_path: Path) -> None:
     """Whatever is wrong with it, and the stages before the one that failed too."""
-    broken = "\n".join(
-        [
-            "import cuda, sys",
-            "pair, check = cuda.pairs.pair, cuda.contenders.certify.check_vectors",
-            "def one_shape(shape, *rest, **knobs):",
-            "    if shape == (128, 64):",
-            "        raise KeyError('a mistake')",
-            "    return pair(shape, *rest, **knobs)",
-            "def no_vectors(*_):",
-            "    cuda.contenders.certify.check_vectors = check",
-            "    raise ArithmeticError('not orthonormal')",
-            "cuda.pairs.pair, cuda.contenders.certify.check_vectors = one_shape, no_vectors",
-            "sys.exit(cuda.main())",
-        ]
-    )
-    (tmp_path / "broken.py").write_text(broken)
-    arguments = [
-        "--device",
-        "cpu",
-        "--shapes",
-        "128x64,96x64",
-        "--spectra",
-        "gapped",
-        "--batches",
-        "",
-        "--model",
-        "none",
+    changes = [
+        "pair, check = cuda.pairs.pair, cuda.contenders.certify.check_vectors",
+        "def one_shape(shape, *rest, **knobs):",
+        "    if shape == (128, 64):",
+        "        raise KeyError('a mistake')",
+        "    return pair(shape, *rest, **knobs)",
+        "def no_vectors(*_):",
+        "    cuda.contenders.certify.check_vectors = check",
+        "    raise ArithmeticError('not orthonormal')",
+        "cuda.pairs.pair, cuda.contenders.certify.check_vectors = one_shape, no_vectors",
     ]
-    arguments += ["--contenders", "streamrepair,eigh-float64", "--results", str(tmp_path)]
-    path = os.environ | {"PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parent.parent)])}
-    command = [sys.executable, str(tmp_path / "broken.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=path)
+    arguments = ["--device", "cpu", "--shapes", "128x64,96x64", "--spectra", "gapped", "--batches", ""]
+    arguments += ["--model", "none", "--contenders", "streamrepair,eigh-float64"]
+    done = _run_changed(tmp_path, changes, *arguments)
     record = json.loads((tmp_path / "cuda.json").read_text())
     assert done.returncode == 1
     assert "KeyError: 'a mistake'" in done.stderr
