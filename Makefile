@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT := demo/out
-BENCH = $(BIN)/python bench/end_to_end.py $(if $(BENCH_WORK),--work $(BENCH_WORK))
+IN_WORK = $(if $(BENCH_WORK),--work $(BENCH_WORK))
+BENCH = $(BIN)/python bench/end_to_end.py $(IN_WORK)
+COPYING = $(BIN)/python bench/copying.py $(IN_WORK)
 
 # Stamps: what is installed is installed again only when what it was installed from has changed.
 TORCH := $(VENV)/.installed-torch
@@ -51,8 +53,8 @@ bench: $(DEMO)
 	$(BENCH) --arch llama-135m --spectrum gapped --name end-to-end-llama-135m-gapped --check
 	$(BENCH) --arch qwen-0.5b --spectrum heavy --name end-to-end-qwen-0.5b-heavy --check --sample 40
 	$(BENCH) --arch qwen-0.5b --spectrum gapped --name end-to-end-qwen-0.5b-gapped --check --sample 40
-	$(BENCH) --arch qwen-0.5b --copy --name copy-qwen-0.5b-zero --repeats 7
-	$(BENCH) --arch llama-8b --layers 4 --copy --name copy-8b-4-layers-zero --repeats 5
+	$(COPYING) --arch qwen-0.5b --name copy-qwen-0.5b --repeats 7
+	$(COPYING) --arch llama-8b --layers 4 --name copy-8b-4-layers --repeats 5
 	$(BENCH) --arch llama-8b --layers 8 --spectrum heavy --skip-reference --name 8b-8-layers
 	$(BENCH) --arch llama-70b-layer --skip-reference --name 70b-layer-4GB -- --ram 4GB
 	$(BIN)/python bench/budgets.py --only qwen-0.5b --workers 1 --workers 2 --json bench/results/budgets-qwen-0.5b.json

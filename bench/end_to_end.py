@@ -2,11 +2,9 @@
 
     python bench/end_to_end.py --arch llama-135m --spectrum heavy --check -- --ram 2GB
     python bench/end_to_end.py --pair PAIR --skip-reference --name 70b -- --device cuda
-    python bench/end_to_end.py --arch qwen-0.5b --copy
 
-What follows `--` goes to streamrepair. `--copy` takes a pair with Δ = 0 and compares with `cp -r FT` instead. Runs
-alternate, after one reading of the pair that leaves it in the page cache where it fits. The result is printed as a
-table and written as JSON.
+What follows `--` goes to streamrepair. Runs alternate, after one reading of the pair that leaves it in the page cache
+where it fits. The result is printed as a table and written as JSON. Copies (Δ = 0) are `copying.py`'s.
 """
 
 from __future__ import annotations
@@ -63,9 +61,8 @@ def warm(*folders: Path) -> bool:
 def make_pair(arguments: argparse.Namespace, work: Path) -> Path:
     """A fresh pair under `work`, made by a process of its own."""
     pair = work / "pair"
-    spectrum = "zero" if arguments.copy else arguments.spectrum
-    command = [sys.executable, str(BENCH / "make_pair.py"), arguments.arch, str(pair), "--spectrum", spectrum]
-    command += ["--dtype", arguments.dtype, "--seed", str(arguments.seed)]
+    command = [sys.executable, str(BENCH / "make_pair.py"), arguments.arch, str(pair)]
+    command += ["--spectrum", arguments.spectrum, "--dtype", arguments.dtype, "--seed", str(arguments.seed)]
     command += ["--layers", str(arguments.layers)] if arguments.layers is not None else []
     _succeed(measure(command), "make_pair.py")
     return pair
@@ -101,9 +98,7 @@ def contenders(arguments: argparse.Namespace, base: Path, ft: Path, work: Path) 
     """Name → (command, its output folder), in the order in which they take turns."""
     out, reference = work / "out", work / "reference"
     commands: dict[str, tuple[list[str], Path]] = {}
-    if arguments.copy:
-        commands["cp"] = (["cp", "-r", str(ft), str(reference)], reference)
-    elif not arguments.skip_reference:
+    if not arguments.skip_reference:
         script = [sys.executable, str(BENCH / "in_memory.py")]
         commands["in_memory"] = ([*script, str(base), str(ft), str(reference)], reference)
     engine = [sys.executable, "-m", "streamrepair", str(base), str(ft), str(out), *arguments.options]
@@ -113,7 +108,7 @@ def contenders(arguments: argparse.Namespace, base: Path, ft: Path, work: Path) 
 
 def compare(arguments: argparse.Namespace, base: Path, ft: Path, work: Path) -> Record:
     """All runs, condensed, with the ratios of the other way to streamrepair."""
-    size_bytes = data_bytes(ft) if arguments.copy else data_bytes(base, ft)
+    size_bytes = data_bytes(base, ft)
     commands = contenders(arguments, base, ft, work)
     warmed = warm(base, ft)
     runs: dict[str, list[Record]] = {name: [] for name in commands}
@@ -123,7 +118,7 @@ def compare(arguments: argparse.Namespace, base: Path, ft: Path, work: Path) -> 
             print(f"{name}: {format_seconds(runs[name][-1]['wall_s'])}", file=sys.stderr, flush=True)
     condensed = {name: condense(records) for name, records in runs.items()}
     record: Record = {"bytes": size_bytes, "pair_read_before": warmed, **condensed}
-    other, ours = condensed.get("cp" if arguments.copy else "in_memory"), condensed["streamrepair"]
+    other, ours = condensed.get("in_memory"), condensed["streamrepair"]
     if other is not None:
         record["time_ratio"] = other["wall_s"] / ours["wall_s"]
         record["time_ratio_synced"] = (other["wall_s"] + other["sync_s"]) / (ours["wall_s"] + ours["sync_s"])
@@ -200,7 +195,6 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--skip-reference", action="store_true", help="run streamrepair alone")
-    parser.add_argument("--copy", action="store_true", help="Δ = 0: against cp -r; speeds are bytes of FT per second")
     parser.add_argument("--check", action="store_true", help="hold the output against float64")
     parser.add_argument("--sample", type=int, metavar="N", help="of --check: decompose N matrices only")
     parser.add_argument("--name", help="of the result; made from the pair if not given")
@@ -221,9 +215,8 @@ def _name(arguments: argparse.Namespace) -> str:
         source = arguments.pair.resolve().name
     else:
         cut = f"{arguments.layers}layers" if arguments.layers is not None else ""
-        spectrum = "" if arguments.copy else arguments.spectrum
-        source = "-".join(filter(None, (arguments.arch, cut, spectrum, arguments.dtype)))
-    return f"copy-{source}" if arguments.copy else f"end-to-end-{source}"
+        source = "-".join(filter(None, (arguments.arch, cut, arguments.spectrum, arguments.dtype)))
+    return f"end-to-end-{source}"
 
 
 def run(arguments: argparse.Namespace, work: Path) -> Record:
@@ -251,7 +244,7 @@ def main() -> int:
     target = arguments.json or RESULTS / f"{record['name']}.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(record, indent=1) + "\n")
-    names = [name for name in ("cp", "in_memory", "streamrepair") if name in record]
+    names = [name for name in ("in_memory", "streamrepair") if name in record]
     print(f"{record['name']}: {format_bytes(record['bytes'])}, {record['machine']['cpu']}")
     print(table(record, names))
     print(f"written: {target}")

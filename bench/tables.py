@@ -4,7 +4,7 @@
 
 A table goes between the lines `<!-- bench:NAME -->` and `<!-- /bench -->`, NAME one of
 - end_to_end: whole repairs, against the plain in-memory way where that was run too;
-- copy: pairs with Δ = 0, against cp;
+- copies: what `copying.py` measured, against cp and plain reading;
 - memory: allowed, projected and measured memory of every run;
 - budgets: what `budgets.py` measured: several budgets for one pair;
 - exact: what `end_to_end.py --check` found;
@@ -13,8 +13,8 @@ A table goes between the lines `<!-- bench:NAME -->` and `<!-- /bench -->`, NAME
 - plan: `streamrepair plan` as a whole process;
 - campaign: the runs of `python -m tests.crash.campaign`;
 - recovery: `resume_cost.py` and `verify_speed.py`.
-The first three and exact take what `end_to_end.py` writes, plan what `plan_70b.py` does. `--check` writes nothing and
-ends with 1 if a table is not what the results say.
+end_to_end, memory and exact take what `end_to_end.py` writes, plan what `plan_70b.py` does. `--check` writes nothing
+and ends with 1 if a table is not what the results say.
 """
 
 from __future__ import annotations
@@ -57,8 +57,6 @@ def end_to_end(records: list[Record]) -> list[Row]:
     head = ["pair", "size", "in memory", "peak", "streamrepair", "peak", "time", "memory"]
     rows = []
     for record in records:
-        if "cp" in record:
-            continue
         other = _cost(record.get("in_memory"))
         ratios = [f"{record[key]:.1f}×" if key in record else "–" for key in ("time_ratio", "peak_ratio")]
         ours = _cost(record["streamrepair"])
@@ -66,16 +64,18 @@ def end_to_end(records: list[Record]) -> list[Row]:
     return [head, *rows] if rows else []
 
 
-def copy(records: list[Record]) -> list[Row]:
-    """A repair that finds nothing to do, beside cp; the ratio with what was left to sync."""
-    head = ["pair", "size of FT", "`cp -r`", "then sync", "streamrepair", "then sync", "peak", "speed"]
+def copies() -> list[Row]:
+    """Repairs that find nothing to do, beside cp and plain reading: the quickest runs, with the sync after them."""
+    head = ["pair", "", "moved", "quickest", "moved per second", "of cp's speed", "cp's time ÷ its own", "peak"]
+    titles = {"read": "read both", "cp": "`cp -r FT`", "zero": "Δ = 0", "passthrough": "passed through"}
     rows = []
-    for record in records:
-        if "cp" not in record:
-            continue
-        times = [format_seconds(record[who][key]) for who in ("cp", "streamrepair") for key in ("wall_s", "sync_s")]
-        speed = f"{record['time_ratio_synced']:.2f}×"
-        rows.append([_label(record), format_bytes(record["bytes"]), *times, _cost(record["streamrepair"])[1], speed])
+    for record in sorted(named("copy-*"), key=lambda record: record["bytes"]):
+        for name, title in titles.items():
+            own = record[name]
+            moved, speed = format_bytes(own["moved_bytes"]), f"{format_bytes(own['moved_bytes_per_s'])}/s"
+            ratios = [f"{own[key]:.2f}" if key in own else "–" for key in ("speed_ratio", "time_ratio")]
+            peak = format_bytes(own["peak_tree_bytes"])
+            rows.append([_label(record), title, moved, format_seconds(own["quickest_s"]), speed, *ratios, peak])
     return [head, *rows] if rows else []
 
 
@@ -221,7 +221,7 @@ def choices() -> list[Row]:
 
 TABLES: dict[str, Callable[[list[Record]], list[Row]]] = {
     "end_to_end": end_to_end,
-    "copy": copy,
+    "copies": lambda _: copies(),
     "memory": memory,
     "budgets": lambda _: budgets(),
     "exact": exact,
@@ -276,7 +276,7 @@ def section(name: str, records: list[Record]) -> str:
     head, *body = rows
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    others = {"campaign": "crash-campaign", "recovery": "[rv]e*-*", "budgets": "budgets-*"}
+    others = {"campaign": "crash-campaign", "recovery": "[rv]e*-*", "budgets": "budgets-*", "copies": "copy-*"}
     if name in others:
         records = named(others[name])
         return f"{table}\n\n" + "".join(f"{line}.\n" for line in _machines(records))

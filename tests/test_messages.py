@@ -191,7 +191,7 @@ CASES: list[tuple[Callable[[Case], object], int, str]] = [
      "download or export the file again"),
     (_strangers, 3, "BASE T/base and FT T/other/ft have no tensor name in common (BASE has w, v, FT has x): name a "
      "checkpoint and one that was fine-tuned from it"),
-    (_nan, 3, f"T/ft/{FIRST}: tensor w holds NaN or infinity at element 7, expected finite numbers: restore the file, "
+    (_nan, 3, f"T/ft/{FIRST}: tensor w holds NaN or infinity at element 7, expected finite numbers; restore the file, "
      "or pass such tensors through with --on-nonfinite copy-ft"),
     (_full_out, 3, "OUT T/out is not empty and holds no unfinished run: name a new folder"),
     (_other_settings, 3, "OUT T/out holds a run that differs from this one: --scale was 1.0, is 1.5: repeat the "

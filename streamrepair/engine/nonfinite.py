@@ -16,15 +16,7 @@ from streamrepair.errors import InputError, shown
 
 
 class NonFiniteInputError(InputError):
-    """A weight of BASE or FT is NaN or infinite: the pair is refused and leaves no output.
-
-    Args:
-        finding: what is where.
-    """
-
-    def __init__(self, finding: str) -> None:
-        super().__init__(f"{finding}: restore the file, or pass such tensors through with --on-nonfinite copy-ft")
-        self.finding = finding
+    """A weight of BASE or FT is NaN or infinite: the pair is refused and leaves no output."""
 
 
 def met_nonfinite(job: Job, piece: memoryview, offset: int, *, of_base: bool) -> str | None:
@@ -57,7 +49,8 @@ def _allowed(job: Job, side: Side, index: int, *, of_base: bool) -> str:
 def nonfinite_error(path: Path, entry: TensorEntry, index: int) -> NonFiniteInputError:
     """What is to be said of an element that is not finite."""
     found = f"{shown(str(path))}: tensor {shown(entry.name)} holds NaN or infinity at element {index}, "
-    return NonFiniteInputError(found + "expected finite numbers")
+    advice = "restore the file, or pass such tensors through with --on-nonfinite copy-ft"
+    return NonFiniteInputError(f"{found}expected finite numbers", advice)
 
 
 def find_nonfinite(job: Job) -> str | None:
