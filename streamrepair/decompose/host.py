@@ -146,11 +146,7 @@ class HostArithmetic:
 
     def svd(self, matrix: Doubles, driver: str) -> tuple[Doubles, Doubles, Doubles]:
         """LAPACK's gesdd ("default") or gesvd."""
-        import scipy.linalg
-
-        name = "gesvd" if driver == "gesvd" else "gesdd"
-        svd: Callable[..., tuple[Doubles, Doubles, Doubles]] = scipy.linalg.svd
-        return svd(matrix, full_matrices=False, lapack_driver=name, check_finite=False)
+        return lapack.svd(matrix, divide=driver != "gesvd")
 
     def merger(self, vh: Vectors, out_dtype: str) -> HostMerger:
         """Two ?gemm per block, the second onto W_base."""

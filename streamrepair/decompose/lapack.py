@@ -296,6 +296,30 @@ def _with_workspace(name: str, *arguments: bytes | int | Real | NDArray[np.int32
     _check(name, info)
 
 
+def svd(matrix: Double, *, divide: bool) -> tuple[Double, Double, Double]:
+    """U, s descending and Vᵀ of (m, n) `matrix`, thin (dgesdd, or dgesvd where not `divide`); it is left as it is.
+
+    SciPy's own way to them holds the interpreter's lock for as long as they take, minutes where n is 8192: no signal
+    would be heard, and no other worker would get on.
+
+    Raises:
+        NumericalError: it did not converge, or is too large for the routine's 32-bit workspace.
+    """
+    (m, n), k, info = matrix.shape, min(matrix.shape), ctypes.c_int()
+    # What lies here in rows is the transpose to LAPACK, and Aᵀ = V·S·Uᵀ.
+    vh, s, u = np.empty((k, n)), np.empty(k), np.empty((m, k))
+    ways, more = ((b"S",), (np.empty(8 * k, np.int32),)) if divide else ((b"S", b"S"), ())
+    rest = (n, m, matrix.copy(), n, s, vh, n, u, k)
+    name, size = "gesdd" if divide else "gesvd", np.zeros(1)
+    _call(name, *ways, *rest, size, -1, *more, info, like=s)
+    if size[0] > np.iinfo(np.int32).max:
+        raise NumericalError(f"LAPACK {name} has no room for its workspace with {m} x {n}")
+    work = np.empty(max(1, int(size[0])))
+    _call(name, *ways, *rest, work, len(work), *more, info, like=s)
+    _check(name, info)
+    return u, s, vh
+
+
 def times_symmetric(matrix: Double, vectors: Double) -> Double:
     """G·v for each row v of `vectors`, where only the C upper triangle of `matrix` is set (dsymm)."""
     images = np.empty_like(vectors)

@@ -28,11 +28,12 @@ class _Process:
         self._limits: threadpool_limits | None = None
 
     def limit(self, holder: object) -> None:
-        from threadpoolctl import threadpool_limits
+        from threadpoolctl import ThreadpoolController
 
         lapack.tables()  # a library is limited only once it is loaded
         _become_controlling()
-        limits = threadpool_limits(limits=1)
+        # OpenMP's own number, torch's, is that of each thread: what a worker found there is not the program's.
+        limits = ThreadpoolController().select(user_api="blas").limit(limits=1)
         self._limits = self._limits or limits  # the first one knows what was set before
         self._holding.add(id(holder))
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -192,3 +193,38 @@ def test_twisted_vectors_are_unit_eigenvectors(n: int) -> None:
     lapack.twisted_vectors(diagonal, lower, values, found)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, atol=1e-13)
     np.testing.assert_allclose(found @ matrix, values[:, None] * found, rtol=0, atol=1e-12 * values[-1])
+
+
+@pytest.mark.parametrize("divide", [True, False], ids=["gesdd", "gesvd"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (64, 64), (40, 17), (17, 40), (201, 201)])
+def test_svd_is_thin_descending_and_leaves_its_matrix(shape: tuple[int, int], divide: bool) -> None:
+    matrix = np.random.default_rng(7).standard_normal(shape)
+    before = matrix.copy()
+    u, s, vh = lapack.svd(matrix, divide=divide)
+    k = min(shape)
+    assert np.array_equal(matrix, before)
+    assert (u.shape, s.shape, vh.shape) == ((shape[0], k), (k,), (k, shape[1]))
+    assert np.allclose(s, np.linalg.svd(matrix, compute_uv=False), rtol=1e-12, atol=1e-12)
+    assert np.abs((u * s) @ vh - matrix).max() <= 1e-12
+    assert np.abs(u.T @ u - np.eye(k)).max() <= 1e-13 * k + 1e-14
+    assert np.abs(vh @ vh.T - np.eye(k)).max() <= 1e-13 * k + 1e-14
+
+
+@pytest.mark.parametrize("divide", [True, False], ids=["gesdd", "gesvd"])
+def test_other_threads_run_while_a_matrix_is_decomposed(divide: bool) -> None:
+    """A signal is heard by the interpreter only, which waits for whoever holds its lock."""
+    matrix = np.random.default_rng(8).standard_normal((600, 600))
+    done, began, turns = threading.Event(), threading.Event(), 0
+
+    def decompose() -> None:
+        began.wait()
+        lapack.svd(matrix, divide=divide)
+        done.set()
+
+    thread = threading.Thread(target=decompose)
+    thread.start()
+    began.set()
+    while not done.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns > 10

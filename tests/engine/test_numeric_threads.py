@@ -101,3 +101,26 @@ def test_a_thread_without_room_for_a_buffer_fails_before_it_computes() -> None:
     words = [sys.executable, "-c", WITHOUT_ROOM]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "no 128 MiB of address space are left for a thread\n"
+
+
+TORCH_IN_THE_PROGRAM = """
+import threading, torch
+from streamrepair.engine.numeric_threads import NumericThreads
+
+torch.set_num_threads({number})
+assert torch.get_num_threads() == {number}
+numbers = NumericThreads()
+thread = threading.Thread(target=numbers.hold)
+thread.start()
+thread.join()
+numbers.release()
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("number", [1, 2, 5])
+def test_the_program_s_torch_keeps_its_threads(number: int) -> None:
+    """OpenMP has a number for each thread: a worker's, put back in the program's, would be another."""
+    command = [sys.executable, "-c", TORCH_IN_THE_PROGRAM.format(number=number)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert found.stdout == f"{number}\n"
