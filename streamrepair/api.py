@@ -16,7 +16,7 @@ from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.watcher import Watcher
 from streamrepair.errors import UsageError, shown
-from streamrepair.options import Size, Source, check_count, output_path, path_text, plain_number, size_bytes
+from streamrepair.options import Size, Source, check_count, check_flag, output_path, path_text, plain_number, size_bytes
 from streamrepair.report import Report, Settings
 from streamrepair.verification import Verified
 from streamrepair.verification import verify as verify_folder
@@ -168,8 +168,13 @@ def repair(
 ) -> Report:
     """Repair a fine-tuned checkpoint against its base and write the result to the folder `out`.
 
-    An interrupted call is continued by the same call. `report` writes a second copy of OUT/streamrepair.json, `trace` a
-    timeline that Perfetto opens.
+    An interrupted call is continued by the same call. Relative paths are of the working folder, which is not to change
+    meanwhile.
+
+    Args:
+        report: gets a second copy of OUT/streamrepair.json. trace: gets a timeline that Perfetto opens.
+        watcher: is told how the run goes on, `advance` by several threads; what it raises ends the run.
+        stop: ends the run early, like a signal, where `stop.request(reason)` is called; it serves for one run.
 
     Raises:
         StreamRepairError: by the tree in `streamrepair.errors`.
@@ -178,6 +183,8 @@ def repair(
         sigma=sigma, noise_estimate=noise_estimate, scale=plain_number(scale), include=include, exclude=exclude,
         out_dtype=out_dtype, backend=backend, on_nonfinite=on_nonfinite,
     )  # fmt: skip
+    check_flag("overwrite", overwrite)
+    watched, stopped = _listeners(watcher, stop)
     out_path = output_path("OUT", out)
     report_path = None if report is None else output_path("--report", report)
     trace_path = None if trace is None else output_path("--trace", trace)
@@ -186,12 +193,25 @@ def repair(
     return execute(
         planned,
         out_path,
-        stop=stop or StopRequest(),
-        watcher=watcher or Silent(),
+        stop=stopped,
+        watcher=watched,
         overwrite=overwrite,
         report=report_path,
         trace=trace_path,
     )
+
+
+def _listeners(watcher: Watcher | None, stop: StopRequest | None) -> tuple[Watcher, StopRequest]:
+    """Who is told and who may end a run: nobody by default.
+
+    Raises:
+        UsageError: something else was given.
+    """
+    if not isinstance(watcher, Watcher | None):
+        raise UsageError(f"watcher is {shown(repr(watcher))}, expected begin, advance, warn, note and end")
+    if not isinstance(stop, StopRequest | None):
+        raise UsageError(f"stop is {shown(repr(stop))}, expected streamrepair.StopRequest")
+    return watcher or Silent(), stop or StopRequest()
 
 
 def verify(
@@ -217,6 +237,9 @@ def verify(
         UsageError: an option has no meaning.
         StreamRepairError: with `repair`, the work failed.
     """
+    for name, flag in (("deep", deep), ("repair", repair)):
+        check_flag(name, flag)
+    watched, stopped = _listeners(watcher, stop)
     check_count("sample", sample)
     if ram is not None:
         size_bytes("ram", ram)
@@ -233,7 +256,7 @@ def verify(
     def planned(base: Checkpoint, ft: Checkpoint, settings: Settings) -> Plan:
         return _planned(base, ft, settings, _resources(settings, ram=ram, vram=None, device=device, workers=workers))
 
-    mended = mend(folder, found, planned, watcher=watcher or Silent(), stop=stop or StopRequest())
+    mended = mend(folder, found, planned, watcher=watched, stop=stopped)
     if deep:
         return msgspec.structs.replace(verify_folder(folder, deep=True, sample=sample), mended=mended.mended)
     return mended

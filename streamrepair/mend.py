@@ -16,10 +16,9 @@ from streamrepair.engine.plan import Plan
 from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.watcher import Watcher
-from streamrepair.engine.workspace import STATE
 from streamrepair.errors import DamageError, shown
 from streamrepair.origins import open_origins
-from streamrepair.report import REPORT_NAME, Report, Settings, TensorRecord
+from streamrepair.report import REPORT_NAME, STATE, Report, Settings, TensorRecord
 from streamrepair.verification import EDITED, Damage, Verified, read_report, verify
 
 MakePlan = Callable[[Checkpoint, Checkpoint, Settings], Plan]

@@ -36,7 +36,11 @@ def output_path(name: str, path: object) -> Path:
         UsageError: it is none.
     """
     text = path_text(name, path)
-    if not text or "\0" in text:
+    try:
+        meant = bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # no bytes that could be a name
+        meant = False
+    if not meant:
         raise UsageError(f"{name} is {shown(repr(text))}, expected a path")
     return Path(text)
 
@@ -60,6 +64,16 @@ def size_bytes(name: str, size: object) -> int:
 def plain_number(number: float) -> float:
     """A number of NumPy's as one of Python's, which JSON can hold; all else as it is, for others to check."""
     return float(number) if isinstance(number, Real) and not isinstance(number, int) else number
+
+
+def check_flag(name: str, flag: object) -> None:
+    """Refuse what is neither true nor false: "no" would be true.
+
+    Raises:
+        UsageError: it is no bool.
+    """
+    if not isinstance(flag, bool):
+        raise UsageError(f"--{name} is {shown(repr(flag))}, expected True or False")
 
 
 def check_count(name: str, count: object) -> None:

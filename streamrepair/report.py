@@ -19,6 +19,8 @@ from streamrepair.errors import NumericalError, UsageError, shown
 
 REPORT_FORMAT = "streamrepair.report/1"
 REPORT_NAME = "streamrepair.json"
+STATE = ".streamrepair"
+"""Folder in OUT of what a run needs to be continued."""
 
 _LARGEST_SCALE = 1e100  # its square, times that of a noise level, is still a number
 _MTIME_NS = re.compile(r", mtime (-?\d+),")  # in what `identity` says
@@ -156,6 +158,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name, kind in get_type_hints(type(self)).items():
             value, choices = getattr(self, name), get_args(kind)
             option = f"--{name.replace('_', '-')}"
+            if isinstance(value, str) and type(value) is not str:  # NumPy's, which JSON cannot hold
+                raise UsageError(f"{option} is {shown(repr(value))}, expected a plain str")
             if kind is float:
                 number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
                 if not 0.0 < number <= _LARGEST_SCALE:

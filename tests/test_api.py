@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info
 
 import streamrepair
 from streamrepair import BudgetError, Plan, Report, Settings, UsageError, api
@@ -42,6 +44,8 @@ WRONG = [
     ({"exclude": "a{99999999999}"}, "--exclude '.*' is not a regular expression: the repetition"),
     ({"device": 0}, "--device 0 is not understood"),
     ({"device": "cuda:"}, "--device 'cuda:' is not understood"),
+    ({"exclude": np.str_("w")}, r"--exclude is np.str_\('w'\), expected a plain str"),
+    ({"sigma": np.str_("tail")}, r"--sigma is np.str_\('tail'\), expected a plain str"),
 ]
 
 
@@ -54,6 +58,19 @@ def test_a_wrong_value_is_a_usage_error_and_nothing_is_written(
     with pytest.raises(UsageError, match=said):
         api.plan(pair.base, pair.ft, **options)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flag", ["no", 0, None])
+def test_a_flag_is_true_or_false(pair: Pair, tmp_path: Path, flag: object) -> None:
+    """`overwrite="no"` would replace a result."""
+    out = tmp_path / "out"
+    before = api.repair(pair.base, pair.ft, out)
+    with pytest.raises(UsageError, match=r"--overwrite is .*, expected True or False"):
+        api.repair(pair.base, pair.ft, out, scale=1.5, overwrite=flag)  # type: ignore[arg-type]
+    for name in ("deep", "repair"):
+        with pytest.raises(UsageError, match=rf"--{name} is .*, expected True or False"):
+            api.verify(out, **{name: flag})  # type: ignore[arg-type]
+    assert api.repair(pair.base, pair.ft, out) == before
 
 
 @pytest.mark.parametrize("number", [np.float64(1.5), np.float32(1.5)])
@@ -73,7 +90,7 @@ def test_what_is_no_path_is_a_usage_error(pair: Pair, tmp_path: Path, path: obje
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("path", ["", "a\0b"])
+@pytest.mark.parametrize("path", ["", "a\0b", "a\ud800b"])
 def test_an_out_without_a_name_is_not_the_current_folder(
     pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
@@ -180,3 +197,30 @@ def test_more_shards_than_files_may_be_open_at_first(tmp_path: Path) -> None:
     words = [sys.executable, "-c", FEW_FILES, str(pair.base), str(pair.ft), str(tmp_path / "out")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert (done.stdout, done.stderr) == ("40\n", "")
+
+
+class Failing(api.Silent):
+    """A watcher that cannot be told of the end."""
+
+    def end(self) -> None:
+        raise BrokenPipeError("nobody listens")
+
+
+def test_a_watcher_that_fails_at_the_end_leaves_nothing_held(pair: Pair, tmp_path: Path) -> None:
+    before = {library["filepath"]: library["num_threads"] for library in threadpool_info()}
+    opened = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with pytest.raises(BrokenPipeError):
+        api.repair(pair.base, pair.ft, tmp_path / "out", watcher=Failing())
+    after = {library["filepath"]: library["num_threads"] for library in threadpool_info()}
+    assert before.items() <= after.items()
+    assert len(os.listdir("/proc/self/fd")) == opened  # noqa: PTH208
+    assert api.repair(pair.base, pair.ft, tmp_path / "out").sessions == 1
+
+
+@pytest.mark.parametrize("listener", [{"watcher": 3}, {"stop": True}])
+def test_what_cannot_be_told_or_asked_is_refused_at_once(
+    pair: Pair, tmp_path: Path, listener: dict[str, object]
+) -> None:
+    with pytest.raises(UsageError, match=rf"{next(iter(listener))} is .*, expected"):
+        api.repair(pair.base, pair.ft, tmp_path / "out", **listener)  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()

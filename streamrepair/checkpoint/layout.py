@@ -31,6 +31,7 @@ from streamrepair.checkpoint.headers import (
 from streamrepair.checkpoint.osfile import opened_input, read_exactly
 from streamrepair.checkpoint.refusals import shown_path
 from streamrepair.errors import InputError, shown
+from streamrepair.report import REPORT_NAME, STATE
 
 _SHARD, _INDEX = ".safetensors", ".safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
@@ -92,11 +93,27 @@ def open_checkpoint(given: str | Path, *, side: str) -> Checkpoint:
     """
     try:
         path = _existing(str(given))
-        if stat.S_ISDIR(_status(path).st_mode):
+        is_folder = stat.S_ISDIR(_status(path).st_mode)
+        _refuse_unfinished(path if is_folder else path.parent)
+        if is_folder:
             return _from_main_file(str(given), _main_file(path), whole_folder=True)
         return _from_main_file(str(given), path, whole_folder=path.name.endswith(".index.json"))
     except InputError as error:
         raise InputError(f"{side}: {error.finding}", error.advice) from error
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    """Refuse what an interrupted run has left: a shard may have its name there, and all else be missing.
+
+    Raises:
+        InputError: a run has begun there, and there is no report.
+    """
+    with contextlib.suppress(OSError):  # what cannot be looked into is told of when it is read
+        if (folder / STATE / "run.json").exists() and not (folder / REPORT_NAME).exists():
+            raise InputError(
+                f"{shown_path(folder)}: is the result of a run that has not finished",
+                f"finish it, or, if it is known to be whole, remove its folder {STATE}",
+            )
 
 
 def _refuse_one_of_several(path: Path, *, named: bool) -> None:

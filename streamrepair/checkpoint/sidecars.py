@@ -19,7 +19,7 @@ from streamrepair.checkpoint.beside import is_missed, is_wanted
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.write import digest_of
 from streamrepair.errors import InputError, OutputError
-from streamrepair.report import REPORT_NAME
+from streamrepair.report import REPORT_NAME, STATE
 
 _DEEPEST = 3
 """Levels of folders that are looked into, the checkpoint's own among them."""
@@ -111,7 +111,7 @@ def _mode(path: Path) -> int:
 
 def _is_result(folder: Path) -> bool:
     with contextlib.suppress(OSError):  # what cannot be looked into is told of when it is listed
-        return (folder / ".streamrepair").is_dir() or (folder / REPORT_NAME).is_file()
+        return (folder / STATE).is_dir() or (folder / REPORT_NAME).is_file()
     return False
 
 

@@ -128,22 +128,22 @@ def execute(
     timeline = Timeline(keep=trace is not None)
     files, threads, mending = InputFiles(), NumericThreads(), finished is not None
     run = _Run(plan, workspace, stop, watcher, free_bytes, files, threads, [], timeline, arithmetic, mending)
-    try:
-        journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
-        for path in workspace.damaged:
-            run.warn(f"{refusals.shown_path(path)}: length or header is damaged and is written again")
-        result = _execute(run, journalled, report)
-    except NonFiniteInputError:
-        # Refused inputs leave no output behind: what was finished belongs to no result.
-        workspace.discard()
-        raise
-    finally:
-        watcher.end()
+    with contextlib.ExitStack() as ends:  # all of them come, whatever one raises
+        ends.callback(workspace.close)
+        ends.callback(threads.release)
+        ends.callback(files.close)
         if trace is not None:
-            _write_trace(run, trace)
-        run.files.close()
-        run.threads.release()
-        workspace.close()
+            ends.callback(_write_trace, run, trace)
+        ends.callback(watcher.end)
+        try:
+            journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
+            for path in workspace.damaged:
+                run.warn(f"{refusals.shown_path(path)}: length or header is damaged and is written again")
+            result = _execute(run, journalled, report)
+        except NonFiniteInputError:
+            # Refused inputs leave no output behind: what was finished belongs to no result.
+            workspace.discard()
+            raise
     stop.over = True
     return result
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from streamrepair.engine.plan import Plan
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Who is told how a run goes on."""
 

@@ -26,6 +26,7 @@ from streamrepair.engine.accounts import Accounts
 from streamrepair.errors import DiskSpaceError, InputError, LockedError, shown
 from streamrepair.report import (
     REPORT_NAME,
+    STATE,
     Fingerprint,
     JournalEntry,
     Report,
@@ -36,7 +37,6 @@ from streamrepair.report import (
 )
 from streamrepair.units import format_apart
 
-STATE = ".streamrepair"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _SLACK_BYTES = 4_000_000  # folders, the last block of every file
 

@@ -361,3 +361,15 @@ def test_a_lock_whose_holder_has_not_signed_yet_is_said_so_plainly(pair: Pair, t
     with pytest.raises(LockedError, match="is held by another run: wait"):
         api.repair(pair.base, pair.ft, tmp_path / "out")
     osfile.close(fd)
+
+
+@pytest.mark.parametrize("named", ["", "model.safetensors.index.json"])
+def test_what_an_unfinished_run_has_left_is_no_input(pair: Pair, tmp_path: Path, named: str) -> None:
+    """Its shards have their names once they are whole; tokenizer, report and other shards may be missing."""
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out)
+    assert api.plan(pair.base, out / named).tasks, "a finished result is a checkpoint like others"
+    (out / "streamrepair.json").unlink()
+    for sides in ((pair.base, out / named), (out / named, pair.ft)):
+        with pytest.raises(InputError, match="is the result of a run that has not finished; finish it"):
+            api.plan(*sides)
