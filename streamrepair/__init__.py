@@ -28,11 +28,13 @@ if TYPE_CHECKING:
         UsageError,
     )
     from streamrepair.report import Report, Settings, TensorRecord
-    from streamrepair.verification import Verified
+    from streamrepair.verification import Damage, DeepCheck, Verified
 
 __all__ = [
     "BudgetError",
+    "Damage",
     "DamageError",
+    "DeepCheck",
     "DiskSpaceError",
     "InputError",
     "InterruptedRunError",
@@ -57,9 +59,9 @@ __all__ = [
 _ELSEWHERE = {
     **dict.fromkeys(("plan", "repair", "verify"), "api"),
     **dict.fromkeys(("Report", "Settings", "TensorRecord"), "report"),
+    **dict.fromkeys(("Damage", "DeepCheck", "Verified"), "verification"),
     "Plan": "engine.plan",
     "StopRequest": "engine.stop",
-    "Verified": "verification",
     "Watcher": "engine.watcher",
 }
 """Name → module; the other names are errors."""

@@ -68,8 +68,8 @@ Sigma = Annotated[
     Literal["median", "tail"], Parameter(group=NUMBERS, help="Noise estimate: median (Gavish–Donoho) or tail.")
 ]
 Scale = Annotated[float, Parameter(group=NUMBERS, help="Factor on the threshold τ.")]
-Include = Annotated[str | None, Parameter(group=NUMBERS, help="Repair only tensors whose name matches this regex.")]
-Exclude = Annotated[str | None, Parameter(group=NUMBERS, help="Pass through tensors whose name matches this regex.")]
+Include = Annotated[str | None, Parameter(group=NUMBERS, help="Repair only tensors whose name holds this regex.")]
+Exclude = Annotated[str | None, Parameter(group=NUMBERS, help="Pass through tensors whose name holds this regex.")]
 OutDtype = Annotated[
     Literal["same", "float32"], Parameter(group=NUMBERS, help="same as FT, or float32: no rounding of the repair.")
 ]

@@ -61,6 +61,7 @@ class DeepCheck(msgspec.Struct, frozen=True, kw_only=True):
 class Verified(msgspec.Struct, frozen=True, kw_only=True):
     """What `verify` found."""
 
+    format: str = "streamrepair.verified/1"
     tensors: int
     bytes: int
     seconds: float

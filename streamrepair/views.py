@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 
 from streamrepair.decompose.choose import FEW
@@ -79,6 +79,7 @@ def _share_s(unit: Unit, rates: Rates) -> float:
 def plan_view(plan: Plan) -> dict[str, object]:
     """The plan as JSON-ready data."""
     full_fits = fits_climb(plan, "full")
+    repaired = sum(task.shape is not None for task in plan.tasks)
     return {
         "format": "streamrepair.plan/1",
         "device": plan.device,
@@ -94,7 +95,7 @@ def plan_view(plan: Plan) -> dict[str, object]:
         },
         "totals": {
             "tensors": len(plan.tasks) + len(plan.dropped),
-            "intents": dict(Counter("repair" if t.shape else "keep" for t in plan.tasks)),
+            "intents": {"repair": repaired, "keep": len(plan.tasks) - repaired},
             "dropped": len(plan.dropped),
             "shards": len(plan.layouts),
             "out_bytes": plan.out_bytes,

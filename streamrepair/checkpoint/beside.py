@@ -28,7 +28,7 @@ _SUFFIXES = (
 )
 _PATTERNS = (*(f"*{suffix}" for suffix in _SUFFIXES), "*vocab*.tsv", "*.model.v[0-9]*")
 """Other tables are data that models are trained on. The last is Mistral's: tokenizer.model.v3, tokenizer.model.v7m1."""
-_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING")
+_NAMES = ("LICENSE", "LICENCE", "NOTICE", "COPYING", "USE_POLICY")  # USE_POLICY.md is a part of Llama's licence
 _LEFT_OUT = re.compile(
     r"(\.safetensors\.index(\.[\w-]+)?\.json|(pytorch_model|tf_model|flax_model).*\.index(\.[\w-]+)?\.json"
     r"|streamrepair\.json|dghard_repair\.json|trainer_state\.json|adapter_config\.json|.*results\.json)\Z"

@@ -15,7 +15,8 @@ from streamrepair.errors import InputError, OutputError
 from tests.builders import write_safetensors, write_sharded
 
 CARRIED = (
-    "LICENSE", "added_tokens.json", "bpe.codes", "chat_template.jinja", "config.json", "entity_vocab.tsv",
+    "LICENSE", "USE_POLICY.md", "added_tokens.json", "bpe.codes", "chat_template.jinja", "config.json",
+    "entity_vocab.tsv",
     "generation_config.json", "kernel.cu", "merges.txt", "modeling_custom.py", "preprocessor_config.json",
     "prophetnet.tokenizer", "source.spm", "special_tokens_map.json", "templates/tool_use.jinja", "tokenizer.json",
     "tokenizer.model", "tokenizer.model.v7m1", "tokenizer_config.json", "vocab.json",
