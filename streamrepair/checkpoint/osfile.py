@@ -17,7 +17,9 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import math
 import os
+import resource
 import shutil
 import stat
 from collections.abc import Iterator
@@ -238,6 +240,12 @@ def _fallocate(fd: int, size_bytes: int) -> None:
         return
 
 
+def longest_file_bytes() -> float:
+    """How long a file of this process may become (ulimit -f)."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return math.inf if soft == resource.RLIM_INFINITY else soft
+
+
 def truncate(fd: int, size_bytes: int, path: Path) -> None:
     """Cut a file to `size_bytes`.
 
@@ -335,6 +343,19 @@ def is_same_file(fd: int, path: Path) -> bool:
             return os.path.samestat(os.fstat(fd), os.lstat(path))
         except FileNotFoundError:
             return False
+
+
+def refuse_replaced(fd: int, path: Path) -> None:
+    """Refuse to go on where a name does not stand for what is open any more: what is done by that name is another's.
+
+    Raises:
+        OutputError: it does not.
+    """
+    if not is_same_file(fd, path):
+        raise OutputError(
+            f"{shown_path(path)}: was moved or removed while the run was on, or another file put in its place: leave "
+            "OUT alone until the run has ended, and run the same command again"
+        )
 
 
 def is_other_than_folder(path: Path) -> bool:

@@ -186,7 +186,7 @@ class ShardFile:
 
         Raises:
             DamageError: the file does not hold what was written.
-            OutputError: sync or rename failed.
+            OutputError: sync or rename failed, or another file has its name.
         """
         if not self._begins_right():
             raise DamageError(
@@ -207,6 +207,7 @@ class ShardFile:
                     f"{digests[name]}: memory or disk is faulty; run the same command again, or on another disk"
                 )
         self.sync()
+        osfile.refuse_replaced(self._fd, self.partial)
         osfile.rename(self.partial, self.final)
         osfile.sync_folder(self.final.parent)
         self.sealed = True

@@ -65,13 +65,14 @@ class Committer:
 
         Raises:
             InputError: the inputs changed; what was pending does not count.
-            OutputError: the device refused; what was pending does not count.
+            OutputError: the device refused, or OUT was moved away; what was pending does not count.
             DamageError: a shard does not read back as written.
             InterruptedRunError: a stop was requested while a shard was read back.
         """
         pending, self._pending = self._pending, {}
         pending_bytes, self._pending_bytes = self._pending_bytes, 0
         if pending:
+            self._workspace.check_held()
             self._before_commit()
         for shard in sorted({shard for shard, _ in pending.values()}):
             self._workspace.shards[shard].sync()

@@ -146,16 +146,30 @@ class Workspace:
                 return self._continue(fingerprint)
             except InputError:  # another run, or a damaged journal: it is what is to be overwritten
                 self.journal.close()
+        osfile.make_folder(self.work)  # what is there goes only where something can be put in its place
         self._clear()
         return self._continue(fingerprint)
+
+    def check_held(self) -> None:
+        """Refuse to go on where OUT is not the folder any more that the run began in: another run may be in its place.
+
+        Raises:
+            OutputError: it was moved or removed.
+        """
+        osfile.refuse_replaced(self._lock_fd, self.state / "lock")
 
     def finish(self) -> None:
         """Remove what only an unfinished run needs."""
         osfile.remove_folder(self.work, with_content=True)
 
     def discard(self) -> None:
-        """Leave OUT as it was found: everything this run and its interrupted forerunners made is removed."""
+        """Leave OUT as it was found: everything this run and its interrupted forerunners made is removed.
+
+        Raises:
+            OutputError: it cannot be removed, or is not what the run began in.
+        """
         self.close_files()
+        self.check_held()
         made_out = (self.state / "made").exists()
         for shard in self.shards:
             osfile.unlink(shard.final)
@@ -248,6 +262,14 @@ class Workspace:
                     kept += path.stat().st_blocks * 512
         if overwrite:  # shards of other names go too
             kept = sum(p.stat().st_blocks * 512 for p in self.out.glob("*.safetensors")) if self.out.is_dir() else 0
+        if not overwrite and (self.out / REPORT_NAME).exists() and all(shard.final.exists() for shard in self.shards):
+            return  # a finished result, or one to be mended in its place
+        largest = max((shard.layout for shard in self.shards), key=lambda layout: layout.file_bytes)
+        if largest.file_bytes > osfile.longest_file_bytes():
+            raise DiskSpaceError(
+                f"OUT {shown(str(self.out))}: shard {shown(largest.name)} has {largest.file_bytes} bytes, more than a "
+                "file may have here: raise the limit on the size of files (ulimit -f)"
+            )
         needed = sum(shard.layout.file_bytes for shard in self.shards) - kept
         needed += self._beside_bytes + _SLACK_BYTES
         free = osfile.free_bytes(there)

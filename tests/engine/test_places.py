@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -373,3 +374,56 @@ def test_what_an_unfinished_run_has_left_is_no_input(pair: Pair, tmp_path: Path,
     for sides in ((pair.base, out / named), (out / named, pair.ft)):
         with pytest.raises(InputError, match="is the result of a run that has not finished; finish it"):
             api.plan(*sides)
+
+
+class Moving(api.Silent):
+    """Takes OUT away when the work begins, and perhaps has another run do the same there."""
+
+    def __init__(self, pair: Pair, out: Path, way: str) -> None:
+        self.pair, self.out, self.way = pair, out, way
+        self.others: dict[str, bytes] = {}
+
+    def begin(self, *_: object) -> None:
+        if "moved" in self.way:
+            self.out.rename(self.out.with_name("elsewhere"))
+        elif "state" in self.way:
+            shutil.rmtree(self.out / ".streamrepair")
+        else:
+            shutil.rmtree(self.out)
+        if "replaced" in self.way:
+            api.repair(self.pair.base, self.pair.ft, self.out, scale=1.5)
+            self.others = snapshot(self.out)
+
+
+@pytest.mark.parametrize("way", ["moved", "removed", "moved and replaced", "removed and replaced", "state replaced"])
+def test_a_run_whose_out_is_taken_away_touches_nothing_in_its_place(pair: Pair, tmp_path: Path, way: str) -> None:
+    """A job looks dead, its OUT is moved away and the command given again: everyday life on a cluster."""
+    out = tmp_path / "out"
+    moving = Moving(pair, out, way)
+    with pytest.raises(OutputError, match="moved or removed while the run was on"):
+        api.repair(pair.base, pair.ft, out, watcher=moving)
+    assert (snapshot(out) if out.exists() else {}) == moving.others
+    if moving.others:
+        assert api.verify(out).damage == ()
+    assert not list(tmp_path.glob("elsewhere/*.safetensors"))
+
+
+def test_overwrite_keeps_the_result_where_nothing_could_take_its_place(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    api.repair(pair.base, pair.ft, out)
+    before = snapshot(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(osfile, "longest_file_bytes", lambda: 100)
+        with pytest.raises(DiskSpaceError, match=r"more than a file may have here: raise .* \(ulimit -f\)"):
+            api.repair(pair.base, pair.ft, out, scale=1.5, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(osfile, "os", Kernel(("makedirs",), fails(1, errno.EACCES)))
+        with pytest.raises(OutputError, match="Permission denied"):
+            api.repair(pair.base, pair.ft, out, scale=1.5, overwrite=True)
+    assert {name: data for name, data in snapshot(out).items() if name != ".streamrepair/lock"} == {
+        name: data for name, data in before.items() if name != ".streamrepair/lock"
+    }
+    assert api.verify(out).damage == ()
+    api.repair(pair.base, pair.ft, out, scale=1.5, overwrite=True)
