@@ -15,8 +15,6 @@ Parlett, The Symmetric Eigenvalue Problem, sections 3.3 and 10.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -31,18 +29,6 @@ _AT_ONCE = 256
 """Vectors that are widened, or multiplied with all others, at once."""
 _COUNTING = 4.0
 """What a Sturm sequence's own rounding may move, in units of ε·λ_max."""
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """What was proven about one decomposition; all bounds are in units of the eigenvalue λ = s²."""
-
-    value_bound: float
-    """No eigenvalue that decides (the median, those next to τ²) is off by more than this."""
-    orthonormality: float
-    """Norm of the largest row of VVᵀ − I."""
-    residual: float
-    """‖(VG − ΛV)X‖_F / (λ_max·√probes)."""
 
 
 def probe_vectors(n: int) -> NDArray[np.float64]:
@@ -95,8 +81,8 @@ def check_vectors(
     *,
     orthonormal: float = ORTHONORMALITY,
     belonging: float = RESIDUAL,
-) -> tuple[float, float]:
-    """(orthonormality, residual) of eigenvectors given as rows.
+) -> None:
+    """Hold that rows are orthonormal and eigenvectors.
 
     Args:
         vectors: (k, n) eigenvectors, wherever they are. values: (k,) their eigenvalues.
@@ -107,7 +93,7 @@ def check_vectors(
         NumericalError: not orthonormal, or not eigenvectors.
     """
     if len(vectors) == 0:
-        return 0.0, 0.0
+        return
     defect = orthonormality(vectors)
     if not defect <= orthonormal:
         raise NumericalError(f"singular vectors are not orthonormal (off by {defect:.1e})")
@@ -115,7 +101,6 @@ def check_vectors(
     residual = float(np.linalg.norm((seen - values[:, None] * expected) / values.max()) / np.sqrt(PROBES))
     if not residual <= belonging:
         raise NumericalError(f"singular vectors do not belong to their values (residual {residual:.1e})")
-    return defect, residual
 
 
 def times(vectors: Vectors, columns: NDArray[np.float64]) -> NDArray[np.float64]:

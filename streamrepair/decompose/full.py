@@ -54,7 +54,6 @@ def truncate(source: PanelSource, rule: HardThreshold, *, arithmetic: Arithmetic
         vh=np.ascontiguousarray(kept[::-1]),
         frob_delta_in=norm,
         backend="full",
-        certificate=certify.Certificate(2.0 * error * float(s[0]), certify.orthonormality(kept), _RESIDUAL),
         noise_free=noise_free,
         undecidable=close,
     )

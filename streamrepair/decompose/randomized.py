@@ -151,21 +151,13 @@ def concluded(
     values, vectors = top.values[::-1], top.vectors[::-1]
     threshold = search.rule.from_median(median.value**0.5, roots(np.append(top.following, values)), *search.shape)
     kept = slice(len(values) - threshold.rank_kept, None)
-    defect, residual = certify.check_vectors(
-        vectors[kept],
-        values[kept],
-        facts.probes,
-        facts.images,
-        orthonormal=certify.ORTHONORMALITY,
-        belonging=_RESIDUAL,
-    )
+    certify.check_vectors(vectors[kept], values[kept], facts.probes, facts.images, belonging=_RESIDUAL)
     return Truncation(
         values=roots(values[kept]),
         threshold=threshold,
         vh=np.ascontiguousarray(vectors[kept]),
         frob_delta_in=facts.trace**0.5,
         backend=f"randomized-{facts.precision}",
-        certificate=certify.Certificate(median.bound + search.bound, defect, residual),
         interval=(interval[0] ** 0.5, interval[1] ** 0.5) if interval else None,
         within=int(np.count_nonzero(values < interval[1])) if interval else 0,
     )

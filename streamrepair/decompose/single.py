@@ -125,16 +125,13 @@ def _decided(basis: _Basis, by: tuple[Products, Slack], matrix: _Matrix) -> Trun
     refuse_mixing(outside + windows.mixing(cut))
     vectors = _assembled(windows, basis, values, threshold.rank_kept)
     top = values[n - threshold.rank_kept :]
-    defect, residual = certify.check_vectors(
-        vectors, top, probes, gram.exact_images, orthonormal=_ORTHONORMALITY, belonging=_RESIDUAL
-    )
+    certify.check_vectors(vectors, top, probes, gram.exact_images, orthonormal=_ORTHONORMALITY, belonging=_RESIDUAL)
     return Truncation(
         values=roots(values),
         threshold=threshold,
         vh=vectors,
         frob_delta_in=gram.trace**0.5,
         backend="gram-float32",
-        certificate=certify.Certificate(max(off, margin), defect, residual),
     )
 
 

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Vectors
-from streamrepair.decompose.certify import Certificate
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
 
@@ -60,8 +59,6 @@ class Truncation:
     """‖Δ‖_F."""
     backend: str
     """Backend and precision that decided, e.g. "gram-float32"."""
-    certificate: Certificate
-    """Bounds that were checked."""
     noise_free: bool = False
     """The median singular value is zero to working precision: Δ has exactly low rank and holds no noise to estimate."""
     undecidable: int = 0
@@ -199,6 +196,5 @@ def without_noise(n: int, m: int, rule: HardThreshold, *, norm: float, backend: 
         vh=np.zeros((0, n)),
         frob_delta_in=norm,
         backend=backend,
-        certificate=Certificate(0.0, 0.0, 0.0),
         noise_free=True,
     )
