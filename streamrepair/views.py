@@ -93,7 +93,7 @@ def plan_view(plan: Plan) -> dict[str, object]:
             "side_by_side": plan.side_by_side,
         },
         "totals": {
-            "tensors": len(plan.tasks) + len(plan.dropped),
+            "tensors": plan.tensors,
             "intents": dict(Counter("repair" if t.shape else "keep" for t in plan.tasks)),
             "dropped": len(plan.dropped),
             "shards": len(plan.layouts),

@@ -92,7 +92,7 @@ def _checkpoint_shapes(base: str, ft: str | None) -> Counter[tuple[int, int]]:
     """How many matrices of each shape a repair of the pair would decompose, or one checkpoint holds."""
     first = open_checkpoint(base, side="BASE" if ft is not None else "checkpoint")
     if ft is None:
-        entries = [entry for _, entry in first.tensors.values() if entry.dtype in FLOATS and entry.ndim == 2]
+        entries = [entry for _, entry in first.tensors.values() if entry.dtype in FLOATS and len(entry.shape) == 2]
     else:
         pairings = pair(first, open_checkpoint(ft, side="FT"), Selection())
         entries = [one.ft.entry for one in pairings if one.intent == "repair" and one.ft is not None]

@@ -71,11 +71,6 @@ class TensorEntry:
         """Number of elements."""
         return prod(self.shape)
 
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
 
 @dataclass(frozen=True, slots=True)
 class ShardHeader:
