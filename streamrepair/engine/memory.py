@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from streamrepair.decompose.blocks import block_rows
+from streamrepair.decompose.operator import block_rows
 from streamrepair.decompose.scratch import LARGE_ARRAY_BYTES, RETAINED_BYTES
 from streamrepair.decompose.twisted import AT_ONCE
 

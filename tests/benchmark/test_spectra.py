@@ -8,9 +8,8 @@ import scipy.linalg
 
 from streamrepair.benchmark.sources import MemorySource
 from streamrepair.benchmark.spectra import DELTA_STD, W_STD, Spectrum, pair
-from streamrepair.decompose.blocks import block_rows
 from streamrepair.decompose.convert import STORED_TYPE, widened
-from streamrepair.decompose.operator import blocks
+from streamrepair.decompose.operator import block_rows, blocks
 from streamrepair.spectral.threshold import HardThreshold
 
 SHAPES = [(64, 64), (256, 256), (700, 128), (128, 700), (2048, 96)]

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from streamrepair.decompose.blocks import block_rows
 from streamrepair.decompose.convert import STORED_TYPE, Raw, narrow, widened
-from streamrepair.decompose.operator import Panel
+from streamrepair.decompose.operator import Panel, block_rows
 
 Doubles = NDArray[np.float64]
 
