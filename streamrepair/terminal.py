@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from streamrepair.decompose.speed import CPU
-from streamrepair.engine.fit import fits_climb, full_budget
+from streamrepair.engine.fit import full_budget, full_fits
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import shown
 from streamrepair.report import Action, Report, ResourceUse, TensorRecord
@@ -159,7 +159,7 @@ def _print_memory(plan: Plan) -> None:
             f"{_whole_mb(plan.ram_unhindered_bytes)}"
         )
     print(line)
-    fits = fits_climb(plan, "full")
+    fits = full_fits(plan)
     if without := [task for task in plan.tasks if not fits.get(task.name, True)]:
         enough = max(full_budget(plan, task) for task in without)
         more = f"--ram {_whole_mb(enough)} " if enough > plan.ram_allowed_bytes else ""

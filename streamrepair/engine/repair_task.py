@@ -133,7 +133,7 @@ class _Repair:
             arithmetic=self.arithmetic,
             backend=settings.backend,
             sharp=self.sharp,
-            full_fits=self.job.around.fits(self.job.task, "full"),
+            full_fits=self.job.around.full_fits[self.job.task.name],
             estimate=settings.noise_estimate,
             host=self._host,
             batched=batched,

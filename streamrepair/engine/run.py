@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -21,7 +22,7 @@ from streamrepair.engine.backlog import Backlog
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.earlier import finished_report, other_sidecars, sound
 from streamrepair.engine.finite import search
-from streamrepair.engine.fit import fits_climb, full_budget
+from streamrepair.engine.fit import full_budget, full_fits
 from streamrepair.engine.job import Outcome, Spent, Surroundings
 from streamrepair.engine.lanes import lane_names
 from streamrepair.engine.local import LocalExecutor
@@ -216,17 +217,16 @@ def _work(run: _Run, committer: Committer, cache: PageCache, backlog: Backlog, d
     """Run what is not done, committing tasks as they finish; what is finished is committed however this ends."""
     plan = run.plan
     units = [unit for unit in plan.units if any(task.name not in done for task in unit.tasks)]
-    fits = {backend: fits_climb(plan, backend) for backend in ("full",)}
     around = Surroundings(
         base=plan.base,
         ft=plan.ft,
         settings=plan.settings,
         files=run.files,
         shards=run.workspace.shards,
-        progress=run.watcher,
+        advance=run.watcher.advance,
         check_stop=run.stop.check,
-        fits=lambda task, backend: fits[backend][task.name],
-        full_budget=lambda task: full_budget(plan, task),
+        full_fits=full_fits(plan),
+        full_budget=partial(full_budget, plan),
         arithmetic=run.arithmetic,
         done_with=cache.done_with,
         hold_threads=run.threads.hold,

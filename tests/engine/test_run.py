@@ -19,7 +19,7 @@ from streamrepair import api
 from streamrepair.checkpoint import osfile
 from streamrepair.decompose.host import HostMerger
 from streamrepair.engine import commit, limits, task
-from streamrepair.engine.fit import fits_climb
+from streamrepair.engine.fit import full_fits
 from streamrepair.engine.plan import Plan
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import DiskSpaceError, InputError, InterruptedRunError, NumericalError, OutputError
@@ -385,7 +385,7 @@ def test_low_rank_is_settled_in_the_smallest_budget_a_plan_accepts(tmp_path: Pat
     pair = Pair(write_split(tmp_path / "base", base, 1), write_split(tmp_path / "ft", ft, 1))
     least = smallest_budget(pair)
     planned = api.plan(pair.base, pair.ft, ram=least)
-    assert not any(fits_climb(planned, "full").values()), "the budget was meant to be too small"
+    assert not any(full_fits(planned).values()), "the budget was meant to be too small"
     report = api.repair(pair.base, pair.ft, tmp_path / "out", ram=least)
     assert {r.backend for r in report.tensors.values()} == {"row-space"}
     assert all("low rank" in r.reason for r in report.tensors.values())
@@ -400,7 +400,7 @@ def test_full_runs_in_every_budget_that_its_plan_accepts_for_two_workers(tmp_pat
         backend="full", device="cpu",
     )  # fmt: skip
     assert (planned.workers, planned.side_by_side) == (2, 1), "the budget was meant to be too small for both at once"
-    assert all(fits_climb(planned, "full").values())
+    assert all(full_fits(planned).values())
     report = api.repair(
         pair.base, pair.ft, tmp_path / "out", ram=planned.ram_allowed_bytes, workers=2, backend="full", device="cpu"
     )
