@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.decompose import full, lapack
 from streamrepair.decompose.arithmetic import on_host
@@ -17,7 +18,7 @@ from streamrepair.decompose.convert import difference, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.numeric_threads import check_address_space
-from streamrepair.engine.view import MatrixView, StoredMatrix
+from streamrepair.engine.view import MatrixView
 from streamrepair.errors import InputError, shown
 from streamrepair.origins import open_origins
 from streamrepair.report import Report
@@ -139,8 +140,8 @@ def _unit(values: Doubles, dtype: str) -> Doubles:
     return unit
 
 
-def _stored(checkpoint: Checkpoint, name: str, side: str) -> StoredMatrix:
+def _stored(checkpoint: Checkpoint, name: str, side: str) -> Side:
     if name not in checkpoint.tensors:
         raise InputError(f"{side} {shown(checkpoint.given)}: tensor {shown(name)} is gone since the run")
     shard, entry = checkpoint.tensors[name]
-    return StoredMatrix(checkpoint.shards[shard], entry)
+    return Side(checkpoint.shards[shard], entry)

@@ -71,6 +71,11 @@ class TensorEntry:
         """Number of elements."""
         return prod(self.shape)
 
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element, of a dtype whose elements share none."""
+        return ITEM_BITS[self.dtype] // 8
+
 
 @dataclass(frozen=True, slots=True)
 class ShardHeader:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 
-from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.write import ShardFile
@@ -55,8 +54,6 @@ class Spent:
 class Surroundings:
     """What a task needs besides itself."""
 
-    base: Checkpoint
-    ft: Checkpoint
     settings: Settings
     files: InputFiles
     shards: tuple[ShardFile, ...]
@@ -106,12 +103,11 @@ class Job:
         """The worker's working memory."""
         return self.worker.scratch
 
-    def read(self, side: Side, offset: int, buffer: memoryview, *, of_base: bool) -> None:
+    def read(self, side: Side, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset` of one side's tensor."""
-        checkpoint = self.around.base if of_base else self.around.ft
         began = time.perf_counter()
         with self.worker.lane.file("read"):
-            self.around.files.read_into(checkpoint.shards[side.shard], side.entry.start + offset, buffer)
+            self.around.files.read_into(side.shard, side.entry.start + offset, buffer)
         self.spent.read_s += time.perf_counter() - began
         self.spent.bytes_read += len(buffer)
 

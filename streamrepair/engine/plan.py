@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from streamrepair.checkpoint.headers import ITEM_BITS, TensorEntry
+from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
 from streamrepair.checkpoint.write import ShardLayout, layout_like
@@ -249,7 +249,12 @@ def make_plan(
     room = Room(
         ram_bytes, vram_bytes, records_bytes=_records_bytes(base, ft, len(pairings)), gpus=len(gpus_of(devices))
     )
-    tasks = [_placed(_task(pairing, side, layouts, settings), devices, room) for pairing, side in kept]
+    places = {layout.name: place for place, layout in enumerate(layouts)}
+    tasks = []
+    for pairing, side in kept:
+        place = places[side.shard.path.name]
+        out = layouts[place].entries[pairing.name]
+        tasks.append(_placed(_task(pairing, side, place, out, settings), devices, room))
     refuse_too_large(tasks, room)
     units = batches.formed(tasks, lambda batch: holds(room, batch, tasks))
     units = [fitted(unit, room, workers) if isinstance(unit, Task) else unit for unit in units]
@@ -269,11 +274,10 @@ def make_plan(
     )
 
 
-def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings: Settings) -> Task:
+def _task(pairing: Pairing, ft: Side, shard: int, out: TensorEntry, settings: Settings) -> Task:
     """One tensor's task, as it would be on the CPU."""
-    out = layouts[ft.shard].entries[pairing.name]
     if pairing.intent != "repair" or pairing.base is None:
-        return Task(pairing, ft, ft.shard, out, None, 0, "", "cpu", memory.copy_bytes(), 0, 0.0)
+        return Task(pairing, ft, shard, out, None, 0, "", "cpu", memory.copy_bytes(), 0, 0.0)
     shape = matrix_shape(pairing.base.entry, ft.entry, out, settings)
     rows = shape.block
     if pairing.base.entry.nbytes + ft.entry.nbytes <= _WHOLE_BYTES:
@@ -285,7 +289,7 @@ def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings
     if settings.sigma == "median" and (krylov or shape.held):
         backend = "randomized"
     ram = memory.repair_bytes(shape, backend, rows)
-    return Task(pairing, ft, ft.shard, out, shape, rows, backend, "cpu", ram, 0, cost.flops(shape, backend))
+    return Task(pairing, ft, shard, out, shape, rows, backend, "cpu", ram, 0, cost.flops(shape, backend))
 
 
 def _placed(task: Task, devices: Sequence[str], room: Room) -> Task:
@@ -305,13 +309,13 @@ def matrix_shape(base: TensorEntry, ft: TensorEntry, out: TensorEntry, settings:
     # τ exceeds the median by a factor of at least √2 (β → 0) at scale 1, so at most half of the values can be kept.
     halved = settings.sigma == "median" and settings.scale >= 0.71
     rows, cols = max(ft.shape), min(ft.shape)
-    held = held_share(settings.backend, settings.noise_estimate, rows, cols) if ITEM_BITS[out.dtype] == 16 else 0.0
+    held = held_share(settings.backend, settings.noise_estimate, rows, cols) if out.item_bytes == 2 else 0.0
     return MatrixShape(
         rows=rows,
         cols=cols,
-        base_item_bytes=ITEM_BITS[base.dtype] // 8,
-        ft_item_bytes=ITEM_BITS[ft.dtype] // 8,
-        out_item_bytes=ITEM_BITS[out.dtype] // 8,
+        base_item_bytes=base.item_bytes,
+        ft_item_bytes=ft.item_bytes,
+        out_item_bytes=out.item_bytes,
         kept_share=0.5 if halved else 1.0,
         held=held > 0.0,
     )

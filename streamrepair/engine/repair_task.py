@@ -24,7 +24,7 @@ from streamrepair.engine.pace import Pace
 from streamrepair.engine.second_pass import failed, written
 from streamrepair.engine.short_memory import Patient, ReservedHost
 from streamrepair.engine.task import finished, passed_through
-from streamrepair.engine.view import MatrixView, StoredMatrix
+from streamrepair.engine.view import MatrixView
 from streamrepair.errors import NumericalError, brief
 from streamrepair.report import TensorRecord
 from streamrepair.spectral.threshold import HardThreshold
@@ -164,8 +164,8 @@ def _view(job: Job, advance: Callable[[int], None], member: int) -> MatrixView:
     assert base is not None
     return MatrixView(
         files=around.files,
-        base=StoredMatrix(around.base.shards[base.shard], base.entry),
-        ft=StoredMatrix(around.ft.shards[task.ft.shard], task.ft.entry),
+        base=base,
+        ft=task.ft,
         scratch=job.scratch,
         panel_rows=task.panel_rows,
         check_stop=around.check_stop,

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from streamrepair.checkpoint import refusals, wholefile
-from streamrepair.checkpoint.headers import ShardHeader
+from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
 from streamrepair.decompose.arithmetic import Arithmetic
@@ -218,8 +218,6 @@ def _work(run: _Run, committer: Committer, cache: PageCache, backlog: Backlog, d
     plan = run.plan
     units = [unit for unit in plan.units if any(task.name not in done for task in unit.tasks)]
     around = Surroundings(
-        base=plan.base,
-        ft=plan.ft,
         settings=plan.settings,
         files=run.files,
         shards=run.workspace.shards,
@@ -279,16 +277,16 @@ def _check_dropped(run: _Run) -> None:
         return
     for pairing in run.plan.dropped:
         assert pairing.base is not None
-        shard, entry = run.plan.base.shards[pairing.base.shard], pairing.base.entry
+        index = search(partial(_read, run, pairing.base), pairing.base.entry, run.stop.check_at_once)
+        if index is not None:
+            raise nonfinite_error(pairing.base, index)
 
-        def read(offset: int, buffer: memoryview, shard: ShardHeader = shard, start: int = entry.start) -> None:
-            began = time.perf_counter()
-            run.files.read_into(shard, start + offset, buffer)
-            run.spent.read_s += time.perf_counter() - began
-            run.spent.bytes_read += len(buffer)
 
-        if (index := search(read, entry, run.stop.check_at_once)) is not None:
-            raise nonfinite_error(shard.path, entry, index)
+def _read(run: _Run, side: Side, offset: int, buffer: memoryview) -> None:
+    began = time.perf_counter()
+    run.files.read_into(side.shard, side.entry.start + offset, buffer)
+    run.spent.read_s += time.perf_counter() - began
+    run.spent.bytes_read += len(buffer)
 
 
 def _take(run: _Run, committer: Committer, outcome: Outcome) -> None:

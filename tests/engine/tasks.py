@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from streamrepair.checkpoint.headers import TensorEntry
+from pathlib import Path
+
+from streamrepair.checkpoint.headers import ShardHeader, TensorEntry
 from streamrepair.checkpoint.pairing import Pairing, Side
 from streamrepair.engine import cost, memory
 from streamrepair.engine.lanes import Place
@@ -10,6 +12,7 @@ from streamrepair.engine.memory import MatrixShape
 from streamrepair.engine.plan import Task
 
 Shape = tuple[int, ...]
+NO_FILE = ShardHeader(Path("no-file.safetensors"), 0, 0, 0, 0, b"", 8, {}, ())
 
 
 def bf16_task(name: str, shape: Shape, *, shard: int = 0, place: Place = "cpu", ram_bytes: int | None = None) -> Task:
@@ -18,7 +21,7 @@ def bf16_task(name: str, shape: Shape, *, shard: int = 0, place: Place = "cpu", 
     for side in shape:
         nbytes *= side
     entry = TensorEntry(name, "BF16", shape, 0, nbytes)
-    side_of = Side(shard, entry)
+    side_of = Side(NO_FILE, entry)
     pairing = Pairing(name, "repair" if len(shape) == 2 else "keep", "", side_of, side_of)
     if len(shape) != 2:
         copied = memory.copy_bytes() if ram_bytes is None else ram_bytes

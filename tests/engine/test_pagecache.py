@@ -46,11 +46,11 @@ def _cached(path: Path, offset: int = 1 << 16) -> bool:
         os.close(fd)
 
 
-def _middles(plan: Plan, task: Task) -> list[tuple[Path, int]]:
+def _middles(task: Task) -> list[tuple[Path, int]]:
     """A place in the middle of a task's tensor on both sides."""
     assert task.pairing.base is not None
-    sides = ((plan.base, task.pairing.base), (plan.ft, task.ft))
-    return [(c.shards[s.shard].path, s.entry.start + s.entry.nbytes // 2) for c, s in sides]
+    sides = (task.pairing.base, task.ft)
+    return [(side.shard.path, side.entry.start + side.entry.nbytes // 2) for side in sides]
 
 
 def _soon(places: list[tuple[Path, int]]) -> bool:
@@ -65,7 +65,7 @@ def test_the_next_in_line_is_read_ahead_on_both_sides(plan: Plan) -> None:
     files = InputFiles()
     cache = PageCache(plan, files, free_bytes=PLENTY)
     cache.upcoming(plan.tasks[1])
-    assert _soon(_middles(plan, plan.tasks[1]))
+    assert _soon(_middles(plan.tasks[1]))
     cache.close()
     files.close()
 
@@ -76,14 +76,14 @@ def test_no_more_is_read_ahead_than_there_is_room_for(plan: Plan) -> None:
     first, second = plan.tasks
     cache = PageCache(plan, files, free_bytes=15 * first.read_once_bytes)
     cache.upcoming(first)
-    assert _soon(_middles(plan, first))
-    for path, _ in _middles(plan, first):
+    assert _soon(_middles(first))
+    for path, _ in _middles(first):
         _drop(path)
     cache.upcoming(second)
     cache.upcoming(first)  # once is enough
     cache.done_with(first)
     cache.upcoming(second)
-    assert _soon(_middles(plan, second))
+    assert _soon(_middles(second))
     cache.close()
     files.close()
 
@@ -95,7 +95,7 @@ def test_a_run_that_is_large_against_free_memory_lets_go_of_what_it_has_read(pla
     free_bytes = plan.out_bytes if large else PLENTY
     assert lets_go(plan, free_bytes) == large
     cache = PageCache(plan, files, free_bytes=free_bytes)
-    places = _middles(plan, task)
+    places = _middles(task)
     for path, _ in places:
         path.read_bytes()
     cache.done_with(task)
