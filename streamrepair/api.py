@@ -73,15 +73,9 @@ def plan(
         UsageError: an option has no meaning.
     """
     named = Settings(
-        sigma=sigma,
-        noise_estimate=noise_estimate,
-        scale=plain_number(scale),
-        include=include,
-        exclude=exclude,
-        out_dtype=out_dtype,
-        backend=backend,
-        on_nonfinite=on_nonfinite,
-    )
+        sigma=sigma, noise_estimate=noise_estimate, scale=plain_number(scale), include=include, exclude=exclude,
+        out_dtype=out_dtype, backend=backend, on_nonfinite=on_nonfinite,
+    )  # fmt: skip
     if not isinstance(settings, Settings | None):
         raise UsageError(f"settings are {shown(repr(settings))}, expected streamrepair.Settings")
     if settings is not None and named != Settings():
