@@ -7,14 +7,13 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.decompose import full, lapack
 from streamrepair.decompose.arithmetic import on_host
-from streamrepair.decompose.convert import difference, widened
+from streamrepair.decompose.convert import Doubles, difference, widened
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.numeric_threads import check_address_space
@@ -24,8 +23,6 @@ from streamrepair.origins import open_origins
 from streamrepair.report import Report
 from streamrepair.spectral.threshold import HardThreshold
 from streamrepair.verification import DeepCheck
-
-Doubles = NDArray[np.float64]
 
 _LEAST_ROUNDED = 0.99
 """Share of 16-bit values that must be the exact ones rounded, but for what Δ* may be off by.

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from streamrepair.benchmark.records import RANK_TOLERANCE, Check
 from streamrepair.benchmark.sources import MemorySource
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Vectors
-from streamrepair.decompose.convert import widened
+from streamrepair.decompose.arithmetic import Arithmetic, Vectors
+from streamrepair.decompose.convert import Doubles, widened
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Doubles = NDArray[np.float64]
+Singles = NDArray[np.float32]
 Raw = NDArray[Any]
 """Numbers as stored: uint16 bits for BF16, the NumPy type otherwise."""
 Real = NDArray[Any]

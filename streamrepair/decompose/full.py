@@ -11,7 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from streamrepair.decompose import certify
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles
+from streamrepair.decompose.arithmetic import Arithmetic
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation
 from streamrepair.errors import NumericalError

@@ -20,11 +20,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Gram, Precision, Products
 from streamrepair.decompose.choose import MOST_KEPT, Estimate
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.gram_operator import GramOperator
 from streamrepair.decompose.krylov import Density, Guess
 from streamrepair.decompose.krylov_search import Search, Top, rotation
@@ -34,8 +34,6 @@ from streamrepair.decompose.symmetric import Seen, SymmetricPair
 from streamrepair.decompose.truncation import Truncation, UnresolvedError, refuse_estimator, refuse_mixing, roots
 from streamrepair.decompose.windows import rayleigh_ritz
 from streamrepair.spectral.threshold import HardThreshold
-
-Doubles = NDArray[np.float64]
 
 _SHARP = 2e-5
 """Error of the median eigenvalue, relative, that is promised: half of it is what τ may be off by."""

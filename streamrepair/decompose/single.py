@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, lapack, twisted
 from streamrepair.decompose.arithmetic import Gram, Products
+from streamrepair.decompose.convert import Doubles, Singles
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.symmetric import Seen
@@ -37,9 +38,6 @@ from streamrepair.decompose.truncation import (
 from streamrepair.decompose.windows import SKEW, Slack, Windows, ritz
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
-
-Doubles = NDArray[np.float64]
-Singles = NDArray[np.float32]
 
 _BESIDE = 12
 """Vectors on either side of the median, at least; likewise of τ² where vectors there might mix."""

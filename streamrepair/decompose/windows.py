@@ -24,14 +24,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.decompose.arithmetic import Products
-from streamrepair.decompose.convert import Real
+from streamrepair.decompose.convert import Doubles, Real
 from streamrepair.decompose.truncation import UnresolvedError
 from streamrepair.errors import NumericalError
-
-Doubles = NDArray[np.float64]
 
 SKEW = 1e-5
 """Relative change of T's eigenvalues by reflectors that are orthogonal to float32 only (Ostrowski)."""

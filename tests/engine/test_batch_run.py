@@ -21,7 +21,8 @@ from streamrepair.api import Silent
 from streamrepair.checkpoint.layout import open_checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.write import ShardFile
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Precision
+from streamrepair.decompose.arithmetic import Arithmetic, Precision
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.batch import DeviceGrams
 from streamrepair.decompose.device.batch import _member as member_of

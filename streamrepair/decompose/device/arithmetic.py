@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamrepair.decompose.arithmetic import Doubles, Gram, Precision, Vectors
+from streamrepair.decompose.arithmetic import Gram, Precision, Vectors
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device.batch import DeviceGrams
 from streamrepair.decompose.device.merge import DeviceMerger
 from streamrepair.decompose.device.rates import Rates, ieee_products, rates
