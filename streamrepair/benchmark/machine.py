@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 
-import psutil
 from threadpoolctl import threadpool_info
 
 from streamrepair.benchmark.records import Machine
@@ -23,7 +22,7 @@ def describe(device: str) -> Machine:
     return Machine(
         cpu=limits.cpu_model() or platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)),
-        ram_bytes=psutil.virtual_memory().total,
+        ram_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         gpu=device_name(device),
         python=platform.python_version(),
         versions={"streamrepair": __version__, **{name: _version(name) for name in _PACKAGES}},
