@@ -19,6 +19,7 @@ from streamrepair.engine import cost
 from streamrepair.engine.copying import copy
 from streamrepair.engine.gpu import unusable
 from streamrepair.engine.job import Job, Outcome
+from streamrepair.engine.memory import SINGLE_COLUMNS
 from streamrepair.engine.nonfinite import find_nonfinite
 from streamrepair.engine.pace import Pace
 from streamrepair.engine.second_pass import failed, written
@@ -28,8 +29,6 @@ from streamrepair.engine.view import MatrixView
 from streamrepair.errors import NumericalError, brief
 from streamrepair.report import TensorRecord
 from streamrepair.spectral.threshold import HardThreshold
-
-_LEAST_SINGLE_COLS = 256
 
 
 def repair(job: Job) -> tuple[TensorRecord, str | None]:
@@ -97,8 +96,8 @@ class _Repair:
         self.rule = HardThreshold(scale=settings.scale, sigma=settings.sigma)
         self._pace = Pace(cost.stages(job.task, job.task.place), max(job.task.out.shape), job.tell)
         self.view = _view(job, self._pace.advance, member)
-        # In small matrices float32 saves next to nothing, and a delta as large as its weights shows the difference.
-        self.sharp = job.task.out.dtype not in ("BF16", "F16") or self.view.cols < _LEAST_SINGLE_COLS
+        # In small matrices a delta as large as its weights shows the difference.
+        self.sharp = job.task.out.dtype not in ("BF16", "F16") or self.view.cols < SINGLE_COLUMNS
 
     def done(self, batched: Truncation | NumericalError | None = None) -> tuple[TensorRecord, str | None]:
         """Decide, unless a batch did, merge and write.
