@@ -34,12 +34,12 @@ class PageCache:
     """Advice to the kernel about a run's inputs; wrong advice costs time, never correctness.
 
     Args:
-        free_bytes: memory that the machine has free when the run begins. timeline: told when files are read ahead.
+        free_bytes: memory that the machine has free when the run begins. lets_go: whether what is done with is let go.
+        timeline: told when files are read ahead.
     """
 
-    def __init__(self, plan: Plan, files: InputFiles, *, free_bytes: int, timeline: Timeline | None = None) -> None:
-        self._files = files
-        self._lets_go, self._timeline = lets_go(plan, free_bytes), timeline or Timeline()
+    def __init__(self, files: InputFiles, *, free_bytes: int, lets_go: bool, timeline: Timeline | None = None) -> None:
+        self._files, self._lets_go, self._timeline = files, lets_go, timeline or Timeline()
         self._room_bytes = int(_AHEAD_SHARE * free_bytes)
         self._ahead: dict[str, int] = {}
         """Bytes read ahead of tasks that are not done."""

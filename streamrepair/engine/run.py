@@ -60,6 +60,8 @@ class _Run:
     watcher: Watcher
     free_bytes: int
     """Memory that the machine had free when it began."""
+    large: bool
+    """Whether it leaves the page cache as it found it."""
     files: InputFiles
     threads: NumericThreads
     warnings: list[str]
@@ -125,10 +127,11 @@ def execute(
     budget.reset_peak()
     # Past the page cache is slower where there is room in it, and kinder where there is not.
     free_bytes = limits.free_bytes()
-    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=lets_go(plan, free_bytes))
+    large = lets_go(plan, free_bytes)
+    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=large)
     timeline = Timeline(keep=trace is not None)
     files, threads, mending = InputFiles(), NumericThreads(), finished is not None
-    run = _Run(plan, workspace, stop, watcher, free_bytes, files, threads, [], timeline, arithmetic, mending)
+    run = _Run(plan, workspace, stop, watcher, free_bytes, large, files, threads, [], timeline, arithmetic, mending)
     try:
         journalled = workspace.open(fingerprint(plan), overwrite=overwrite, finished=finished)
         for path in workspace.damaged:
@@ -181,9 +184,9 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         after_commit=run.record_session,
         synced=backlog.synced,
         stop=run.stop,
-        lets_go=lets_go(plan, run.free_bytes),
+        lets_go=run.large,
     )
-    cache = PageCache(plan, run.files, free_bytes=run.free_bytes, timeline=run.timeline)
+    cache = PageCache(run.files, free_bytes=run.free_bytes, lets_go=run.large, timeline=run.timeline)
     try:
         with gpu.capped_memory(plan.gpus, plan.vram_allowed_bytes):
             _work(run, committer, cache, backlog, done.keys())

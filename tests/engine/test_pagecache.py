@@ -63,7 +63,7 @@ def _soon(places: list[tuple[Path, int]]) -> bool:
 
 def test_the_next_in_line_is_read_ahead_on_both_sides(plan: Plan) -> None:
     files = InputFiles()
-    cache = PageCache(plan, files, free_bytes=PLENTY)
+    cache = PageCache(files, free_bytes=PLENTY, lets_go=False)
     cache.upcoming(plan.tasks[1])
     assert _soon(_middles(plan.tasks[1]))
     cache.close()
@@ -74,7 +74,7 @@ def test_no_more_is_read_ahead_than_there_is_room_for(plan: Plan) -> None:
     """A tenth of what is free: here it holds one task, and the next once that is done."""
     files = InputFiles()
     first, second = plan.tasks
-    cache = PageCache(plan, files, free_bytes=15 * first.read_once_bytes)
+    cache = PageCache(files, free_bytes=15 * first.read_once_bytes, lets_go=False)
     cache.upcoming(first)
     assert _soon(_middles(first))
     for path, _ in _middles(first):
@@ -94,7 +94,7 @@ def test_a_run_that_is_large_against_free_memory_lets_go_of_what_it_has_read(pla
     task = plan.tasks[0]
     free_bytes = plan.out_bytes if large else PLENTY
     assert lets_go(plan, free_bytes) == large
-    cache = PageCache(plan, files, free_bytes=free_bytes)
+    cache = PageCache(files, free_bytes=free_bytes, lets_go=large)
     places = _middles(task)
     for path, _ in places:
         path.read_bytes()
@@ -109,7 +109,7 @@ def test_an_input_that_is_gone_is_left_for_its_task_to_meet(plan: Plan) -> None:
     for folder in (plan.base.folder, plan.ft.folder):
         for path in folder.glob("*.safetensors"):
             path.unlink()
-    cache = PageCache(plan, InputFiles(), free_bytes=PLENTY)
+    cache = PageCache(InputFiles(), free_bytes=PLENTY, lets_go=False)
     for task in plan.tasks:
         cache.upcoming(task)
     cache.close()
