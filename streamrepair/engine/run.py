@@ -32,7 +32,7 @@ from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.overlap import refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Unit
-from streamrepair.engine.side_files import check_apart, check_path_beside, check_places
+from streamrepair.engine.side_files import check_beside, check_places
 from streamrepair.engine.statement import (
     fingerprint,
     make_report,
@@ -116,13 +116,7 @@ def execute(
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
     stop.heeded, stop.over = True, False
-    beside = {option: path for option, path in (("--report", report), ("--trace", trace)) if path is not None}
-    refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
-    for option, path in beside.items():
-        check_path_beside(option, path, out)
-    check_apart(beside)
-    check_places(out, sidecars(plan.ft))
-    beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
+    beside_bytes = _looked_at(plan, out, {"--report": report, "--trace": trace})
     limits.allow_open_files()
     budget.reset_peak()
     # Past the page cache is slower where there is room in it, and kinder where there is not.
@@ -150,6 +144,15 @@ def execute(
         workspace.close()
     stop.over = True
     return result
+
+
+def _looked_at(plan: Plan, out: Path, options: Mapping[str, Path | None]) -> int:
+    """Refuse what can be refused before anything is written; the bytes of what will lie beside the shards."""
+    beside = {option: path for option, path in options.items() if path is not None}
+    refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
+    check_beside(beside, out)
+    check_places(out, sidecars(plan.ft))
+    return check_sidecars(plan.ft) + statement_bytes(plan)
 
 
 def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path | None) -> Report:
