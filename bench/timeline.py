@@ -50,13 +50,12 @@ def _task(entry: TensorEntry, shard: int) -> Task:
     side = Side(NO_FILE, entry)
     if len(entry.shape) != 2:
         pairing = Pairing(entry.name, "keep", "1-D, not a matrix", side, side)
-        return Task(pairing, side, shard, entry, None, 0, "", "cpu", memory.copy_bytes(), 0, 0.0)
+        return Task(pairing, shard, entry, memory.copy_bytes())
     shape = MatrixShape(max(entry.shape), min(entry.shape), 2, 2, 2)
     ram_bytes = memory.repair_bytes(shape, "gram", shape.block, cuda=True)
     vram_bytes = memory.device_bytes(shape, "gram")
-    work = cost.flops(shape, "gram")
     pairing = Pairing(entry.name, "repair", "", side, side)
-    return Task(pairing, side, shard, entry, shape, shape.block, "gram", "cuda", ram_bytes, vram_bytes, work)
+    return Task(pairing, shard, entry, ram_bytes, shape, shape.block, "gram", "cuda", vram_bytes)
 
 
 def simulated(tasks: list[Task], gpus: int, disk_bytes_per_s: float) -> Simulated:

@@ -34,24 +34,32 @@ class Task:
     """One tensor of the output."""
 
     pairing: Pairing
-    ft: Side
     shard: int
     """Position of the output shard."""
     out: TensorEntry
     """Where the result goes."""
-    shape: MatrixShape | None
-    """None for a tensor that is passed through."""
-    panel_rows: int
-    backend: str
-    """What is tried first, and whose memory is projected: `randomized` includes `gram`, to which it hands over."""
-    place: Place
-    """Whether the CPU or a GPU computes it."""
     ram_bytes: int
     """Projected host bytes while it runs."""
-    vram_bytes: int
+    shape: MatrixShape | None = None
+    """None for a tensor that is passed through: what follows is of repairs."""
+    panel_rows: int = 0
+    backend: str = ""
+    """What is tried first, and whose memory is projected: `randomized` includes `gram`, to which it hands over."""
+    place: Place = "cpu"
+    """Whether the CPU or a GPU computes it."""
+    vram_bytes: int = 0
     """Projected device bytes while it runs; 0 on the CPU."""
-    flops: float
-    """Projected floating-point operations."""
+
+    @property
+    def ft(self) -> Side:
+        """FT's tensor, which every task has."""
+        assert self.pairing.ft is not None
+        return self.pairing.ft
+
+    @property
+    def flops(self) -> float:
+        """Projected floating-point operations."""
+        return 0.0 if self.shape is None else cost.flops(self.shape, self.backend)
 
     @property
     def name(self) -> str:
@@ -245,16 +253,16 @@ def make_plan(
     """
     layouts = tuple(layout_like(shard, settings.out_dtype) for shard in ft.shards)
     pairings = pair(base, ft, Selection(settings.include, settings.exclude))
-    kept = [(pairing, pairing.ft) for pairing in pairings if pairing.ft is not None]
     room = Room(
         ram_bytes, vram_bytes, records_bytes=_records_bytes(base, ft, len(pairings)), gpus=len(gpus_of(devices))
     )
     places = {layout.name: place for place, layout in enumerate(layouts)}
     tasks = []
-    for pairing, side in kept:
-        place = places[side.shard.path.name]
-        out = layouts[place].entries[pairing.name]
-        tasks.append(_placed(_task(pairing, side, place, out, settings), devices, room))
+    for pairing in pairings:
+        if pairing.ft is not None:
+            place = places[pairing.ft.shard.path.name]
+            task = _task(pairing, pairing.ft.entry, place, layouts[place].entries[pairing.name], settings)
+            tasks.append(_placed(task, devices, room))
     refuse_too_large(tasks, room)
     units = batches.formed(tasks, lambda batch: holds(room, batch, tasks))
     units = [fitted(unit, room, workers) if isinstance(unit, Task) else unit for unit in units]
@@ -274,22 +282,21 @@ def make_plan(
     )
 
 
-def _task(pairing: Pairing, ft: Side, shard: int, out: TensorEntry, settings: Settings) -> Task:
+def _task(pairing: Pairing, ft: TensorEntry, shard: int, out: TensorEntry, settings: Settings) -> Task:
     """One tensor's task, as it would be on the CPU."""
     if pairing.intent != "repair" or pairing.base is None:
-        return Task(pairing, ft, shard, out, None, 0, "", "cpu", memory.copy_bytes(), 0, 0.0)
-    shape = matrix_shape(pairing.base.entry, ft.entry, out, settings)
+        return Task(pairing, shard, out, memory.copy_bytes())
+    shape = matrix_shape(pairing.base.entry, ft, out, settings)
     rows = shape.block
-    if pairing.base.entry.nbytes + ft.entry.nbytes <= _WHOLE_BYTES:
+    if pairing.base.entry.nbytes + ft.nbytes <= _WHOLE_BYTES:
         rows = shape.rows
-    elif ft.entry.shape[0] < ft.entry.shape[1]:
+    elif ft.shape[0] < ft.shape[1]:
         rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
     backend = "full" if settings.backend == "full" else "gram"
     krylov = krylov_share(settings.backend, settings.noise_estimate, shape.cols)
     if settings.sigma == "median" and (krylov or shape.held):
         backend = "randomized"
-    ram = memory.repair_bytes(shape, backend, rows)
-    return Task(pairing, ft, shard, out, shape, rows, backend, "cpu", ram, 0, cost.flops(shape, backend))
+    return Task(pairing, shard, out, memory.repair_bytes(shape, backend, rows), shape, rows, backend)
 
 
 def _placed(task: Task, devices: Sequence[str], room: Room) -> Task:
