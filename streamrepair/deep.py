@@ -13,7 +13,7 @@ from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.decompose import full, lapack
 from streamrepair.decompose.arithmetic import on_host
-from streamrepair.decompose.convert import Doubles, difference, widened
+from streamrepair.decompose.convert import Doubles, difference, widen
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.numeric_threads import check_address_space
@@ -97,8 +97,8 @@ def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: Input
         for block, stored in zip(pair.blocks(), found.blocks(), strict=True):
             delta, exact, value = (np.empty(block.ft.shape) for _ in range(3))
             difference(block.ft, block.ft_dtype, block.base, block.base_dtype, delta)
-            widened(block.base, block.base_dtype, exact)
-            widened(stored.ft, stored.ft_dtype, value)
+            widen(block.base, block.base_dtype, exact)
+            widen(stored.ft, stored.ft_dtype, value)
             correction = vh.T @ (vh @ delta) if block.wide else (delta @ vh.T) @ vh
             exact += correction
             agreement.add(value, exact, correction, stored.ft_dtype)

@@ -8,7 +8,7 @@ import numpy as np
 
 from streamrepair.decompose import halves, lapack
 from streamrepair.decompose.arithmetic import Gram, Merger, Precision, Vectors, on_host
-from streamrepair.decompose.convert import STORED_TYPE, Doubles, Raw, Real, RealType, difference, narrow, widened
+from streamrepair.decompose.convert import STORED_TYPE, Doubles, Raw, Real, RealType, difference, narrow, widen
 from streamrepair.decompose.halves import Both, in_halves, in_turn, middle
 from streamrepair.decompose.held import Held, HeldDelta
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
@@ -213,7 +213,7 @@ class HostMerger(Merger):
 
         def merge(rows: slice) -> None:
             """Rows as stored: of a wide matrix they are columns of what is tall."""
-            widened(block.base[rows], block.base_dtype, merged[rows])
+            widen(block.base[rows], block.base_dtype, merged[rows])
             if len(self._basis):
                 left, right = (self._basis.T, coefficients.T) if block.wide else (coefficients, self._basis)
                 lapack.add_product(left[rows], right, merged[rows])

@@ -13,7 +13,7 @@ import numpy as np
 
 from streamrepair.checkpoint import direct, osfile
 from streamrepair.checkpoint.write import digest_text, new_digest
-from streamrepair.decompose.convert import STORED_TYPE, widened
+from streamrepair.decompose.convert import STORED_TYPE, widen
 from streamrepair.engine.job import Job
 from streamrepair.engine.memory import COPY_BYTES, PIECE_BYTES
 from streamrepair.engine.nonfinite import met_nonfinite
@@ -59,7 +59,7 @@ def _copy_widened(job: Job) -> tuple[str, str | None]:
         job.read(job.task.ft, offset, buffer[:length])
         nonfinite = nonfinite or met_nonfinite(job, buffer[:length], offset)
         wide = np.empty(length // stored.itemsize, np.float32)
-        widened(np.frombuffer(buffer[:length], stored), entry.dtype, wide)
+        widen(np.frombuffer(buffer[:length], stored), entry.dtype, wide)
         data = wide.view(np.uint8).data
         digest.update(data)
         job.write(offset // stored.itemsize * 4, data)

@@ -8,7 +8,7 @@ import scipy.linalg
 
 from streamrepair.benchmark.sources import MemorySource
 from streamrepair.benchmark.spectra import DELTA_STD, W_STD, Spectrum, pair
-from streamrepair.decompose.convert import STORED_TYPE, widened
+from streamrepair.decompose.convert import STORED_TYPE, widen
 from streamrepair.decompose.operator import block_rows, blocks
 from streamrepair.spectral.threshold import HardThreshold
 
@@ -50,7 +50,7 @@ def test_heavy_runs_through_the_threshold() -> None:
 def test_sizes_are_those_of_a_fine_tune(spectrum: Spectrum) -> None:
     source = pair((300, 200), spectrum, "F32")
     base = np.empty((300, 200))
-    widened(source.base, "F32", base)
+    widen(source.base, "F32", base)
     assert np.isclose(np.sqrt(np.square(base).mean()), W_STD, rtol=0.02)
     assert np.isclose(np.sqrt(np.square(source.delta()).mean()), DELTA_STD, rtol=0.2)
 
