@@ -312,7 +312,3 @@ def _hint_near_miss(tokens: list[str]) -> None:
 def _say(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
