@@ -132,8 +132,8 @@ def print_plan(plan: Plan) -> None:
         )
         print("  ".join(aligned).rstrip())
     print()
-    for treatment, reason in {group.treatment: group.why for group in listed if group.why}.items():
-        print(f"{treatment.partition(', ')[2]}: {reason}")
+    for means, reason in {group.means: group.why for group in listed if group.why}.items():
+        print(f"{means}: {reason}")
     work = f"{format_bytes(plan.read_bytes)} to read, {format_bytes(plan.out_bytes)} to write in "
     work += f"{counted(len(plan.layouts), 'shard')}, {sum(t.flops for t in plan.tasks) / 1e9:,.0f} GFLOP"
     print(work)

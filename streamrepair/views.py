@@ -14,6 +14,8 @@ from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan, Task, Unit
 from streamrepair.report import Settings
 
+_REPAIR = "repair, "
+
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -37,6 +39,11 @@ class Group:
     """Predicted, of all of them one after another."""
     batch: int
     """How many at most are decided together; 1 if each is alone."""
+
+    @property
+    def means(self) -> str:
+        """What a repair is done with and where."""
+        return self.treatment.removeprefix(_REPAIR)
 
 
 def groups(plan: Plan) -> list[Group]:
@@ -68,7 +75,7 @@ def _treatment(task: Task, unit: Unit) -> str:
         return f"keep, {task.pairing.kind or task.pairing.reason}"
     backend = "randomized or gram" if task.backend == "randomized" else task.backend
     on = ", on GPU" if task.place == "cuda" else ""
-    return f"repair, {backend}{on}{' in batches' if len(unit.tasks) > 1 else ''}"
+    return f"{_REPAIR}{backend}{on}{' in batches' if len(unit.tasks) > 1 else ''}"
 
 
 def _share_s(unit: Unit, rates: Rates) -> float:

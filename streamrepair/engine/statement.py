@@ -128,7 +128,7 @@ def sealed(report: Report) -> tuple[Report, bytes]:
     """A report with its digest, and as it stands in its file."""
     assert report.report_digest is None
     text = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
-    at = text.rindex(b"null")
+    at = text.rindex(b"null")  # its place: encoding the report anew would hold the text twice
     digest = _content_digest(text)
     return msgspec.structs.replace(report, report_digest=digest), text[:at] + f'"{digest}"\n}}\n'.encode()
 
