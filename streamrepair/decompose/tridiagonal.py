@@ -49,7 +49,7 @@ class TridiagonalSpectrum(Spectrum):
         lapack.rotate_back(self._reflectors, self._scales, image)
         return image
 
-    def count_above(self, shift: float, bound: float = 0.0) -> Count:  # noqa: ARG002 - a Sturm sequence has none
+    def count_above(self, shift: float, bound: float) -> Count:  # noqa: ARG002 - a Sturm sequence has none
         """By a Sturm sequence."""
         above = certify.sturm_count(self._diagonal, self._off, shift)
         return Count(above, above)
