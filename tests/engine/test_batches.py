@@ -261,6 +261,7 @@ def _device_peak(count: int, shape: tuple[int, int], absent: int, precision: Pre
     return most
 
 
+@pytest.mark.usefixtures("one_torch_thread")
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("absent", [0, 1], ids=["all", "one leaves"])
 @pytest.mark.parametrize("shape", [(211, 211), (1009, 211), (5003, 211)])
