@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cuda_pairs as pairs
 import numpy as np
 import torch
 from torch import Tensor
 
+from streamrepair.benchmark.sources import MemorySource
 from streamrepair.decompose import certify, cholesky_count, gram, ladder
-from streamrepair.decompose.arithmetic import Doubles, on_host
+from streamrepair.decompose.arithmetic import on_host
 from streamrepair.decompose.batched import truncate_batch
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.spectrum import EighSpectrum, GramMatrix
 from streamrepair.decompose.truncation import Truncation, decide
@@ -63,7 +64,7 @@ class Answer:
         }
 
 
-def answer(source: pairs.Source, device: torch.device) -> Answer:
+def answer(source: MemorySource, device: torch.device) -> Answer:
     """By QR and gesvd in float64 on the device."""
     r = torch.linalg.qr(_delta(source, device, torch.float64), mode="r").R
     _, s, vh = torch.linalg.svd(r, driver="gesvd" if device.type == "cuda" else None)
@@ -72,7 +73,7 @@ def answer(source: pairs.Source, device: torch.device) -> Answer:
     return Answer(r, vh, threshold.rank_kept, close)
 
 
-def ours(source: pairs.Source, device: str) -> Callable[[], Result]:
+def ours(source: MemorySource, device: str) -> Callable[[], Result]:
     """Both passes of a repair, certificate and all."""
     out = np.zeros_like(source.base)
 
@@ -91,14 +92,14 @@ def ours(source: pairs.Source, device: str) -> Callable[[], Result]:
     return repair
 
 
-def others(source: pairs.Source, device: torch.device) -> Iterator[tuple[str, Callable[[], Result]]]:
+def others(source: MemorySource, device: torch.device) -> Iterator[tuple[str, Callable[[], Result]]]:
     """The plain ways, each with everything in the device's memory."""
     yield "eigh-float64", lambda: _eigh(source, device)
     for driver in ("default", "gesvd", "gesvdj", "gesvda") if device.type == "cuda" else ("default",):
         yield f"svd-{driver}", lambda driver=driver: _svd(source, device, driver)
 
 
-def _svd(source: pairs.Source, device: torch.device, driver: str) -> Result:
+def _svd(source: MemorySource, device: torch.device, driver: str) -> Result:
     delta = _delta(source, device, torch.float32)
     _, s, vh = torch.linalg.svd(delta, full_matrices=False, driver=None if driver == "default" else driver)
     rank = RULE.estimate(s.cpu().numpy().astype(np.float64), source.rows, source.cols).rank_kept
@@ -106,7 +107,7 @@ def _svd(source: pairs.Source, device: torch.device, driver: str) -> Result:
     return Result(rank, vh[:rank], f"svd-{driver}")
 
 
-def _eigh(source: pairs.Source, device: torch.device) -> Result:
+def _eigh(source: MemorySource, device: torch.device) -> Result:
     delta = _delta(source, device, torch.float32)
     wide = delta.double()
     values, vectors = torch.linalg.eigh(wide.T @ wide)
@@ -118,14 +119,14 @@ def _eigh(source: pairs.Source, device: torch.device) -> Result:
     return Result(rank, vh, "eigh-float64")
 
 
-def _delta(source: pairs.Source, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _delta(source: MemorySource, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Δ, tall, all of it on the device."""
     ft, base = _loaded(source.ft, device), _loaded(source.base, device)
     delta = (ft.float() - base.float()).to(dtype)  # exact to 2⁻²⁴ in either
     return delta.T.contiguous() if source.wide else delta
 
 
-def _merged(source: pairs.Source, device: torch.device, delta: Tensor, vh: Tensor) -> Tensor:
+def _merged(source: MemorySource, device: torch.device, delta: Tensor, vh: Tensor) -> Tensor:
     star = (delta @ vh.T) @ vh
     return (_loaded(source.base, device).float() + (star.T if source.wide else star)).bfloat16().cpu()
 
@@ -135,7 +136,7 @@ def _loaded(raw: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 
 
 def stages(
-    source: pairs.Source, arithmetic: DeviceArithmetic, wait: Callable[[], None], found: dict[str, float]
+    source: MemorySource, arithmetic: DeviceArithmetic, wait: Callable[[], None], found: dict[str, float]
 ) -> None:
     """Seconds of each stage in float64, and the share of their allowance that rounding errors took in the proofs.
 
@@ -182,7 +183,7 @@ def _rounding(spectrum: EighSpectrum, shift: float, bound: float, probes: Double
     return {"residual_units": residual / unit, "formed_units": certify.spectral_bound(difference) / unit}
 
 
-def batched(sources: Sequence[pairs.Source], arithmetic: DeviceArithmetic) -> dict[str, Callable[[], Any]]:
+def batched(sources: Sequence[MemorySource], arithmetic: DeviceArithmetic) -> dict[str, Callable[[], Any]]:
     """Many decisions at once, and one after another."""
     return {
         "batched": lambda: truncate_batch(sources, RULE, arithmetic),

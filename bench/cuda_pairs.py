@@ -3,50 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamrepair.decompose.convert import Raw
-from streamrepair.decompose.operator import Panel
+from streamrepair.benchmark.sources import MemorySource
 
 _ROWS = 4096
 """Made at once."""
 _W_STD, _DELTA_STD = 0.02, 1e-3
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """W_base and W_ft in bfloat16, as uint16 bits in host memory."""
-
-    base: Raw
-    ft: Raw
-
-    @property
-    def wide(self) -> bool:
-        """Whether the second axis is the long one."""
-        return bool(self.ft.shape[1] > self.ft.shape[0])
-
-    @property
-    def rows(self) -> int:
-        """The longer side, m."""
-        return int(max(self.ft.shape))
-
-    @property
-    def cols(self) -> int:
-        """The shorter side, n."""
-        return int(min(self.ft.shape))
-
-    def panels(self) -> Iterator[Panel]:
-        """All of it as one panel."""
-        yield Panel(0, self.base, self.ft, "BF16", "BF16", self.wide)
-
-
-def pair(shape: tuple[int, int], spectrum: str, device: torch.device, seed: int) -> Source:
-    """The same pair for the same arguments on the same kind of device."""
+def pair(shape: tuple[int, int], spectrum: str, device: torch.device, seed: int) -> MemorySource:
+    """In bfloat16, as bits; the same pair for the same arguments on the same kind of device."""
     m, n = max(shape), min(shape)
     generator = torch.Generator(device).manual_seed(seed + 1)
     make = _Gapped(m, n, generator) if spectrum == "gapped" else _Heavy(m, n, generator)
@@ -59,7 +29,7 @@ def pair(shape: tuple[int, int], spectrum: str, device: torch.device, seed: int)
             out[start : start + rows] = values.view(torch.uint16).cpu().numpy()
     if shape[1] > shape[0]:
         base, ft = np.ascontiguousarray(base.T), np.ascontiguousarray(ft.T)
-    return Source(base, ft)
+    return MemorySource(base, ft, "BF16")
 
 
 class _Gapped:

@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from streamrepair.engine.limits import cpu_model
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 SAMPLE_INTERVAL_S = 0.05
 
@@ -105,7 +107,7 @@ def machine_record() -> dict[str, Any]:
     """Processor, cores and memory of this machine, the versions in use and the time."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "ram_bytes": psutil.virtual_memory().total,
         "kernel": platform.release(),
@@ -113,11 +115,6 @@ def machine_record() -> dict[str, Any]:
         **{name: _version(name) for name in ("torch", "numpy", "scipy", "safetensors")},
         "streamrepair_commit": _commit(),
     }
-
-
-def _cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _version(package: str) -> str | None:

@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape
 
 from architectures import ARCHITECTURES, tensors
 
-from streamrepair.checkpoint.headers import TensorEntry
+from streamrepair.checkpoint.headers import ShardHeader, TensorEntry
 from streamrepair.checkpoint.pairing import Pairing, Side
 from streamrepair.engine import cost, memory, schedule
 from streamrepair.engine.memory import MatrixShape
@@ -25,6 +25,7 @@ from streamrepair.engine.plan import Task
 from streamrepair.engine.simulate import Simulated, Simulation
 from streamrepair.units import format_bytes, format_seconds, parse_bytes
 
+NO_FILE = ShardHeader(Path("no-file.safetensors"), 0, 0, 0, 0, b"", 8, {}, ())
 SHARD_BYTES = 5_000_000_000
 CASES = [(name, gpus) for name in ("llama-70b", "llama-405b") for gpus in (1, 4, 8)]
 WIDTH, LEFT, ROW, GAP = 1200.0, 80.0, 26.0, 8.0
@@ -46,16 +47,15 @@ def model(name: str) -> list[Task]:
 
 
 def _task(entry: TensorEntry, shard: int) -> Task:
-    side = Side(shard, entry)
+    side = Side(NO_FILE, entry)
     if len(entry.shape) != 2:
         pairing = Pairing(entry.name, "keep", "1-D, not a matrix", side, side)
-        return Task(pairing, side, shard, entry, None, 0, "", "cpu", memory.copy_bytes(), 0, 0.0)
+        return Task(pairing, shard, entry, memory.copy_bytes())
     shape = MatrixShape(max(entry.shape), min(entry.shape), 2, 2, 2)
     ram_bytes = memory.repair_bytes(shape, "gram", shape.block, cuda=True)
     vram_bytes = memory.device_bytes(shape, "gram")
-    work = cost.flops(shape, "gram")
     pairing = Pairing(entry.name, "repair", "", side, side)
-    return Task(pairing, side, shard, entry, shape, shape.block, "gram", "cuda", ram_bytes, vram_bytes, work)
+    return Task(pairing, shard, entry, ram_bytes, shape, shape.block, "gram", "cuda", vram_bytes)
 
 
 def simulated(tasks: list[Task], gpus: int, disk_bytes_per_s: float) -> Simulated:

@@ -23,22 +23,13 @@ from streamrepair.verification import verify as verify_folder
 
 
 class Silent:
-    """A watcher that says nothing."""
+    """A watcher that says nothing; warnings stand in the report."""
 
-    def begin(self, plan: Plan, done_bytes: int) -> None:
-        """Say nothing."""
-
-    def advance(self, done_bytes: int) -> None:
-        """Say nothing."""
-
-    def warn(self, message: str) -> None:
-        """Say nothing; warnings stand in the report."""
-
-    def note(self, message: str) -> None:
-        """Say nothing."""
-
-    def end(self) -> None:
-        """Say nothing."""
+    def begin(self, plan: Plan, done_bytes: int) -> None: ...
+    def advance(self, done_bytes: int) -> None: ...
+    def warn(self, message: str) -> None: ...
+    def note(self, message: str) -> None: ...
+    def end(self) -> None: ...
 
 
 def plan(
@@ -73,15 +64,9 @@ def plan(
         UsageError: an option has no meaning.
     """
     named = Settings(
-        sigma=sigma,
-        noise_estimate=noise_estimate,
-        scale=plain_number(scale),
-        include=include,
-        exclude=exclude,
-        out_dtype=out_dtype,
-        backend=backend,
-        on_nonfinite=on_nonfinite,
-    )
+        sigma=sigma, noise_estimate=noise_estimate, scale=plain_number(scale), include=include, exclude=exclude,
+        out_dtype=out_dtype, backend=backend, on_nonfinite=on_nonfinite,
+    )  # fmt: skip
     if not isinstance(settings, Settings | None):
         raise UsageError(f"settings are {shown(repr(settings))}, expected streamrepair.Settings")
     if settings is not None and named != Settings():

@@ -51,7 +51,6 @@ from streamrepair.errors import (
     UsageError,
     shown,
 )
-from streamrepair.report import Settings
 from streamrepair.units import counted
 from streamrepair.version import __version__
 
@@ -140,17 +139,11 @@ def plan(
     from streamrepair.terminal import Bar, print_json, print_plan
     from streamrepair.views import plan_view
 
-    settings = Settings(
-        sigma=sigma,
-        noise_estimate=noise_estimate,
-        scale=scale,
-        include=include,
-        exclude=exclude,
-        out_dtype=out_dtype,
-        backend=backend,
+    planned = api.plan(
+        base, ft, ram=ram, vram=vram, device=device, workers=workers, backend=backend, sigma=sigma,
+        noise_estimate=noise_estimate, scale=scale, include=include, exclude=exclude, out_dtype=out_dtype,
         on_nonfinite=on_nonfinite,
-    )
-    planned = api.plan(base, ft, ram=ram, vram=vram, device=device, workers=workers, settings=settings)
+    )  # fmt: skip
     for message in plan_warnings(planned):
         Bar(quiet=False).warn(message)
     with printing():
@@ -319,7 +312,3 @@ def _hint_near_miss(tokens: list[str]) -> None:
 def _say(message: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

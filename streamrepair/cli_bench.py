@@ -74,13 +74,13 @@ def bench(
 ) -> int:
     """Time the backends on this device, on synthetic deltas, against torch.linalg.svd in memory and float64."""
     if calibrate:
-        given: dict[str, object] = {"BASE": base, "--shape": shape, "--spectrum": spectrum, "--backend": backend}
-        given |= {"--threads": threads, "--plot": plot}
-        changed = {"--dtype": dtype != _DTYPE, "--no-check": not check, "--device": device != _DEVICE}
-        changed["--repeats"] = repeats != _REPEATS
-        idle = [name for name, value in given.items() if value is not None]
-        idle += [name for name, is_other in changed.items() if is_other]
-        if idle:
+        given: dict[str, tuple[object, object]] = {
+            "BASE": (base, None), "--shape": (shape, None), "--spectrum": (spectrum, None),
+            "--backend": (backend, None), "--threads": (threads, None), "--plot": (plot, None),
+            "--dtype": (dtype, _DTYPE), "--no-check": (check, True), "--device": (device, _DEVICE),
+            "--repeats": (repeats, _REPEATS),
+        }  # fmt: skip
+        if idle := [name for name, (value, usual) in given.items() if value != usual]:
             raise UsageError(f"{idle[0]} means nothing with --calibrate, which only measures speeds: leave it out")
         return _calibrated(json=json)
     from streamrepair.benchmark import plot as chart

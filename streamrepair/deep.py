@@ -7,24 +7,22 @@ from dataclasses import dataclass
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.decompose import full, lapack
 from streamrepair.decompose.arithmetic import on_host
-from streamrepair.decompose.convert import difference, widened
+from streamrepair.decompose.convert import Doubles, difference, widen
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.numeric_threads import check_address_space
-from streamrepair.engine.view import MatrixView, StoredMatrix
+from streamrepair.engine.view import MatrixView
 from streamrepair.errors import InputError, shown
 from streamrepair.origins import open_origins
 from streamrepair.report import Report
 from streamrepair.spectral.threshold import HardThreshold
 from streamrepair.verification import DeepCheck
-
-Doubles = NDArray[np.float64]
 
 _LEAST_ROUNDED = 0.99
 """Share of 16-bit values that must be the exact ones rounded, but for what Δ* may be off by.
@@ -99,8 +97,8 @@ def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: Input
         for block, stored in zip(pair.blocks(), found.blocks(), strict=True):
             delta, exact, value = (np.empty(block.ft.shape) for _ in range(3))
             difference(block.ft, block.ft_dtype, block.base, block.base_dtype, delta)
-            widened(block.base, block.base_dtype, exact)
-            widened(stored.ft, stored.ft_dtype, value)
+            widen(block.base, block.base_dtype, exact)
+            widen(stored.ft, stored.ft_dtype, value)
             correction = vh.T @ (vh @ delta) if block.wide else (delta @ vh.T) @ vh
             exact += correction
             agreement.add(value, exact, correction, stored.ft_dtype)
@@ -139,8 +137,8 @@ def _unit(values: Doubles, dtype: str) -> Doubles:
     return unit
 
 
-def _stored(checkpoint: Checkpoint, name: str, side: str) -> StoredMatrix:
+def _stored(checkpoint: Checkpoint, name: str, side: str) -> Side:
     if name not in checkpoint.tensors:
         raise InputError(f"{side} {shown(checkpoint.given)}: tensor {shown(name)} is gone since the run")
     shard, entry = checkpoint.tensors[name]
-    return StoredMatrix(checkpoint.shards[shard], entry)
+    return Side(checkpoint.shards[shard], entry)

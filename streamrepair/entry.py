@@ -52,7 +52,3 @@ def _end(number: int, _frame: FrameType | None) -> None:
         os.write(2, f"error: interrupted by {name}: the same command begins again\n".encode())
     finally:
         os._exit(_INTERRUPTED)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

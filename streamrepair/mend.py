@@ -18,8 +18,8 @@ from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.watcher import Watcher
 from streamrepair.errors import DamageError, shown
 from streamrepair.origins import open_origins
-from streamrepair.report import REPORT_NAME, STATE, Report, Settings, TensorRecord
-from streamrepair.verification import EDITED, Damage, Verified, read_report, verify
+from streamrepair.report import STATE, Settings
+from streamrepair.verification import Verified, read_report, verify
 
 MakePlan = Callable[[Checkpoint, Checkpoint, Settings], Plan]
 
@@ -37,19 +37,15 @@ def mend(out: Path, found: Verified, make_plan: MakePlan, *, watcher: Watcher, s
     """
     if not found.damage:
         return found
-    report = read_report(out)
+    report, as_written = read_report(out)
     if not (out / STATE / "run.json").is_file():
         raise DamageError(
             f"{shown(str(out / STATE / 'run.json'))}: missing, so that nothing tells whether BASE and FT are what the "
             "result was made from: run the repair again with --overwrite"
         )
     base, ft = open_origins(report)
-    known = {} if Damage(REPORT_NAME, EDITED) in found.damage else _written(report)
-    execute(make_plan(base, ft, report.settings), out, stop=stop, watcher=watcher, finished=known)
+    finished = {name: record for name, record in report.tensors.items() if record.action != "dropped" and as_written}
+    execute(make_plan(base, ft, report.settings), out, stop=stop, watcher=watcher, finished=finished)
     after = verify(out)
     left = {damage.where for damage in after.damage}
     return msgspec.structs.replace(after, mended=tuple(d for d in found.damage if d.where not in left))
-
-
-def _written(report: Report) -> dict[str, TensorRecord]:
-    return {name: record for name, record in report.tensors.items() if record.action != "dropped"}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from streamrepair.decompose.speed import CPU
-from streamrepair.engine.fit import fits_climb, full_budget
+from streamrepair.engine.fit import full_budget, full_fits
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import shown
 from streamrepair.report import Action, Report, ResourceUse, TensorRecord
@@ -132,8 +132,8 @@ def print_plan(plan: Plan) -> None:
         )
         print("  ".join(aligned).rstrip())
     print()
-    for treatment, reason in {group.treatment: group.why for group in listed if group.why}.items():
-        print(f"{treatment.partition(', ')[2]}: {reason}")
+    for means, reason in {group.means: group.why for group in listed if group.why}.items():
+        print(f"{means}: {reason}")
     work = f"{format_bytes(plan.read_bytes)} to read, {format_bytes(plan.out_bytes)} to write in "
     work += f"{counted(len(plan.layouts), 'shard')}, {sum(t.flops for t in plan.tasks) / 1e9:,.0f} GFLOP"
     print(work)
@@ -159,7 +159,7 @@ def _print_memory(plan: Plan) -> None:
             f"{_whole_mb(plan.ram_unhindered_bytes)}"
         )
     print(line)
-    fits = fits_climb(plan, "full")
+    fits = full_fits(plan)
     if without := [task for task in plan.tasks if not fits.get(task.name, True)]:
         enough = max(full_budget(plan, task) for task in without)
         more = f"--ram {_whole_mb(enough)} " if enough > plan.ram_allowed_bytes else ""

@@ -30,8 +30,6 @@ _LOADED = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "
 
 STRAY = "a weights file that is not part of the result; loaders may pick it up"
 """What nothing of ours can put right."""
-EDITED = "not as it was written: edited since, or damaged"
-"""Of the report itself: nothing that it says counts."""
 
 
 class Damage(msgspec.Struct, frozen=True):
@@ -80,9 +78,9 @@ def verify(out: Path, *, deep: bool = False, sample: int = 5) -> Verified:
         InputError: with `deep`, BASE or FT cannot be read or has changed.
     """
     began = time.perf_counter()
-    report, as_written = _read_report(out)
+    report, as_written = read_report(out)
     shards, damage = _shards(out, report)
-    damage += [] if as_written else [Damage(REPORT_NAME, EDITED)]
+    damage += [] if as_written else [Damage(REPORT_NAME, "not as it was written: edited since, or damaged")]
     damage += [*_structure(report, shards), *_records(report), *_beside(out, report)]
     checkpoint = None if damage else _indexed(out, damage)
     damage += [*_digests(report, shards), *_index_digest(out, report), *_sidecar_digests(out, report)]
@@ -101,12 +99,7 @@ def verify(out: Path, *, deep: bool = False, sample: int = 5) -> Verified:
     )
 
 
-def read_report(out: Path) -> Report:
-    """OUT's report; raises as `verify` does."""
-    return _read_report(out)[0]
-
-
-def _read_report(out: Path) -> tuple[Report, bool]:
+def read_report(out: Path) -> tuple[Report, bool]:
     """OUT's report, and whether it is what the run wrote.
 
     Raises:

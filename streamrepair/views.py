@@ -9,10 +9,12 @@ from streamrepair.decompose.choose import FEW
 from streamrepair.decompose.speed import Rates
 from streamrepair.engine import cost
 from streamrepair.engine.batches import Batch
-from streamrepair.engine.fit import fits_climb
+from streamrepair.engine.fit import full_fits
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan, Task, Unit
 from streamrepair.report import Settings
+
+_REPAIR = "repair, "
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +39,11 @@ class Group:
     """Predicted, of all of them one after another."""
     batch: int
     """How many at most are decided together; 1 if each is alone."""
+
+    @property
+    def means(self) -> str:
+        """What a repair is done with and where."""
+        return self.treatment.removeprefix(_REPAIR)
 
 
 def groups(plan: Plan) -> list[Group]:
@@ -68,7 +75,7 @@ def _treatment(task: Task, unit: Unit) -> str:
         return f"keep, {task.pairing.kind or task.pairing.reason}"
     backend = "randomized or gram" if task.backend == "randomized" else task.backend
     on = ", on GPU" if task.place == "cuda" else ""
-    return f"repair, {backend}{on}{' in batches' if len(unit.tasks) > 1 else ''}"
+    return f"{_REPAIR}{backend}{on}{' in batches' if len(unit.tasks) > 1 else ''}"
 
 
 def _share_s(unit: Unit, rates: Rates) -> float:
@@ -78,7 +85,7 @@ def _share_s(unit: Unit, rates: Rates) -> float:
 
 def plan_view(plan: Plan) -> dict[str, object]:
     """The plan as JSON-ready data."""
-    full_fits = fits_climb(plan, "full")
+    fits = full_fits(plan)
     repaired = sum(task.shape is not None for task in plan.tasks)
     return {
         "format": "streamrepair.plan/1",
@@ -94,7 +101,7 @@ def plan_view(plan: Plan) -> dict[str, object]:
             "side_by_side": plan.side_by_side,
         },
         "totals": {
-            "tensors": len(plan.tasks) + len(plan.dropped),
+            "tensors": plan.tensors,
             "intents": {"repair": repaired, "keep": len(plan.tasks) - repaired},
             "dropped": len(plan.dropped),
             "shards": len(plan.layouts),
@@ -107,7 +114,7 @@ def plan_view(plan: Plan) -> dict[str, object]:
         "groups": groups(plan),
         "batches": [_batch_view(batch, plan) for batch in plan.batches],
         "tensors": {
-            task.name: _task_view(task, unit, plan, full_fits.get(task.name, False))
+            task.name: _task_view(task, unit, plan, fits.get(task.name, False))
             for unit in plan.units
             for task in unit.tasks
         }
@@ -124,7 +131,7 @@ def _batch_view(batch: Batch, plan: Plan) -> dict[str, object]:
     }
 
 
-def _task_view(task: Task, unit: Unit, plan: Plan, full_fits: bool) -> dict[str, object]:
+def _task_view(task: Task, unit: Unit, plan: Plan, has_room: bool) -> dict[str, object]:
     view: dict[str, object] = {
         "intent": "repair" if task.shape else "keep",
         "reason": task.pairing.reason,
@@ -137,7 +144,7 @@ def _task_view(task: Task, unit: Unit, plan: Plan, full_fits: bool) -> dict[str,
         view |= {
             "backend": task.backend,
             "why": why(task, unit, plan.settings),
-            "tries": _tries(task, full_fits=full_fits),
+            "tries": _tries(task, has_room=has_room),
             "threads": 1,
             "panel_rows": task.panel_rows,
             "vram_bytes": task.vram_bytes,
@@ -150,12 +157,12 @@ def _task_view(task: Task, unit: Unit, plan: Plan, full_fits: bool) -> dict[str,
     return view
 
 
-def _tries(task: Task, *, full_fits: bool) -> list[str]:
+def _tries(task: Task, *, has_room: bool) -> list[str]:
     """Backends in the order in which they are tried, as far as numbers alone decide; the last one if it has room."""
     if task.backend == "full":
         return ["full"]
     first = ["randomized", "gram"] if task.backend == "randomized" else ["gram"]
-    return [*first, "full"] if full_fits else first
+    return [*first, "full"] if has_room else first
 
 
 def why(task: Task, unit: Unit, settings: Settings) -> str:

@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from streamrepair import api
 from streamrepair.errors import BudgetError
 from streamrepair.units import parse_bytes
-from tests.builders import Raw, Tensors, bf16, write_safetensors, write_sharded
+from tests.builders import Raw, Tensors, bf16, raw, write_safetensors, write_sharded
 
 DEMO = Path(__file__).parent.parent / "demo" / "pair"
 Doubles = NDArray[np.float64]
@@ -189,3 +189,18 @@ def rounded_share(found: Doubles, exact: Doubles, dtype: str) -> float:
     exponent = np.maximum(np.frexp(exact)[1] - 1, least)
     unit = np.ldexp(1.0, exponent - bits + 1)
     return float(np.mean(np.abs(found - exact) <= (0.5 + 1e-6) * unit))
+
+
+def spoil(folder: Path, name: str, element: int, value: float) -> None:
+    """Overwrite one element of a tensor in place."""
+    for path in folder.glob("*.safetensors"):
+        content = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(content[:8], "little")
+        entry = json.loads(content[8:start]).get(name)
+        if entry is not None:
+            dtype = entry["dtype"]
+            bits = (np.array(value, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+            number = bits.tobytes() if dtype == "BF16" else raw(stored(np.array(value), dtype))[2]
+            at = start + entry["data_offsets"][0] + element * len(number)
+            content[at : at + len(number)] = number
+            path.write_bytes(content)

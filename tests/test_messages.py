@@ -17,9 +17,8 @@ from streamrepair.engine import commit
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import BudgetError, InputError, LockedError, OutputError, StreamRepairError, brief
 from tests.builders import entry, write_file
-from tests.engine.test_run import _spoil
 from tests.faults import Kernel, fails
-from tests.pairs import Pair, write_pair
+from tests.pairs import Pair, spoil, write_pair
 
 SHAPES = {"w": (64, 48), "v": (48,)}
 FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
@@ -85,7 +84,7 @@ def _strangers(case: Case) -> None:
 
 
 def _nan(case: Case) -> None:
-    _spoil(case.ft, "w", 7, math.nan)
+    spoil(case.ft, "w", 7, math.nan)
     case.run()
 
 

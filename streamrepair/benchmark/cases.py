@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from streamrepair.benchmark.spectra import LEAST_SIDE, SPECTRA, Spectrum
 from streamrepair.checkpoint.layout import open_checkpoint
@@ -14,7 +15,7 @@ from streamrepair.errors import InputError, UsageError, shown
 
 DEFAULT_SHAPES = ((1024, 1024), (4096, 1024))
 _SHAPE = re.compile(r"([0-9]{1,9})[xX×]([0-9]{1,9})")
-_SPECTRA: dict[str, Spectrum] = {spectrum: spectrum for spectrum in SPECTRA}
+Word = TypeVar("Word", bound=str)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def make_cases(
         counts.update(_checkpoint_shapes(base, ft))
     if not counts:
         counts.update(DEFAULT_SHAPES)
-    chosen = list(dict.fromkeys(map(_spectrum, _split(spectra)))) or list(SPECTRA)
+    chosen = choose("--spectrum", spectra, SPECTRA)
     ordered = sorted(counts, key=lambda shape: (max(shape) * min(shape) ** 2, shape))
     return tuple(Case(shape, spectrum, counts[shape]) for shape in ordered for spectrum in chosen)
 
@@ -66,33 +67,25 @@ def parse_shape(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def choose(option: str, words: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+def choose(option: str, words: Sequence[str], known: Sequence[Word]) -> tuple[Word, ...]:
     """The chosen words, commas split and repeats dropped; all that are known if none is chosen.
 
     Raises:
         UsageError: a word is not known.
     """
-    chosen = tuple(dict.fromkeys(_split(words)))
+    offered: dict[str, Word] = {word: word for word in known}
+    chosen = list(dict.fromkeys(part.strip() for word in words for part in word.split(",")))
     for word in chosen:
-        if word not in known:
+        if word not in offered:
             raise UsageError(f"{option} {shown(word)}: expected one of {', '.join(known)}")
-    return chosen or tuple(known)
-
-
-def _split(words: Sequence[str]) -> Iterator[str]:
-    return (part.strip() for word in words for part in word.split(","))
-
-
-def _spectrum(word: str) -> Spectrum:
-    choose("--spectrum", [word], SPECTRA)
-    return _SPECTRA[word]
+    return tuple(offered[word] for word in chosen) or tuple(known)
 
 
 def _checkpoint_shapes(base: str, ft: str | None) -> Counter[tuple[int, int]]:
     """How many matrices of each shape a repair of the pair would decompose, or one checkpoint holds."""
     first = open_checkpoint(base, side="BASE" if ft is not None else "checkpoint")
     if ft is None:
-        entries = [entry for _, entry in first.tensors.values() if entry.dtype in FLOATS and entry.ndim == 2]
+        entries = [entry for _, entry in first.tensors.values() if entry.dtype in FLOATS and len(entry.shape) == 2]
     else:
         pairings = pair(first, open_checkpoint(ft, side="FT"), Selection())
         entries = [one.ft.entry for one in pairings if one.intent == "repair" and one.ft is not None]

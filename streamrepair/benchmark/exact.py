@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from streamrepair.benchmark.records import RANK_TOLERANCE, Check
 from streamrepair.benchmark.sources import MemorySource
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Vectors
-from streamrepair.decompose.convert import widened
+from streamrepair.decompose.arithmetic import Arithmetic, Vectors
+from streamrepair.decompose.convert import Doubles, widen
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
 
@@ -57,7 +57,7 @@ def merged_delta(source: MemorySource, vh: Vectors, arithmetic: Arithmetic) -> D
     merge = arithmetic.merger(vh, "F64")
     for block, merged in merge.merged(source.panels()):
         base = np.empty(block.base.shape)
-        widened(block.base, block.base_dtype, base)
+        widen(block.base, block.base_dtype, base)
         difference = merged - base
         star[block.start : block.start + block.rows] = difference.T if block.wide else difference
     return star

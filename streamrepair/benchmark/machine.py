@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
-import psutil
 from threadpoolctl import threadpool_info
 
 from streamrepair.benchmark.records import Machine
 from streamrepair.benchmark.reference import device_name
+from streamrepair.engine import limits
 from streamrepair.version import __version__
 
 _PACKAGES = ("numpy", "scipy", "torch")
@@ -22,22 +20,14 @@ def describe(device: str) -> Machine:
     """This machine as seen after the libraries that compute are loaded."""
     libraries = {f"{lib['internal_api']} {lib['version']}" for lib in threadpool_info() if lib["user_api"] == "blas"}
     return Machine(
-        cpu=_cpu_model(),
+        cpu=limits.cpu_model() or platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)),
-        ram_bytes=psutil.virtual_memory().total,
+        ram_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         gpu=device_name(device),
         python=platform.python_version(),
         versions={"streamrepair": __version__, **{name: _version(name) for name in _PACKAGES}},
         blas=tuple(sorted(libraries)),
     )
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from streamrepair.decompose.convert import Raw, difference
+from streamrepair.decompose.convert import Doubles, Raw, difference
 from streamrepair.decompose.operator import Panel
 
 
@@ -40,7 +39,7 @@ class MemorySource:
         """All of it as one panel: it is in memory already, and backends work block by block anyway."""
         yield Panel(0, self.base, self.ft, self.dtype, self.dtype, self.wide)
 
-    def delta(self) -> NDArray[np.float64]:
+    def delta(self) -> Doubles:
         """Δ in float64, upright: (m, n)."""
         stored = np.empty(self.ft.shape)
         difference(self.ft, self.dtype, self.base, self.dtype, stored)

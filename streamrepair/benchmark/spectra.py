@@ -17,7 +17,7 @@ import scipy.fft
 from numpy.typing import NDArray
 
 from streamrepair.benchmark.sources import MemorySource
-from streamrepair.decompose.convert import STORED_TYPE, Raw, narrow, widened
+from streamrepair.decompose.convert import STORED_TYPE, Raw, narrow, widen
 
 Spectrum = Literal["gapped", "heavy"]
 SPECTRA: tuple[Spectrum, ...] = get_args(Spectrum)
@@ -39,7 +39,7 @@ def pair(shape: tuple[int, int], spectrum: Spectrum, dtype: str) -> MemorySource
     tuned = _gapped(rng, m, n) if spectrum == "gapped" else _heavy(rng, m, n)
     # Added to the rounded base, so that the only other noise is the rounding of W_ft.
     rounded = np.empty((m, n), np.float32)
-    widened(base, dtype, rounded)
+    widen(base, dtype, rounded)
     tuned += rounded
     ft = _stored(tuned, dtype)
     if shape[1] > shape[0]:

@@ -72,9 +72,9 @@ class TensorEntry:
         return prod(self.shape)
 
     @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
+    def item_bytes(self) -> int:
+        """Bytes of one element, of a dtype whose elements share none."""
+        return ITEM_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)

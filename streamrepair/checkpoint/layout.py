@@ -54,10 +54,8 @@ class Checkpoint:
     index_name: str | None  # such as model.safetensors.index.json; None without an index
     index_metadata: Mapping[str, object]  # the index's own metadata, total_size among them; {} where there is none
     shards: tuple[ShardHeader, ...]  # sorted by file name
-    tensors: Mapping[str, tuple[int, TensorEntry]] = field(
-        repr=False
-    )  # name → position in `shards`, entry; index_order
-    index_order: tuple[str, ...] = field(repr=False)  # names as the index orders them; without one, as their bytes lie
+    # Name → position in `shards`, entry; as the index orders them or, without one, as their bytes lie.
+    tensors: Mapping[str, tuple[int, TensorEntry]] = field(repr=False)
     unindexed: tuple[str, ...]  # tensors of the shards that the index does not list: ignored, to be reported
     stray_files: tuple[str, ...]  # other *.safetensors of the folder: ignored, to be reported
     whole_folder: bool  # False when one .safetensors file was named: its neighbours are then none of our business
@@ -71,11 +69,6 @@ class Checkpoint:
     def header_digest(self) -> str:
         """SHA-256 over all shards' header digests."""
         return joined_digest(shard.digest for shard in self.shards)
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Size of all tensors of the checkpoint, unindexed ones left out."""
-        return sum(entry.nbytes for _, entry in self.tensors.values())
 
 
 def joined_digest(digests: Iterable[str]) -> str:
@@ -249,7 +242,6 @@ def _from_main_file(given: str, path: Path, *, whole_folder: bool) -> Checkpoint
         index_metadata=metadata,
         shards=shards,
         tensors=_tensors(path, shards, weight_map),
-        index_order=tuple(weight_map),
         unindexed=tuple(e.name for shard in shards for e in shard.tensors if e.name not in weight_map),
         stray_files=tuple(
             name

@@ -28,7 +28,6 @@ from pathlib import Path
 from streamrepair.checkpoint.refusals import reading, reading_output, shown_path, writing
 from streamrepair.errors import DiskSpaceError, InputError, OutputError
 
-_COPY_BYTES = 1 << 24
 _SYNC_FILE_RANGE_WRITE = 2
 _sync_file_range = ctypes.CDLL(None).sync_file_range  # Python has no name for it
 _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -414,7 +413,7 @@ def free_bytes(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def chunks(size_bytes: int, step: int = _COPY_BYTES) -> Iterator[tuple[int, int]]:
+def chunks(size_bytes: int, step: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of consecutive pieces of at most `step` bytes."""
     for offset in range(0, size_bytes, step):
         yield offset, min(step, size_bytes - offset)

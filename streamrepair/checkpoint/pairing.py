@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from streamrepair.checkpoint.headers import TensorEntry
+from streamrepair.checkpoint.headers import ShardHeader, TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.naming import is_adapter, same_by_another_name
 from streamrepair.errors import InputError, UsageError, shown
@@ -28,10 +28,9 @@ Intent = Literal["repair", "keep", "drop"]
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side's tensor and where it lies."""
+    """One side's tensor and the file it lies in."""
 
-    shard: int
-    """Position in the checkpoint's shards."""
+    shard: ShardHeader
     entry: TensorEntry
 
 
@@ -98,7 +97,9 @@ def pair(base: Checkpoint, ft: Checkpoint, selection: Selection) -> tuple[Pairin
     written = {pairing.name for pairing in pairings}
     for name, (shard, entry) in base.tensors.items():
         if name not in written:
-            pairings.append(Pairing(name, "drop", "not in the fine-tuned checkpoint", Side(shard, entry), None))
+            pairings.append(
+                Pairing(name, "drop", "not in the fine-tuned checkpoint", Side(base.shards[shard], entry), None)
+            )
     return tuple(pairings)
 
 
@@ -117,13 +118,13 @@ def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection) -> Iterator[P
     codes = _codes(ft)
     for position, shard in enumerate(ft.shards):
         for entry in shard.tensors:
+            side = Side(shard, entry)
             if ft.tensors.get(entry.name) != (position, entry):
                 # In the shard, not in the index: loaders ignore it, but the shard is rewritten as it is.
-                yield Pairing(entry.name, "keep", "not listed in the index", None, Side(position, entry))
+                yield Pairing(entry.name, "keep", "not listed in the index", None, side)
                 continue
             found = base.tensors.get(entry.name)
-            other = Side(*found) if found else None
-            side = Side(position, entry)
+            other = Side(base.shards[found[0]], found[1]) if found else None
             refusal = _refusal(entry, other.entry if other else None) or _refusal_of_scales(entry, codes)
             if refusal is None and (unwanted := selection.refusal(entry.name)) is not None:
                 refusal = _Refusal(unwanted)

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
-from streamrepair.decompose.convert import Raw, Real
+from streamrepair.decompose.convert import Doubles, Raw, Real
 from streamrepair.decompose.operator import Panel, PanelSource
 from streamrepair.errors import NumericalError
 
 Precision = Literal["float32", "float64"]
-Doubles = NDArray[np.float64]
 Products = Callable[[Doubles], tuple[Doubles, Doubles]]
 """(k, n) rows → their images under ΔᵀΔ, and (k, k) inner products of rows and images."""
 

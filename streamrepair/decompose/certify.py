@@ -15,12 +15,10 @@ Parlett, The Symmetric Eigenvalue Problem, sections 3.3 and 10.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.decompose.arithmetic import Vectors
+from streamrepair.decompose.convert import Doubles
 from streamrepair.errors import NumericalError
 
 PROBES = 8
@@ -33,30 +31,18 @@ _COUNTING = 4.0
 """What a Sturm sequence's own rounding may move, in units of ε·λ_max."""
 
 
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """What was proven about one decomposition; all bounds are in units of the eigenvalue λ = s²."""
-
-    value_bound: float
-    """No eigenvalue that decides (the median, those next to τ²) is off by more than this."""
-    orthonormality: float
-    """Norm of the largest row of VVᵀ − I."""
-    residual: float
-    """‖(VG − ΛV)X‖_F / (λ_max·√probes)."""
-
-
-def probe_vectors(n: int) -> NDArray[np.float64]:
+def probe_vectors(n: int) -> Doubles:
     """(PROBES, n) signs ±1, the same for every matrix of that n: reruns must give the same bytes."""
     signs = np.random.Generator(np.random.SFC64(n)).integers(0, 2, (PROBES, n))
     return (2.0 * signs - 1.0).astype(np.float64)
 
 
-def frobenius_estimate(difference: NDArray[np.float64]) -> float:
+def frobenius_estimate(difference: Doubles) -> float:
     """‖E‖_F estimated from E·X, given as (PROBES, n)."""
     return float(np.linalg.norm(difference) / np.sqrt(PROBES))
 
 
-def spectral_bound(difference: NDArray[np.float64]) -> float:
+def spectral_bound(difference: Doubles) -> float:
     """‖E‖₂ of a rounding error from E·X, given as (PROBES, n).
 
     A symmetric matrix of independent entries has ‖E‖₂ → 2‖E‖_F/√n (Wigner's semicircle); ‖E‖_F itself bounds small n.
@@ -76,7 +62,7 @@ def solver_bound(largest: float, n: int) -> float:
     return float(np.sqrt(n) * np.finfo(np.float64).eps * largest)
 
 
-def check_factor(difference: NDArray[np.float64], largest: float, *, tolerance: float = FACTOR) -> None:
+def check_factor(difference: Doubles, largest: float, *, tolerance: float = FACTOR) -> None:
     """Refuse a factorisation whose product differs from G on the probes.
 
     Raises:
@@ -89,14 +75,14 @@ def check_factor(difference: NDArray[np.float64], largest: float, *, tolerance: 
 
 def check_vectors(
     vectors: Vectors,
-    values: NDArray[np.float64],
-    probes: NDArray[np.float64],
-    images: NDArray[np.float64],
+    values: Doubles,
+    probes: Doubles,
+    images: Doubles,
     *,
     orthonormal: float = ORTHONORMALITY,
     belonging: float = RESIDUAL,
-) -> tuple[float, float]:
-    """(orthonormality, residual) of eigenvectors given as rows.
+) -> None:
+    """Hold that rows are orthonormal and eigenvectors.
 
     Args:
         vectors: (k, n) eigenvectors, wherever they are. values: (k,) their eigenvalues.
@@ -107,7 +93,7 @@ def check_vectors(
         NumericalError: not orthonormal, or not eigenvectors.
     """
     if len(vectors) == 0:
-        return 0.0, 0.0
+        return
     defect = orthonormality(vectors)
     if not defect <= orthonormal:
         raise NumericalError(f"singular vectors are not orthonormal (off by {defect:.1e})")
@@ -115,10 +101,9 @@ def check_vectors(
     residual = float(np.linalg.norm((seen - values[:, None] * expected) / values.max()) / np.sqrt(PROBES))
     if not residual <= belonging:
         raise NumericalError(f"singular vectors do not belong to their values (residual {residual:.1e})")
-    return defect, residual
 
 
-def times(vectors: Vectors, columns: NDArray[np.float64]) -> NDArray[np.float64]:
+def times(vectors: Vectors, columns: Doubles) -> Doubles:
     """(k, p) inner products of vectors, wherever they are, with the rows of (p, n) `columns`, in float64."""
     if not isinstance(vectors, np.ndarray):
         return vectors.times(columns)
@@ -148,9 +133,7 @@ def orthonormality(vectors: Vectors) -> float:
     return float(np.sqrt(squares.max()))
 
 
-def check_place(
-    diagonal: NDArray[np.float64], off: NDArray[np.float64], values: NDArray[np.float64], place: int
-) -> None:
+def check_place(diagonal: Doubles, off: Doubles, values: Doubles, place: int) -> None:
     """Hold that the eigenvalue of a symmetric tridiagonal matrix with `place` others below it is the one given.
 
     Two Sturm counts, on either side of it, at what a backward stable solver may be off by.
@@ -181,7 +164,7 @@ def check_count(counted: int, expected: int, close: int) -> None:
         raise NumericalError(f"{expected} eigenvalues exceed the squared threshold, another count finds {counted}")
 
 
-def sturm_count(diagonal: NDArray[np.float64], off: NDArray[np.float64], shift: float) -> int:
+def sturm_count(diagonal: Doubles, off: Doubles, shift: float) -> int:
     """How many eigenvalues of a symmetric tridiagonal matrix exceed `shift`: the negative pivots of shift·I − T."""
     tiny = float(np.finfo(np.float64).tiny) * max(1.0, float(np.abs(off).max(initial=0.0)) ** 2)
     above, pivot = 0, 1.0

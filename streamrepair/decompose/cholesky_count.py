@@ -25,7 +25,8 @@ from typing import Protocol
 import numpy as np
 
 from streamrepair.decompose import certify
-from streamrepair.decompose.arithmetic import Count, Doubles, Vectors
+from streamrepair.decompose.arithmetic import Count, Vectors
+from streamrepair.decompose.convert import Doubles
 from streamrepair.errors import NumericalError
 
 _UNIT = float(np.finfo(np.float64).eps) / 2

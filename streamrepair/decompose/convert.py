@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+Doubles = NDArray[np.float64]
+Singles = NDArray[np.float32]
 Raw = NDArray[Any]
 """Numbers as stored: uint16 bits for BF16, the NumPy type otherwise."""
 Real = NDArray[Any]
@@ -39,7 +41,17 @@ def power_of_two(value: float) -> float:
 
 
 def widen(raw: Raw, dtype: str, out: Real) -> None:
-    """out ← the numbers stored in `raw`, exactly (to float64 all are exact, to float32 all but F64's)."""
+    """out ← the numbers stored in `raw`, exactly (to float64 all are exact, to float32 all but F64's).
+
+    What is not finite passes without a warning.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        for piece in _pieces(out):
+            _widen(raw[piece], dtype, out[piece])
+
+
+def _widen(raw: Raw, dtype: str, out: Real) -> None:
+    """`widen` for a piece."""
     if dtype == "BF16" and out.dtype == np.float32:
         bits = out.view(np.uint32)
         bits[...] = raw  # an eighth quicker than a shift that casts
@@ -48,13 +60,6 @@ def widen(raw: Raw, dtype: str, out: Real) -> None:
         out[...] = np.left_shift(raw, _HALF_BITS, dtype=np.uint32).view(np.float32)
     else:
         out[...] = raw
-
-
-def widened(raw: Raw, dtype: str, out: Real) -> None:
-    """out ← the numbers stored in `raw`, piece by piece; what is not finite passes without a warning."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        for piece in _pieces(out):
-            widen(raw[piece], dtype, out[piece])
 
 
 def difference(ft: Raw, ft_dtype: str, base: Raw, base_dtype: str, out: Real) -> None:
@@ -72,8 +77,8 @@ def difference(ft: Raw, ft_dtype: str, base: Raw, base_dtype: str, out: Real) ->
             target = out[piece]
             left = target if target.dtype == work else minuend[: len(target)]
             right = subtrahend[: len(target)]
-            widen(ft[piece], ft_dtype, left)
-            widen(base[piece], base_dtype, right)
+            _widen(ft[piece], ft_dtype, left)
+            _widen(base[piece], base_dtype, right)
             np.subtract(left, right, out=target, casting="same_kind")
 
 

@@ -7,14 +7,12 @@ find is a subspace only.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.krylov_search import Operator, Pairs
 from streamrepair.decompose.single_copy import COARSE, SingleCopy
 from streamrepair.decompose.symmetric import Seen, SymmetricPair
 from streamrepair.decompose.truncation import UnresolvedError
-
-Doubles = NDArray[np.float64]
 
 _AT_ONCE = 64
 

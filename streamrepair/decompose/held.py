@@ -5,13 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from streamrepair.decompose.convert import Doubles, Singles
 from streamrepair.decompose.halves import Both, in_halves
 from streamrepair.decompose.krylov_search import Operator, Pairs
-
-Doubles = NDArray[np.float64]
-Singles = NDArray[np.float32]
 
 _ROWS = 2048
 """Rows whose images are summed in float32."""

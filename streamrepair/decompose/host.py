@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from streamrepair.decompose import halves, lapack
-from streamrepair.decompose.arithmetic import Doubles, Gram, Merger, Precision, Vectors, on_host
-from streamrepair.decompose.convert import STORED_TYPE, Raw, Real, RealType, difference, narrow, widened
+from streamrepair.decompose.arithmetic import Gram, Merger, Precision, Vectors, on_host
+from streamrepair.decompose.convert import STORED_TYPE, Doubles, Raw, Real, RealType, difference, narrow, widen
 from streamrepair.decompose.halves import Both, in_halves, in_turn, middle
 from streamrepair.decompose.held import Held, HeldDelta
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
@@ -32,24 +32,14 @@ class HostArithmetic:
     precisions: tuple[Precision, ...] = ("float32", "float64")
 
     def __init__(self, scratch: Scratch | None = None, both: Both = in_turn) -> None:
-        self._scratch, self._both = scratch or Scratch(), both
-
-    @property
-    def scratch(self) -> Scratch:
-        """Its working memory."""
-        return self._scratch
-
-    @property
-    def both(self) -> Both:
-        """Who does two pieces of work on a large matrix."""
-        return self._both
+        self.scratch, self.both = scratch or Scratch(), both
 
     def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
         """G by ?syrk, block by block in a fixed order; float32 products are summed in float64."""
         n = source.cols
         real: RealType = np.float32 if precision == "float32" else np.float64
-        partial: Real = self._scratch.zeros("partial" if precision == "float32" else "gram", (n, n), real)
-        total: Doubles = self._scratch.array("gram", (n, n), np.float64) if precision == "float32" else partial
+        partial: Real = self.scratch.zeros("partial" if precision == "float32" else "gram", (n, n), real)
+        total: Doubles = self.scratch.array("gram", (n, n), np.float64) if precision == "float32" else partial
         columns = np.ascontiguousarray(probes.T, real)
         exact = np.zeros((n, len(probes)))
         rows, first = 0, True
@@ -64,12 +54,12 @@ class HostArithmetic:
         if partial is not total and (rows or first):
             _flush(partial, total, first=first)
         del partial
-        self._scratch.release("delta")
-        self._scratch.release("partial")
-        self._scratch.release("gram")  # from here on it belongs to the result
+        self.scratch.release("delta")
+        self.scratch.release("partial")
+        self.scratch.release("gram")  # from here on it belongs to the result
         images = lapack.times_symmetric(total, probes)
         trace = float(np.trace(total))
-        return Gram(images, np.ascontiguousarray(exact.T), trace, lambda: TridiagonalSpectrum(total, self._both), total)
+        return Gram(images, np.ascontiguousarray(exact.T), trace, lambda: TridiagonalSpectrum(total, self.both), total)
 
     def _add_gram(self, delta: Real, gram: Real, *, beta: float) -> None:
         """gram ← ΔᵀΔ + beta·gram, upper triangle; from so many columns on in two halves of equally many operations."""
@@ -84,7 +74,7 @@ class HostArithmetic:
             lapack.add_gram(left, gram[:h, :h], beta=beta)
             lapack.add_gram(right, gram[h:, h:], beta=beta)
 
-        self._both(corners, lambda: lapack.add_product(left.T, right, gram[:h, h:], beta=beta))
+        self.both(corners, lambda: lapack.add_product(left.T, right, gram[:h, h:], beta=beta))
 
     def hold(self, source: PanelSource, probes: Doubles) -> Held:
         """Δ whole in float32, and in float64 its images of probes, in one pass."""
@@ -101,7 +91,7 @@ class HostArithmetic:
                 exact += stripe.T @ (stripe @ probes.T)
                 trace += float(np.einsum("ij,ij->", stripe, stripe))
         assert held is not None
-        return Held(HeldDelta(held, self._both), np.ascontiguousarray(exact.T), trace)
+        return Held(HeldDelta(held, self.both), np.ascontiguousarray(exact.T), trace)
 
     def products(self, source: PanelSource, vectors: Doubles) -> tuple[Doubles, Doubles]:
         """(k, n) ΔᵀΔ·v for each row v of `vectors`, and (k, k) inner products vᵀΔᵀΔ·w, in float64, in one pass."""
@@ -128,7 +118,7 @@ class HostArithmetic:
         for block in blocks(source):
             delta = self._delta(block, real)
             yield delta, delta @ vectors.T
-        self._scratch.release("delta")
+        self.scratch.release("delta")
 
     def triangular_factor(self, source: PanelSource) -> Doubles:
         """R by sequential TSQR (Demmel, Grigori, Hoemmen & Langou 2012)."""
@@ -141,7 +131,7 @@ class HostArithmetic:
             if not np.isfinite(stacked).all():
                 return np.full((source.cols, source.cols), np.nan)
             r = scipy.linalg.qr(stacked, mode="r", overwrite_a=True, check_finite=False)[0][: source.cols]
-        self._scratch.release("delta")
+        self.scratch.release("delta")
         return r
 
     def svd(self, matrix: Doubles, driver: str) -> tuple[Doubles, Doubles, Doubles]:
@@ -150,11 +140,11 @@ class HostArithmetic:
 
     def merger(self, vh: Vectors, out_dtype: str) -> HostMerger:
         """Two ?gemm per block, the second onto W_base."""
-        return HostMerger(on_host(vh), out_dtype, self._scratch, self._delta, self._both)
+        return HostMerger(on_host(vh), out_dtype, self.scratch, self._delta, self.both)
 
     def _delta(self, block: Panel, real: RealType) -> Real:
         """Δ of a block, (rows, n), in the scratch's one place for it; a transposed view for a wide one."""
-        stored: Real = self._scratch.array("delta", block.ft.shape, real)
+        stored: Real = self.scratch.array("delta", block.ft.shape, real)
         self._subtract(block, stored)
         return stored.T if block.wide else stored
 
@@ -164,7 +154,7 @@ class HostArithmetic:
         def part(rows: slice) -> None:
             difference(block.ft[rows], block.ft_dtype, block.base[rows], block.base_dtype, out[rows])
 
-        in_halves(part, len(out), out.shape[0 if block.wide else 1], self._both)
+        in_halves(part, len(out), out.shape[0 if block.wide else 1], self.both)
 
 
 def _flush(partial: Real, total: Doubles, *, first: bool) -> None:
@@ -219,7 +209,7 @@ class HostMerger(Merger):
 
         def merge(rows: slice) -> None:
             """Rows as stored: of a wide matrix they are columns of what is tall."""
-            widened(block.base[rows], block.base_dtype, merged[rows])
+            widen(block.base[rows], block.base_dtype, merged[rows])
             if len(self._basis):
                 left, right = (self._basis.T, coefficients.T) if block.wide else (coefficients, self._basis)
                 lapack.add_product(left[rows], right, merged[rows])

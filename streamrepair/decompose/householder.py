@@ -13,10 +13,9 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.decompose import halves, lapack
-from streamrepair.decompose.convert import Real
+from streamrepair.decompose.convert import Doubles, Real, Singles
 from streamrepair.decompose.halves import Both, in_turn
 
 _BLOCK = 64
@@ -60,7 +59,7 @@ def _rotate(reflectors: Real, scales: Real, vectors: Real) -> None:
         lapack.add_product(products, rows, part, alpha=-1.0)
 
 
-def _by_factor(rows: Real, scales: NDArray[np.float32] | NDArray[np.float64], products: Real) -> None:
+def _by_factor(rows: Real, scales: Singles | Doubles, products: Real) -> None:
     """Each row w of `products` ← T·w, where the block's reflectors together are I − VᵀTV, in place.
 
     T⁻¹ is upper triangular: the rows' inner products, and 1/τ on the diagonal; a reflector with τ = 0 is none.

@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from streamrepair.decompose.convert import Doubles
 from streamrepair.errors import NumericalError
-
-Doubles = NDArray[np.float64]
 
 _VANISHED = 1e-5
 """Share of the images that is new, below which rounding (1e-16 of them) would show in the next step's vectors."""

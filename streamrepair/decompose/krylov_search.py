@@ -9,18 +9,16 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Precision
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.krylov import BlockLanczos, Density, Guess, Ritz
 from streamrepair.decompose.order_statistic import Located
 from streamrepair.decompose.truncation import LEAST_FLOAT32_VALUE, OutgrownError, UnresolvedError
 from streamrepair.spectral import marchenko_pastur
 from streamrepair.spectral.noise import sigma_from_median
 from streamrepair.spectral.threshold import HardThreshold, aspect_ratio, tau
-
-Doubles = NDArray[np.float64]
 
 CAPACITY_SHARE = 6
 """The basis holds at most n / this many vectors; what needs more is cheaper by the reduction."""

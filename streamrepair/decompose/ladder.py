@@ -8,7 +8,7 @@ repaired.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -65,76 +65,65 @@ def decompose(
         NonFiniteDeltaError: an input holds NaN or Inf.
         NumericalError: every backend failed; the message has each one's reason.
     """
-    failures: list[str] = []
-    too_blunt = False
-    host = host or HostArithmetic()
-    rungs = _rungs(
-        source, rule, arithmetic, backend, host, sharp=sharp, full_fits=full_fits, estimate=estimate, left=failures
-    )
+    host, on_cpu = host or HostArithmetic(), isinstance(arithmetic, HostArithmetic)
+    rungs: list[Rung] = []
+    left: list[str] = []
     again = {_GRAM_ON_CPU}
     if batched is not None:
         first = f"gram-{precisions(arithmetic, rule, source.cols, sharp=sharp)[0]}"
         again.add(first)
-        rungs.insert(0, (f"{first} in a batch", partial(_given, batched)))
+        rungs.append((f"{first} in a batch", partial(_given, batched)))
+    if backend != "full":
+        by_gram = partial(
+            gram.truncate,
+            source,
+            rule,
+            arithmetic=arithmetic,
+            krylov=krylov_share(backend, estimate, source.cols),
+            estimate=estimate,
+            held=held_share(backend, estimate, source.rows, source.cols),
+            left=left,
+        )
+        for precision in precisions(arithmetic, rule, source.cols, sharp=sharp):
+            rungs.append((f"gram-{precision}", partial(by_gram, precision=precision)))
+        if not on_cpu:
+            rungs.append((_GRAM_ON_CPU, partial(gram.truncate, source, rule, arithmetic=host, precision="float64")))
+        rungs.append(("rows", partial(_mostly_empty, source, rule)))
+        # On a GPU's behalf only the cheap bases: its own SVD is quicker than a large one on the CPU.
+        rungs.append(("row-space", partial(row_space.truncate, source, rule, thorough=on_cpu or not full_fits)))
+    rungs.append(("full", partial(full.truncate, source, rule, arithmetic=arithmetic) if full_fits else _too_large))
+    if full_fits and not on_cpu:
+        rungs.append(("full-cpu", partial(full.truncate, source, rule, arithmetic=host)))
+    return _climbed(rungs, left, again=again)
+
+
+def _climbed(rungs: Sequence[Rung], left: list[str], *, again: Container[str]) -> Truncation:
+    """The answer of the first rung that has one.
+
+    Args:
+        left: gets why each before it was left; a rung that has several ways adds why it left one for the next.
+        again: rungs that are no sharper than the one before: they are there for a device without memory or with a
+            faulty solver.
+
+    Raises:
+        NonFiniteDeltaError, NumericalError: as `decompose` does.
+    """
+    too_blunt = False
     for name, attempt in rungs:
         if name in again and too_blunt:
-            continue  # it would be as blunt: it is there for a device without memory or with a faulty solver
+            continue
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # squares that overflow pass no check
                 found = attempt()
-            return replace(found, climbed=tuple(failures))
+            return replace(found, climbed=tuple(left))
         except NonFiniteDeltaError as error:
             if not name.startswith("gram"):
                 raise
-            failures.append(f"{name}: {error}")  # squares can overflow where the input is sound
+            left.append(f"{name}: {error}")  # squares can overflow where the input is sound
         except (ArithmeticError, RuntimeError, np.linalg.LinAlgError) as error:
             too_blunt = isinstance(error, UnresolvedError)
-            failures.append(f"{name}: {brief(error)}")
-    raise NumericalError("; ".join(failures))
-
-
-def _rungs(
-    source: PanelSource,
-    rule: HardThreshold,
-    arithmetic: Arithmetic,
-    backend: Backend,
-    host: HostArithmetic,
-    *,
-    sharp: bool,
-    full_fits: bool,
-    estimate: Estimate,
-    left: list[str],
-) -> list[Rung]:
-    """What to try, in order; a rung that has several ways adds to `left` why it left one for the next."""
-    rungs: list[Rung] = []
-    krylov = krylov_share(backend, estimate, source.cols)
-    if backend != "full":
-        for precision in precisions(arithmetic, rule, source.cols, sharp=sharp):
-            attempt = partial(
-                gram.truncate,
-                source,
-                rule,
-                arithmetic=arithmetic,
-                precision=precision,
-                krylov=krylov,
-                estimate=estimate,
-                held=held_share(backend, estimate, source.rows, source.cols),
-                left=left,
-            )
-            rungs.append((f"gram-{precision}", attempt))
-        if not isinstance(arithmetic, HostArithmetic):
-            attempt = partial(gram.truncate, source, rule, arithmetic=host, precision="float64")
-            rungs.append((_GRAM_ON_CPU, attempt))
-        rungs.append(("rows", partial(_mostly_empty, source, rule)))
-        # On a GPU's behalf only the cheap bases: its own SVD is quicker than a large one on the CPU.
-        thorough = isinstance(arithmetic, HostArithmetic) or not full_fits
-        rungs.append(("row-space", partial(row_space.truncate, source, rule, thorough=thorough)))
-    if not full_fits:
-        return [*rungs, ("full", _too_large)]
-    rungs.append(("full", partial(full.truncate, source, rule, arithmetic=arithmetic)))
-    if not isinstance(arithmetic, HostArithmetic):
-        rungs.append(("full-cpu", partial(full.truncate, source, rule, arithmetic=host)))
-    return rungs
+            left.append(f"{name}: {brief(error)}")
+    raise NumericalError("; ".join(left))
 
 
 def _given(found: Truncation | NumericalError) -> Truncation:

@@ -26,16 +26,15 @@ from typing import Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from streamrepair.decompose.convert import Doubles, Singles
 from streamrepair.errors import NumericalError
 
-Real = NDArray[np.float32] | NDArray[np.float64]
-Double = NDArray[np.float64]
+Real = Singles | Doubles
 _Float = TypeVar("_Float", np.float32, np.float64)
 _Argument = bytes | int | float | Real | NDArray[np.int32] | ctypes.c_int | ctypes.c_double
 
 _LOWER = b"L"  # of the Fortran view: the upper triangle of the C-ordered array
 _UPPER = b"U"  # likewise: the C lower triangle, where factors lie beside the matrix they are of
-
 
 _loading = threading.Lock()
 
@@ -190,7 +189,7 @@ def tridiagonalise(gram: NDArray[_Float]) -> tuple[NDArray[_Float], NDArray[_Flo
     return diagonal, off[: n - 1], scales
 
 
-def tridiagonal_values(diagonal: Double, off: Double) -> Double:
+def tridiagonal_values(diagonal: Doubles, off: Doubles) -> Doubles:
     """All eigenvalues of a symmetric tridiagonal matrix, ascending (dsterf: Pal–Walker–Kahan QL/QR, backward stable).
 
     Raises:
@@ -202,15 +201,15 @@ def tridiagonal_values(diagonal: Double, off: Double) -> Double:
     return values
 
 
-def times_tridiagonal(diagonal: Double, off: Double, rows: Real) -> Double:
+def times_tridiagonal(diagonal: Doubles, off: Doubles, rows: Real) -> Doubles:
     """(k, n) T·v for each row v, T symmetric tridiagonal."""
-    images: Double = rows * diagonal
+    images: Doubles = rows * diagonal
     images[:, :-1] += rows[:, 1:] * off
     images[:, 1:] += rows[:, :-1] * off
     return images
 
 
-def tridiagonal_vectors(diagonal: Double, off: Double, count: int) -> Double:
+def tridiagonal_vectors(diagonal: Doubles, off: Doubles, count: int) -> Doubles:
     """The eigenvectors of the `count` largest eigenvalues, as rows of a (count, n) array, ascending (dstemr: MRRR).
 
     Raises:
@@ -222,33 +221,16 @@ def tridiagonal_vectors(diagonal: Double, off: Double, count: int) -> Double:
     support, work, iwork = np.empty(2 * count, np.int32), np.empty(18 * n), np.empty(10 * n, np.int32)
     found, accurate, info = ctypes.c_int(), ctypes.c_int(1), ctypes.c_int()
     _call(
-        *(
-            "stemr",
-            b"V",
-            b"I",
-            n,
-            diagonal.copy(),
-            scratch,
-            0.0,
-            0.0,
-            n - count + 1,
-            n,
-            found,
-            values,
-            vectors,
-            n,
-            count,
-        ),
-        *(support, accurate, work, len(work), iwork, len(iwork), info),
-        like=diagonal,
-    )
+        "stemr", b"V", b"I", n, diagonal.copy(), scratch, 0.0, 0.0, n - count + 1, n, found, values, vectors, n, count,
+        support, accurate, work, len(work), iwork, len(iwork), info, like=diagonal,
+    )  # fmt: skip
     _check("stemr", info)
     if found.value != count:
         raise NumericalError(f"LAPACK stemr found {found.value} eigenvectors where {count} were asked for")
     return vectors
 
 
-def factor_tridiagonal(diagonal: Double, off: Double) -> bool:
+def factor_tridiagonal(diagonal: Doubles, off: Doubles) -> bool:
     """diagonal, off ← D, and L below its diagonal of ones, of T = L·D·Lᵀ (dpttrf); whether T is positive definite.
 
     Args:
@@ -259,7 +241,7 @@ def factor_tridiagonal(diagonal: Double, off: Double) -> bool:
     return info.value == 0
 
 
-def twisted_vectors(diagonal: Double, lower: Double, values: Double, out: Double) -> None:
+def twisted_vectors(diagonal: Doubles, lower: Doubles, values: Doubles, out: Doubles) -> None:
     """Each row of (k, n) `out` ← the unit eigenvector of L·D·Lᵀ for one of (k,) eigenvalues (dlar1v).
 
     Args:
@@ -296,7 +278,7 @@ def _with_workspace(name: str, *arguments: bytes | int | Real | NDArray[np.int32
     _check(name, info)
 
 
-def svd(matrix: Double, *, divide: bool) -> tuple[Double, Double, Double]:
+def svd(matrix: Doubles, *, divide: bool) -> tuple[Doubles, Doubles, Doubles]:
     """U, s descending and Vᵀ of (m, n) `matrix`, thin (dgesdd, or dgesvd where not `divide`); it is left as it is.
 
     SciPy's own way to them holds the interpreter's lock for as long as they take, minutes where n is 8192: no signal
@@ -320,7 +302,7 @@ def svd(matrix: Double, *, divide: bool) -> tuple[Double, Double, Double]:
     return u, s, vh
 
 
-def times_symmetric(matrix: Double, vectors: Double) -> Double:
+def times_symmetric(matrix: Doubles, vectors: Doubles) -> Doubles:
     """G·v for each row v of `vectors`, where only the C upper triangle of `matrix` is set (dsymm)."""
     images = np.empty_like(vectors)
     n, count = len(matrix), len(vectors)
@@ -328,7 +310,7 @@ def times_symmetric(matrix: Double, vectors: Double) -> Double:
     return images
 
 
-def factor_indefinite(matrix: Double) -> tuple[NDArray[np.int32], Double]:
+def factor_indefinite(matrix: Doubles) -> tuple[NDArray[np.int32], Doubles]:
     """C lower triangle ← Uᵀ of a symmetric matrix P·U·D·Uᵀ·Pᵀ stored there, U unit (dsytrf, dsyconv).
 
     Returns:
@@ -347,7 +329,7 @@ def factor_indefinite(matrix: Double) -> tuple[NDArray[np.int32], Double]:
     return pivots, beside
 
 
-def solve_unit_triangle(triangle: Double, vectors: Double, *, transpose: bool) -> None:
+def solve_unit_triangle(triangle: Doubles, vectors: Doubles, *, transpose: bool) -> None:
     """Each row v of `vectors` ← U⁻¹·v (or U⁻ᵀ·v), U unit, its transpose in the C lower triangle (dtrsm), in place."""
     n, count, way = len(triangle), len(vectors), b"T" if transpose else b"N"
     _call("trsm", b"L", _UPPER, way, b"U", n, count, 1.0, triangle, n, vectors, n, like=triangle)

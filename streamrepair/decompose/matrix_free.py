@@ -14,17 +14,15 @@ Source: Kuczyński & Woźniakowski 1992; Parlett, The Symmetric Eigenvalue Probl
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.krylov_search import Search, rotation
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.randomized import Facts, concluded
 from streamrepair.decompose.truncation import Truncation, UnresolvedError, check_sums, refuse_estimator, refuse_mixing
 from streamrepair.spectral.threshold import HardThreshold
-
-Doubles = NDArray[np.float64]
 
 
 def truncate(

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from streamrepair.decompose.blocks import block_rows
 from streamrepair.decompose.convert import Raw
+
+_BLOCK_ELEMENTS = 1 << 23
+_LEAST_ROWS, _MOST_ROWS = 256, 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,12 @@ class PanelSource(Protocol):
     def panels(self) -> Iterator[Panel]:
         """All rows in order; every panel but the last holds a multiple of `block_rows(cols)` rows."""
         ...
+
+
+def block_rows(cols: int) -> int:
+    """Rows of a block of a tall matrix with `cols` columns: set by the shape, so that budgets change no numbers."""
+    rows = 1 << max(0, (_BLOCK_ELEMENTS // max(1, cols)).bit_length() - 1)
+    return min(_MOST_ROWS, max(_LEAST_ROWS, rows))
 
 
 def blocks(source: PanelSource) -> Iterator[Panel]:

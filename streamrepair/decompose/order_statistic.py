@@ -12,13 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.krylov import BlockLanczos, Ritz
 from streamrepair.decompose.symmetric import SymmetricPair
 from streamrepair.decompose.truncation import UnresolvedError
-
-Doubles = NDArray[np.float64]
 
 REACH = 14
 """Neighbours of a shift that are found rather than shifted to; further away a second factorisation is cheaper."""

@@ -20,11 +20,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Gram, Precision, Products
 from streamrepair.decompose.choose import MOST_KEPT, Estimate
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.gram_operator import GramOperator
 from streamrepair.decompose.krylov import Density, Guess
 from streamrepair.decompose.krylov_search import Search, Top, rotation
@@ -34,8 +34,6 @@ from streamrepair.decompose.symmetric import Seen, SymmetricPair
 from streamrepair.decompose.truncation import Truncation, UnresolvedError, refuse_estimator, refuse_mixing, roots
 from streamrepair.decompose.windows import rayleigh_ritz
 from streamrepair.spectral.threshold import HardThreshold
-
-Doubles = NDArray[np.float64]
 
 _SHARP = 2e-5
 """Error of the median eigenvalue, relative, that is promised: half of it is what τ may be off by."""
@@ -151,21 +149,13 @@ def concluded(
     values, vectors = top.values[::-1], top.vectors[::-1]
     threshold = search.rule.from_median(median.value**0.5, roots(np.append(top.following, values)), *search.shape)
     kept = slice(len(values) - threshold.rank_kept, None)
-    defect, residual = certify.check_vectors(
-        vectors[kept],
-        values[kept],
-        facts.probes,
-        facts.images,
-        orthonormal=certify.ORTHONORMALITY,
-        belonging=_RESIDUAL,
-    )
+    certify.check_vectors(vectors[kept], values[kept], facts.probes, facts.images, belonging=_RESIDUAL)
     return Truncation(
         values=roots(values[kept]),
         threshold=threshold,
         vh=np.ascontiguousarray(vectors[kept]),
         frob_delta_in=facts.trace**0.5,
         backend=f"randomized-{facts.precision}",
-        certificate=certify.Certificate(median.bound + search.bound, defect, residual),
         interval=(interval[0] ** 0.5, interval[1] ** 0.5) if interval else None,
         within=int(np.count_nonzero(values < interval[1])) if interval else 0,
     )

@@ -16,8 +16,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from streamrepair.decompose import full, lapack
-from streamrepair.decompose.arithmetic import Doubles
-from streamrepair.decompose.convert import difference
+from streamrepair.decompose.convert import Doubles, difference
 from streamrepair.decompose.operator import PanelSource, blocks
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, without_noise
 from streamrepair.errors import NumericalError

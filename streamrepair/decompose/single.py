@@ -12,13 +12,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, lapack, twisted
 from streamrepair.decompose.arithmetic import Gram, Products
+from streamrepair.decompose.convert import Doubles, Singles
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.symmetric import Seen
@@ -37,9 +37,6 @@ from streamrepair.decompose.truncation import (
 from streamrepair.decompose.windows import SKEW, Slack, Windows, ritz
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
-
-Doubles = NDArray[np.float64]
-Singles = NDArray[np.float32]
 
 _BESIDE = 12
 """Vectors on either side of the median, at least; likewise of τ² where vectors there might mix."""
@@ -88,7 +85,7 @@ def truncate(
         raise UnresolvedError(f"bound {error:.1e} against a median eigenvalue of {first.s_median**2:.1e}")
     basis = _Basis.chosen(form, first, error, seen)
     del form
-    matrix = _Matrix(source, rule, gram, probes)
+    decided = partial(_decided, basis, source=source, rule=rule, gram=gram, probes=probes)
     least = float(np.finfo(np.float32).eps) * gram.trace / source.cols  # likewise
     slack = max(certify.spectral_bound(gram.images - gram.exact_images), least)
     tries: list[tuple[Products, Slack]] = []
@@ -102,13 +99,20 @@ def truncate(
     tries.append((partial(arithmetic.products, source), Slack(0.0, 0.0)))
     for by in tries[:-1]:
         with suppress(UnresolvedError):  # by more of the delta itself it may be
-            return _decided(basis, by, matrix)
-    return _decided(basis, tries[-1], matrix)
+            return decided(by)
+    return decided(tries[-1])
 
 
-def _decided(basis: _Basis, by: tuple[Products, Slack], matrix: _Matrix) -> Truncation:
+def _decided(
+    basis: _Basis,
+    by: tuple[Products, Slack],
+    *,
+    source: PanelSource,
+    rule: HardThreshold,
+    gram: Gram,
+    probes: Doubles,
+) -> Truncation:
     """The decision by Ritz values of products, and how far those may be off."""
-    source, rule, gram, probes = matrix
     windows, n = basis.windows(*by), source.cols
     median, off = windows.place((n - 1) // 2)
     if not off <= _MEDIAN * median:
@@ -125,26 +129,14 @@ def _decided(basis: _Basis, by: tuple[Products, Slack], matrix: _Matrix) -> Trun
     refuse_mixing(outside + windows.mixing(cut))
     vectors = _assembled(windows, basis, values, threshold.rank_kept)
     top = values[n - threshold.rank_kept :]
-    defect, residual = certify.check_vectors(
-        vectors, top, probes, gram.exact_images, orthonormal=_ORTHONORMALITY, belonging=_RESIDUAL
-    )
+    certify.check_vectors(vectors, top, probes, gram.exact_images, orthonormal=_ORTHONORMALITY, belonging=_RESIDUAL)
     return Truncation(
         values=roots(values),
         threshold=threshold,
         vh=vectors,
         frob_delta_in=gram.trace**0.5,
         backend="gram-float32",
-        certificate=certify.Certificate(max(off, margin), defect, residual),
     )
-
-
-class _Matrix(NamedTuple):
-    """What is decided, by what, and what it is held against."""
-
-    source: PanelSource
-    rule: HardThreshold
-    gram: Gram
-    probes: Doubles
 
 
 @dataclass(frozen=True, slots=True)

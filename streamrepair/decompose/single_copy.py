@@ -6,13 +6,9 @@ What is found by such products is a subspace; values and residuals in it are com
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from streamrepair.decompose.convert import power_of_two
+from streamrepair.decompose.convert import Doubles, Singles, power_of_two
 from streamrepair.decompose.symmetric import Seen, SymmetricPair
-
-Doubles = NDArray[np.float64]
-Singles = NDArray[np.float32]
 
 COARSE = 3e-5
 """Error of a Cholesky factor in float32, in units of the shift, that is to be expected at least."""

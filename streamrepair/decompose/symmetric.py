@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, lapack
-from streamrepair.decompose.convert import Real, RealType
-
-Doubles = NDArray[np.float64]
+from streamrepair.decompose.convert import Doubles, Real, RealType
 
 _TILE = 256
 

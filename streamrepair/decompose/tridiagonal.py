@@ -10,12 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, householder, lapack, twisted
-from streamrepair.decompose.arithmetic import Count, Doubles, Spectrum
-from streamrepair.decompose.convert import power_of_two
+from streamrepair.decompose.arithmetic import Count, Spectrum
+from streamrepair.decompose.convert import Doubles, Singles, power_of_two
 from streamrepair.decompose.halves import Both, in_turn
 from streamrepair.errors import NumericalError
-
-Singles = NDArray[np.float32]
 
 _TURNED = 2e-5
 """Largest difference between what probes see of T's vectors before and after those are turned back; 3e-6 was met."""
@@ -51,7 +49,7 @@ class TridiagonalSpectrum(Spectrum):
         lapack.rotate_back(self._reflectors, self._scales, image)
         return image
 
-    def count_above(self, shift: float, bound: float = 0.0) -> Count:  # noqa: ARG002 - a Sturm sequence has none
+    def count_above(self, shift: float, bound: float) -> Count:  # noqa: ARG002 - a Sturm sequence has none
         """By a Sturm sequence."""
         above = certify.sturm_count(self._diagonal, self._off, shift)
         return Count(above, above)

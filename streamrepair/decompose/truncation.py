@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.decompose import certify
 from streamrepair.decompose.arithmetic import Vectors
-from streamrepair.decompose.certify import Certificate
+from streamrepair.decompose.convert import Doubles
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold, Threshold
 
@@ -47,7 +46,7 @@ class NonFiniteDeltaError(NumericalError):
 class Truncation:
     """The kept part of one delta: Δ* = (Δ·Vᵀ)·V with `vh` as V."""
 
-    values: NDArray[np.float64]
+    values: Doubles
     """Singular values, ascending: all n, or those above τ where a backend needs no others."""
     threshold: Threshold
     """σ̂, τ and the kept rank."""
@@ -60,8 +59,6 @@ class Truncation:
     """‖Δ‖_F."""
     backend: str
     """Backend and precision that decided, e.g. "gram-float32"."""
-    certificate: Certificate
-    """Bounds that were checked."""
     noise_free: bool = False
     """The median singular value is zero to working precision: Δ has exactly low rank and holds no noise to estimate."""
     undecidable: int = 0
@@ -81,7 +78,7 @@ class Truncation:
         return largest * float(np.linalg.norm(kept / largest)) if largest > 0.0 else 0.0
 
 
-def check_sums(trace: float, images: NDArray[np.float64]) -> None:
+def check_sums(trace: float, images: Doubles) -> None:
     """Refuse sums over a delta that there is nothing to find out from.
 
     Args:
@@ -97,7 +94,7 @@ def check_sums(trace: float, images: NDArray[np.float64]) -> None:
         raise UnresolvedError("every square vanished")
 
 
-def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: int, n: int) -> tuple[Threshold, int]:
+def decide(values: Doubles, bound: float, rule: HardThreshold, m: int, n: int) -> tuple[Threshold, int]:
     """τ and the count from eigenvalues λ = s² that are each right to within `bound`.
 
     Returns:
@@ -119,9 +116,9 @@ def decide(values: NDArray[np.float64], bound: float, rule: HardThreshold, m: in
 
 
 def mixing(
-    values: NDArray[np.float64],
+    values: Doubles,
     rank: int,
-    errors: float | NDArray[np.float64],
+    errors: float | Doubles,
     exact: slice = slice(0, 0),
 ) -> float:
     """‖Δ*′ − Δ*‖/‖Δ*‖ to expect from an error E in G that turns kept vectors into dropped ones.
@@ -171,18 +168,18 @@ def refuse_mixing(turned: float) -> None:
         raise UnresolvedError(f"kept and dropped vectors may mix by {turned:.1e}")
 
 
-def errors_along(vectors: Vectors, seen: NDArray[np.float64]) -> NDArray[np.float64]:
+def errors_along(vectors: Vectors, seen: Doubles) -> Doubles:
     """(k,) ‖E·v‖ of unit vectors as rows, neighbours having about the same, from E·X given as (PROBES, n)."""
     if len(vectors) == 0:
         return np.zeros(0)
     squares = np.square(certify.times(vectors, seen)).mean(axis=1)
     # Eight probes see the square of one to a factor of two: no nearest neighbour of τ² is to rest on so few.
     even = np.convolve(np.pad(squares, _ALIKE, "edge"), np.full(2 * _ALIKE + 1, 1.0 / (2 * _ALIKE + 1)), "valid")
-    errors: NDArray[np.float64] = np.sqrt(np.maximum(squares, even))
+    errors: Doubles = np.sqrt(np.maximum(squares, even))
     return errors
 
 
-def roots(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def roots(values: Doubles) -> Doubles:
     """Singular values from eigenvalues; those that rounding made negative are zero."""
     return np.sqrt(np.maximum(values, 0.0))
 
@@ -199,6 +196,5 @@ def without_noise(n: int, m: int, rule: HardThreshold, *, norm: float, backend: 
         vh=np.zeros((0, n)),
         frob_delta_in=norm,
         backend=backend,
-        certificate=Certificate(0.0, 0.0, 0.0),
         noise_free=True,
     )

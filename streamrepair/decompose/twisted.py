@@ -10,11 +10,9 @@ Source: Parlett & Dhillon 1997, "Fernando's solution to Wilkinson's problem: an 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.decompose import lapack
-
-Doubles = NDArray[np.float64]
+from streamrepair.decompose.convert import Doubles
 
 AT_ONCE = 64
 """Vectors that are made before they are put to use; a batch and what is computed of it stay in the cache."""

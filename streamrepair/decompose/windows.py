@@ -24,14 +24,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamrepair.decompose.arithmetic import Products
-from streamrepair.decompose.convert import Real
+from streamrepair.decompose.convert import Doubles, Real
 from streamrepair.decompose.truncation import UnresolvedError
 from streamrepair.errors import NumericalError
-
-Doubles = NDArray[np.float64]
 
 SKEW = 1e-5
 """Relative change of T's eigenvalues by reflectors that are orthogonal to float32 only (Ostrowski)."""
@@ -181,17 +178,14 @@ def _apart(values: Doubles, difference: Doubles) -> float:
     return float(np.linalg.norm(scaled, 2)) if np.isfinite(scaled).all() else np.inf
 
 
-def rayleigh_ritz(products: Products, rows: Doubles, *, slack: float = 0.0) -> tuple[Doubles, Doubles, Doubles]:
+def rayleigh_ritz(products: Products, rows: Doubles) -> tuple[Doubles, Doubles, Doubles]:
     """Ritz values, ascending, of a matrix in the span of (w, n) independent rows; (w, n) Ritz vectors and residuals.
-
-    Args:
-        slack: how far images may be from those of the matrix that the inner products are of.
 
     Raises:
         NumericalError: products are not finite, or the inner products are not those of the images: a value's error is
             then no longer the square of its residual.
     """
-    return _in_frame(products, _orthonormal(rows), slack)
+    return _in_frame(products, _orthonormal(rows), 0.0)
 
 
 def _orthonormal(rows: Doubles) -> Doubles:
@@ -202,6 +196,9 @@ def _in_frame(products: Products, frame: Doubles, slack: float) -> tuple[Doubles
     """`rayleigh_ritz` in the span of orthonormal rows; a pass over the matrix with no more than those and their images.
 
     Each is let go as soon as it was needed last.
+
+    Args:
+        slack: how far images may be from those of the matrix that the inner products are of.
     """
     images, inner = products(frame)
     if not np.isfinite(inner).all():

@@ -36,9 +36,9 @@ class Committer:
         *,
         before_commit: Callable[[], None],
         after_commit: Callable[[], None],
-        synced: Callable[[int], None] = lambda _nbytes: None,
+        synced: Callable[[int], None],
         stop: StopRequest,
-        lets_go: bool = False,
+        lets_go: bool,
     ) -> None:
         self._workspace, self._before_commit, self._after_commit = workspace, before_commit, after_commit
         self._synced, self._stop, self._lets_go = synced, stop, lets_go

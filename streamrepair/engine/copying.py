@@ -13,7 +13,7 @@ import numpy as np
 
 from streamrepair.checkpoint import direct, osfile
 from streamrepair.checkpoint.write import digest_text, new_digest
-from streamrepair.decompose.convert import STORED_TYPE, widened
+from streamrepair.decompose.convert import STORED_TYPE, widen
 from streamrepair.engine.job import Job
 from streamrepair.engine.memory import COPY_BYTES, PIECE_BYTES
 from streamrepair.engine.nonfinite import met_nonfinite
@@ -37,8 +37,8 @@ def copy(job: Job) -> tuple[str, str | None]:
     copied = _Copy(job)
     nonfinite: str | None = None
     for offset, piece, _ in copied.pieces():
-        job.read(job.task.ft, offset, piece, of_base=False)
-        nonfinite = nonfinite or met_nonfinite(job, piece, offset, of_base=False)
+        job.read(job.task.ft, offset, piece)
+        nonfinite = nonfinite or met_nonfinite(job, piece, offset)
         copied.put(offset, piece)
     return copied.digest, nonfinite
 
@@ -56,10 +56,10 @@ def _copy_widened(job: Job) -> tuple[str, str | None]:
     buffer = memoryview(bytearray(min(COPY_BYTES, entry.nbytes)))
     for offset, length in osfile.chunks(entry.nbytes, COPY_BYTES):
         job.around.check_stop()
-        job.read(job.task.ft, offset, buffer[:length], of_base=False)
-        nonfinite = nonfinite or met_nonfinite(job, buffer[:length], offset, of_base=False)
+        job.read(job.task.ft, offset, buffer[:length])
+        nonfinite = nonfinite or met_nonfinite(job, buffer[:length], offset)
         wide = np.empty(length // stored.itemsize, np.float32)
-        widened(np.frombuffer(buffer[:length], stored), entry.dtype, wide)
+        widen(np.frombuffer(buffer[:length], stored), entry.dtype, wide)
         data = wide.view(np.uint8).data
         digest.update(data)
         job.write(offset // stored.itemsize * 4, data)
@@ -80,7 +80,7 @@ def copy_while_equal(job: Job) -> str | None:
     for offset, piece, of_base in copied.pieces():
         if offset == 0 and not _read_same(job, 0, piece[:_HEAD_BYTES], of_base):
             return None
-        if not _read_same(job, offset, piece, of_base) or met_nonfinite(job, piece, offset, of_base=False):
+        if not _read_same(job, offset, piece, of_base) or met_nonfinite(job, piece, offset):
             return None
         copied.put(offset, piece)
     return copied.digest
@@ -90,8 +90,8 @@ def _read_same(job: Job, offset: int, piece: memoryview, of_base: bytearray) -> 
     """Fill `piece` from FT and the beginning of `of_base` from BASE; whether they are the same."""
     assert job.task.pairing.base is not None
     length = len(piece)
-    job.read(job.task.pairing.base, offset, memoryview(of_base)[:length], of_base=True)
-    job.read(job.task.ft, offset, piece, of_base=False)
+    job.read(job.task.pairing.base, offset, memoryview(of_base)[:length])
+    job.read(job.task.ft, offset, piece)
     # A bytearray is compared by memcmp, a memoryview item by item.
     return (of_base if length == len(of_base) else of_base[:length]) == piece
 

@@ -47,7 +47,7 @@ def search(read: Callable[[int, memoryview], None], entry: TensorEntry, check_st
         read(offset, buffer[:length])
         index = first_nonfinite(buffer[:length], entry.dtype)
         if index is not None:
-            return offset // (entry.nbytes // entry.numel) + index
+            return offset // entry.item_bytes + index
     return None
 
 

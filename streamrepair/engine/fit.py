@@ -146,18 +146,18 @@ def most_at_once(needs: Sequence[Sequence[int]], counts: Sequence[int], room_byt
     return min(room_bytes, (reached.bit_length() - 1 + sum(counts)) * step)
 
 
-def fits_climb(plan: Plan, backend: str) -> Mapping[str, bool]:
-    """For each repair, whether the CPU's part of a dearer backend fits beside the other workers' largest units.
+def full_fits(plan: Plan) -> Mapping[str, bool]:
+    """For each repair, whether the CPU's part of the reference route fits beside the other workers' largest units.
 
-    One that the plan projects for the CPU with that very backend has its room already. Beside a member of a batch are
-    the other members' pairs.
+    One that the plan projects for the CPU with that very route has its room already. Beside a member of a batch are the
+    other members' pairs.
     """
     at_once = sorted((unit.ram_bytes for unit in plan.at_once), reverse=True)
     others = sum(at_once[: plan.workers - 1])
     room = plan.room_bytes - others
     return {
-        task.name: (task.place == "cpu" and task.backend == backend)
-        or memory.repair_bytes(task.shape, backend, task.shape.block) + _beside_bytes(unit, task) <= room
+        task.name: (task.place == "cpu" and task.backend == "full")
+        or memory.repair_bytes(task.shape, "full", task.shape.block) + _beside_bytes(unit, task) <= room
         for unit in plan.units
         for task in unit.tasks
         if task.shape is not None

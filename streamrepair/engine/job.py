@@ -6,11 +6,9 @@ Tasks read and write through their `Job`, so that time, bytes and progress are c
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.write import ShardFile
@@ -19,14 +17,6 @@ from streamrepair.decompose.scratch import Scratch
 from streamrepair.engine.plan import Task
 from streamrepair.engine.worker import Worker
 from streamrepair.report import Settings, TensorRecord, Timings
-
-
-class Progress(Protocol):
-    """What a run tells a watching person."""
-
-    def advance(self, done_bytes: int) -> None:
-        """So many more of the plan's output bytes are done."""
-        ...
 
 
 @dataclass(slots=True)
@@ -64,18 +54,17 @@ class Spent:
 class Surroundings:
     """What a task needs besides itself."""
 
-    base: Checkpoint
-    ft: Checkpoint
     settings: Settings
     files: InputFiles
     shards: tuple[ShardFile, ...]
-    progress: Progress
+    advance: Callable[[int], None]
+    """Told that so many more of the plan's output bytes are done."""
     check_stop: Callable[[], None]
     """Raises InterruptedRunError when the task in hand is to be abandoned."""
     hold_threads: Callable[[], None]
     """Called before a thread computes."""
-    fits: Callable[[Task, str], bool]
-    """Whether a dearer backend on the CPU would fit the budget for a task, should its own one fail."""
+    full_fits: Mapping[str, bool]
+    """Repair → whether the reference route on the CPU would fit the budget, should all others fail."""
     full_budget: Callable[[Task], int]
     """Bytes of --ram, with one worker, in which the reference route would fit."""
     arithmetic: Callable[[str, Scratch], Arithmetic] | None = None
@@ -114,12 +103,11 @@ class Job:
         """The worker's working memory."""
         return self.worker.scratch
 
-    def read(self, side: Side, offset: int, buffer: memoryview, *, of_base: bool) -> None:
+    def read(self, side: Side, offset: int, buffer: memoryview) -> None:
         """Fill `buffer` from byte `offset` of one side's tensor."""
-        checkpoint = self.around.base if of_base else self.around.ft
         began = time.perf_counter()
         with self.worker.lane.file("read"):
-            self.around.files.read_into(checkpoint.shards[side.shard], side.entry.start + offset, buffer)
+            self.around.files.read_into(side.shard, side.entry.start + offset, buffer)
         self.spent.read_s += time.perf_counter() - began
         self.spent.bytes_read += len(buffer)
 
@@ -138,5 +126,5 @@ class Job:
         """Report that `share` (0–1) of the task is done."""
         done = int(share * self.task.out.nbytes)
         if done > self.told_bytes and not self.dry:
-            self.around.progress.advance(done - self.told_bytes)
+            self.around.advance(done - self.told_bytes)
             self.told_bytes = done

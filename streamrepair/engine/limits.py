@@ -83,6 +83,15 @@ def default_workers(system: System | None = None, *, processors: int | None = No
     return max(1, math.ceil(count))
 
 
+def cpu_model() -> str:
+    """The processor by its name; "" where the kernel tells none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return ""
+
+
 def allow_open_files() -> None:
     """As many descriptors as the system lets this process have: a run holds every shard of both sides and of OUT.
 

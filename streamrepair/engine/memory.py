@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from streamrepair.decompose.blocks import block_rows
+from streamrepair.decompose.operator import block_rows
 from streamrepair.decompose.scratch import LARGE_ARRAY_BYTES, RETAINED_BYTES
 from streamrepair.decompose.twisted import AT_ONCE
 
@@ -46,9 +46,9 @@ KRYLOV_KEPT = 12
 KRYLOV_MEDIAN = 400
 """Vectors of the basis that finds the median; likewise."""
 SINGLE_COLUMNS = 256
-"""Where there are fewer nothing is tried in float32; likewise."""
+"""Where there are fewer nothing is tried in float32: it saves next to nothing in small matrices."""
 WINDOWED = 400
-"""Vectors of the windows in which float32 is made exact, at most; likewise."""
+"""Vectors of the windows in which float32 is made exact, at most; a test holds it to the backend's own limit."""
 _MADE = 8 * 256
 """Bytes a column of vectors that are checked, or turned back, at once."""
 _BESIDE = 2048

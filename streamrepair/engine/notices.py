@@ -10,6 +10,7 @@ from streamrepair.checkpoint.beside import kind_of
 from streamrepair.checkpoint.naming import same_by_another_name
 from streamrepair.checkpoint.pairing import NOT_IN_BASE, SHAPES_DIFFER, Selection, is_of_no_kind
 from streamrepair.checkpoint.sidecars import left_beside, not_carried, sidecars, stated_model
+from streamrepair.decompose.choose import LEFT_AS_A_MATTER_OF_COURSE
 from streamrepair.engine.job import Outcome
 from streamrepair.engine.memory import PROCESS_BYTES
 from streamrepair.engine.plan import Plan
@@ -119,6 +120,5 @@ def task_warnings(outcome: Outcome) -> Iterator[str]:
         yield f"tensor {shown(task.name)} is kept as fine-tuned: {record.reason}"
         return  # which way that was found out is in the record
     for reason in record.climbed:
-        # Left for a better one as a matter of course, and not because something failed.
-        if not reason.startswith(("gram-float32", "randomized", "rows", "row-space")):
+        if not reason.startswith(LEFT_AS_A_MATTER_OF_COURSE):
             yield f"tensor {shown(task.name)}: {reason}; decided by {record.backend}"

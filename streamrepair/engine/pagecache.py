@@ -9,11 +9,9 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Iterator
 
 from streamrepair.checkpoint import osfile
-from streamrepair.checkpoint.headers import ShardHeader
-from streamrepair.checkpoint.layout import Checkpoint
+from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.engine.plan import Plan, Task
 from streamrepair.engine.timeline import Timeline
@@ -32,19 +30,16 @@ def lets_go(plan: Plan, free_bytes: int) -> bool:
     return moved > _LARGE_SHARE * free_bytes
 
 
-Range = tuple[ShardHeader, int, int]
-
-
 class PageCache:
     """Advice to the kernel about a run's inputs; wrong advice costs time, never correctness.
 
     Args:
-        free_bytes: memory that the machine has free when the run begins. timeline: told when files are read ahead.
+        free_bytes: memory that the machine has free when the run begins. lets_go: whether what is done with is let go.
+        timeline: told when files are read ahead.
     """
 
-    def __init__(self, plan: Plan, files: InputFiles, *, free_bytes: int, timeline: Timeline | None = None) -> None:
-        self._base, self._ft, self._files = plan.base, plan.ft, files
-        self._lets_go, self._timeline = lets_go(plan, free_bytes), timeline or Timeline()
+    def __init__(self, files: InputFiles, *, free_bytes: int, lets_go: bool, timeline: Timeline | None = None) -> None:
+        self._files, self._lets_go, self._timeline = files, lets_go, timeline or Timeline()
         self._room_bytes = int(_AHEAD_SHARE * free_bytes)
         self._ahead: dict[str, int] = {}
         """Bytes read ahead of tasks that are not done."""
@@ -71,8 +66,8 @@ class PageCache:
             self._ahead.pop(task.name, None)
             self._seen.discard(task.name)
         if self._lets_go:
-            for shard, start, nbytes in _ranges(task, self._base, self._ft):
-                osfile.let_go(self._files.descriptor(shard), start, nbytes)
+            for side in _sides(task):
+                osfile.let_go(self._files.descriptor(side.shard), side.entry.start, side.entry.nbytes)
 
     def close(self) -> None:
         """Read no more ahead."""
@@ -86,16 +81,14 @@ class PageCache:
                 self._read_ahead(task)
 
     def _read_ahead(self, task: Task) -> None:
-        for shard, start, nbytes in _ranges(task, self._base, self._ft):
-            for offset, length in osfile.chunks(nbytes, _PIECE_BYTES):
+        for side in _sides(task):
+            for offset, length in osfile.chunks(side.entry.nbytes, _PIECE_BYTES):
                 if self._closed or task.name not in self._ahead:
                     break  # done already
                 with contextlib.suppress(StreamRepairError):  # the task itself will meet it, and name it
-                    osfile.read_ahead(self._files.descriptor(shard), start + offset, length)
+                    osfile.read_ahead(self._files.descriptor(side.shard), side.entry.start + offset, length)
 
 
-def _ranges(task: Task, base: Checkpoint, ft: Checkpoint) -> Iterator[Range]:
-    if task.shape is not None and task.pairing.base is not None:
-        side = task.pairing.base
-        yield base.shards[side.shard], side.entry.start, side.entry.nbytes
-    yield ft.shards[task.ft.shard], task.ft.entry.start, task.ft.entry.nbytes
+def _sides(task: Task) -> list[Side]:
+    """What a task reads."""
+    return [task.ft] if task.shape is None or task.pairing.base is None else [task.pairing.base, task.ft]

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from streamrepair.checkpoint.headers import ITEM_BITS, TensorEntry
+from streamrepair.checkpoint.headers import TensorEntry
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.pairing import Pairing, Selection, Side, pair
 from streamrepair.checkpoint.write import ShardLayout, layout_like
@@ -34,24 +34,32 @@ class Task:
     """One tensor of the output."""
 
     pairing: Pairing
-    ft: Side
     shard: int
     """Position of the output shard."""
     out: TensorEntry
     """Where the result goes."""
-    shape: MatrixShape | None
-    """None for a tensor that is passed through."""
-    panel_rows: int
-    backend: str
-    """What is tried first, and whose memory is projected: `randomized` includes `gram`, to which it hands over."""
-    place: Place
-    """Whether the CPU or a GPU computes it."""
     ram_bytes: int
     """Projected host bytes while it runs."""
-    vram_bytes: int
+    shape: MatrixShape | None = None
+    """None for a tensor that is passed through: what follows is of repairs."""
+    panel_rows: int = 0
+    backend: str = ""
+    """What is tried first, and whose memory is projected: `randomized` includes `gram`, to which it hands over."""
+    place: Place = "cpu"
+    """Whether the CPU or a GPU computes it."""
+    vram_bytes: int = 0
     """Projected device bytes while it runs; 0 on the CPU."""
-    flops: float
-    """Projected floating-point operations."""
+
+    @property
+    def ft(self) -> Side:
+        """FT's tensor, which every task has."""
+        assert self.pairing.ft is not None
+        return self.pairing.ft
+
+    @property
+    def flops(self) -> float:
+        """Projected floating-point operations."""
+        return 0.0 if self.shape is None else cost.flops(self.shape, self.backend)
 
     @property
     def name(self) -> str:
@@ -245,11 +253,16 @@ def make_plan(
     """
     layouts = tuple(layout_like(shard, settings.out_dtype) for shard in ft.shards)
     pairings = pair(base, ft, Selection(settings.include, settings.exclude))
-    kept = [(pairing, pairing.ft) for pairing in pairings if pairing.ft is not None]
     room = Room(
         ram_bytes, vram_bytes, records_bytes=_records_bytes(base, ft, len(pairings)), gpus=len(gpus_of(devices))
     )
-    tasks = [_placed(_task(pairing, side, layouts, settings), devices, room) for pairing, side in kept]
+    places = {layout.name: place for place, layout in enumerate(layouts)}
+    tasks = []
+    for pairing in pairings:
+        if pairing.ft is not None:
+            place = places[pairing.ft.shard.path.name]
+            task = _task(pairing, pairing.ft.entry, place, layouts[place].entries[pairing.name], settings)
+            tasks.append(_placed(task, devices, room))
     refuse_too_large(tasks, room)
     units = batches.formed(tasks, lambda batch: holds(room, batch, tasks))
     units = [fitted(unit, room, workers) if isinstance(unit, Task) else unit for unit in units]
@@ -269,23 +282,21 @@ def make_plan(
     )
 
 
-def _task(pairing: Pairing, ft: Side, layouts: tuple[ShardLayout, ...], settings: Settings) -> Task:
+def _task(pairing: Pairing, ft: TensorEntry, shard: int, out: TensorEntry, settings: Settings) -> Task:
     """One tensor's task, as it would be on the CPU."""
-    out = layouts[ft.shard].entries[pairing.name]
     if pairing.intent != "repair" or pairing.base is None:
-        return Task(pairing, ft, ft.shard, out, None, 0, "", "cpu", memory.copy_bytes(), 0, 0.0)
-    shape = matrix_shape(pairing.base.entry, ft.entry, out, settings)
+        return Task(pairing, shard, out, memory.copy_bytes())
+    shape = matrix_shape(pairing.base.entry, ft, out, settings)
     rows = shape.block
-    if pairing.base.entry.nbytes + ft.entry.nbytes <= _WHOLE_BYTES:
+    if pairing.base.entry.nbytes + ft.nbytes <= _WHOLE_BYTES:
         rows = shape.rows
-    elif ft.entry.shape[0] < ft.entry.shape[1]:
+    elif ft.shape[0] < ft.shape[1]:
         rows = min(shape.rows, max(rows, _STRETCH_ELEMENTS))
     backend = "full" if settings.backend == "full" else "gram"
     krylov = krylov_share(settings.backend, settings.noise_estimate, shape.cols)
     if settings.sigma == "median" and (krylov or shape.held):
         backend = "randomized"
-    ram = memory.repair_bytes(shape, backend, rows)
-    return Task(pairing, ft, ft.shard, out, shape, rows, backend, "cpu", ram, 0, cost.flops(shape, backend))
+    return Task(pairing, shard, out, memory.repair_bytes(shape, backend, rows), shape, rows, backend)
 
 
 def _placed(task: Task, devices: Sequence[str], room: Room) -> Task:
@@ -305,13 +316,13 @@ def matrix_shape(base: TensorEntry, ft: TensorEntry, out: TensorEntry, settings:
     # τ exceeds the median by a factor of at least √2 (β → 0) at scale 1, so at most half of the values can be kept.
     halved = settings.sigma == "median" and settings.scale >= 0.71
     rows, cols = max(ft.shape), min(ft.shape)
-    held = held_share(settings.backend, settings.noise_estimate, rows, cols) if ITEM_BITS[out.dtype] == 16 else 0.0
+    held = held_share(settings.backend, settings.noise_estimate, rows, cols) if out.item_bytes == 2 else 0.0
     return MatrixShape(
         rows=rows,
         cols=cols,
-        base_item_bytes=ITEM_BITS[base.dtype] // 8,
-        ft_item_bytes=ITEM_BITS[ft.dtype] // 8,
-        out_item_bytes=ITEM_BITS[out.dtype] // 8,
+        base_item_bytes=base.item_bytes,
+        ft_item_bytes=ft.item_bytes,
+        out_item_bytes=out.item_bytes,
         kept_share=0.5 if halved else 1.0,
         held=held > 0.0,
     )

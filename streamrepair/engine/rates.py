@@ -17,6 +17,7 @@ import msgspec
 
 from streamrepair.checkpoint import osfile, wholefile
 from streamrepair.decompose.speed import CPU, Rates
+from streamrepair.engine import limits
 from streamrepair.errors import InputError, OutputError
 from streamrepair.report import decoded
 from streamrepair.version import __version__
@@ -42,13 +43,7 @@ def path() -> Path:
 
 def machine() -> str:
     """What a measurement belongs to: the host and its processor."""
-    model = ""
-    try:
-        lines = wholefile.read_whole(Path("/proc/cpuinfo")).decode(errors="replace").splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    except InputError:
-        pass
-    return f"{platform.node()}, {model or platform.machine()}, {os.cpu_count()} processors"
+    return f"{platform.node()}, {limits.cpu_model() or platform.machine()}, {os.cpu_count()} processors"
 
 
 def load() -> Rates | None:

@@ -19,17 +19,16 @@ from streamrepair.engine import cost
 from streamrepair.engine.copying import copy
 from streamrepair.engine.gpu import unusable
 from streamrepair.engine.job import Job, Outcome
+from streamrepair.engine.memory import SINGLE_COLUMNS
 from streamrepair.engine.nonfinite import find_nonfinite
 from streamrepair.engine.pace import Pace
 from streamrepair.engine.second_pass import failed, written
 from streamrepair.engine.short_memory import Patient, ReservedHost
 from streamrepair.engine.task import finished, passed_through
-from streamrepair.engine.view import MatrixView, StoredMatrix
+from streamrepair.engine.view import MatrixView
 from streamrepair.errors import NumericalError, brief
 from streamrepair.report import TensorRecord
 from streamrepair.spectral.threshold import HardThreshold
-
-_LEAST_SINGLE_COLS = 256
 
 
 def repair(job: Job) -> tuple[TensorRecord, str | None]:
@@ -97,8 +96,8 @@ class _Repair:
         self.rule = HardThreshold(scale=settings.scale, sigma=settings.sigma)
         self._pace = Pace(cost.stages(job.task, job.task.place), max(job.task.out.shape), job.tell)
         self.view = _view(job, self._pace.advance, member)
-        # In small matrices float32 saves next to nothing, and a delta as large as its weights shows the difference.
-        self.sharp = job.task.out.dtype not in ("BF16", "F16") or self.view.cols < _LEAST_SINGLE_COLS
+        # In small matrices a delta as large as its weights shows the difference.
+        self.sharp = job.task.out.dtype not in ("BF16", "F16") or self.view.cols < SINGLE_COLUMNS
 
     def done(self, batched: Truncation | NumericalError | None = None) -> tuple[TensorRecord, str | None]:
         """Decide, unless a batch did, merge and write.
@@ -133,7 +132,7 @@ class _Repair:
             arithmetic=self.arithmetic,
             backend=settings.backend,
             sharp=self.sharp,
-            full_fits=self.job.around.fits(self.job.task, "full"),
+            full_fits=self.job.around.full_fits[self.job.task.name],
             estimate=settings.noise_estimate,
             host=self._host,
             batched=batched,
@@ -164,8 +163,8 @@ def _view(job: Job, advance: Callable[[int], None], member: int) -> MatrixView:
     assert base is not None
     return MatrixView(
         files=around.files,
-        base=StoredMatrix(around.base.shards[base.shard], base.entry),
-        ft=StoredMatrix(around.ft.shards[task.ft.shard], task.ft.entry),
+        base=base,
+        ft=task.ft,
         scratch=job.scratch,
         panel_rows=task.panel_rows,
         check_stop=around.check_stop,

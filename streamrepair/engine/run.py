@@ -6,12 +6,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from streamrepair.checkpoint import refusals, wholefile
-from streamrepair.checkpoint.headers import ShardHeader
+from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
 from streamrepair.decompose.arithmetic import Arithmetic
@@ -21,7 +22,7 @@ from streamrepair.engine.backlog import Backlog
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.earlier import finished_report, other_sidecars, sound
 from streamrepair.engine.finite import search
-from streamrepair.engine.fit import fits_climb, full_budget
+from streamrepair.engine.fit import full_budget, full_fits
 from streamrepair.engine.job import Outcome, Spent, Surroundings
 from streamrepair.engine.lanes import lane_names
 from streamrepair.engine.local import LocalExecutor
@@ -31,7 +32,7 @@ from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.overlap import refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
 from streamrepair.engine.plan import Plan, Unit
-from streamrepair.engine.side_files import check_apart, check_path_beside, check_places
+from streamrepair.engine.side_files import check_beside, check_places
 from streamrepair.engine.statement import (
     fingerprint,
     make_report,
@@ -59,6 +60,8 @@ class _Run:
     watcher: Watcher
     free_bytes: int
     """Memory that the machine had free when it began."""
+    large: bool
+    """Whether it leaves the page cache as it found it."""
     files: InputFiles
     threads: NumericThreads
     warnings: list[str]
@@ -113,21 +116,16 @@ def execute(
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
     stop.heeded, stop.over = True, False
-    beside = {option: path for option, path in (("--report", report), ("--trace", trace)) if path is not None}
-    refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
-    for option, path in beside.items():
-        check_path_beside(option, path, out)
-    check_apart(beside)
-    check_places(out, sidecars(plan.ft))
-    beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
+    beside_bytes = _looked_at(plan, out, {"--report": report, "--trace": trace})
     limits.allow_open_files()
     budget.reset_peak()
     # Past the page cache is slower where there is room in it, and kinder where there is not.
     free_bytes = limits.free_bytes()
-    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=lets_go(plan, free_bytes))
+    large = lets_go(plan, free_bytes)
+    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=large)
     timeline = Timeline(keep=trace is not None)
     files, threads, mending = InputFiles(), NumericThreads(), finished is not None
-    run = _Run(plan, workspace, stop, watcher, free_bytes, files, threads, [], timeline, arithmetic, mending)
+    run = _Run(plan, workspace, stop, watcher, free_bytes, large, files, threads, [], timeline, arithmetic, mending)
     with contextlib.ExitStack() as ends:  # all of them come, whatever one raises
         ends.callback(workspace.close)
         ends.callback(threads.release)
@@ -146,6 +144,15 @@ def execute(
             raise
     stop.over = True
     return result
+
+
+def _looked_at(plan: Plan, out: Path, options: Mapping[str, Path | None]) -> int:
+    """Refuse what can be refused before anything is written; the bytes of what will lie beside the shards."""
+    beside = {option: path for option, path in options.items() if path is not None}
+    refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
+    check_beside(beside, out)
+    check_places(out, sidecars(plan.ft))
+    return check_sidecars(plan.ft) + statement_bytes(plan)
 
 
 def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path | None) -> Report:
@@ -180,9 +187,9 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         after_commit=run.record_session,
         synced=backlog.synced,
         stop=run.stop,
-        lets_go=lets_go(plan, run.free_bytes),
+        lets_go=run.large,
     )
-    cache = PageCache(plan, run.files, free_bytes=run.free_bytes, timeline=run.timeline)
+    cache = PageCache(run.files, free_bytes=run.free_bytes, lets_go=run.large, timeline=run.timeline)
     try:
         with gpu.capped_memory(plan.gpus, plan.vram_allowed_bytes):
             _work(run, committer, cache, backlog, done.keys())
@@ -216,17 +223,14 @@ def _work(run: _Run, committer: Committer, cache: PageCache, backlog: Backlog, d
     """Run what is not done, committing tasks as they finish; what is finished is committed however this ends."""
     plan = run.plan
     units = [unit for unit in plan.units if any(task.name not in done for task in unit.tasks)]
-    fits = {backend: fits_climb(plan, backend) for backend in ("full",)}
     around = Surroundings(
-        base=plan.base,
-        ft=plan.ft,
         settings=plan.settings,
         files=run.files,
         shards=run.workspace.shards,
-        progress=run.watcher,
+        advance=run.watcher.advance,
         check_stop=run.stop.check,
-        fits=lambda task, backend: fits[backend][task.name],
-        full_budget=lambda task: full_budget(plan, task),
+        full_fits=full_fits(plan),
+        full_budget=partial(full_budget, plan),
         arithmetic=run.arithmetic,
         done_with=cache.done_with,
         hold_threads=run.threads.hold,
@@ -279,16 +283,16 @@ def _check_dropped(run: _Run) -> None:
         return
     for pairing in run.plan.dropped:
         assert pairing.base is not None
-        shard, entry = run.plan.base.shards[pairing.base.shard], pairing.base.entry
+        index = search(partial(_read, run, pairing.base), pairing.base.entry, run.stop.check_at_once)
+        if index is not None:
+            raise nonfinite_error(pairing.base, index)
 
-        def read(offset: int, buffer: memoryview, shard: ShardHeader = shard, start: int = entry.start) -> None:
-            began = time.perf_counter()
-            run.files.read_into(shard, start + offset, buffer)
-            run.spent.read_s += time.perf_counter() - began
-            run.spent.bytes_read += len(buffer)
 
-        if (index := search(read, entry, run.stop.check_at_once)) is not None:
-            raise nonfinite_error(shard.path, entry, index)
+def _read(run: _Run, side: Side, offset: int, buffer: memoryview) -> None:
+    began = time.perf_counter()
+    run.files.read_into(side.shard, side.entry.start + offset, buffer)
+    run.spent.read_s += time.perf_counter() - began
+    run.spent.bytes_read += len(buffer)
 
 
 def _take(run: _Run, committer: Committer, outcome: Outcome) -> None:

@@ -189,7 +189,7 @@ class _Merged:
 def failed(job: Job, error: Exception) -> NumericalError:
     """What is to be said of a matrix that nothing could decompose."""
     more = ""
-    if not job.around.fits(job.task, "full"):
+    if not job.around.full_fits[job.task.name]:
         need_mb = -(-job.around.full_budget(job.task) // 1_000_000)
         more = f"give the float64 SVD room with --ram {need_mb}MB --workers 1, or "
     return NumericalError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from streamrepair.decompose.arithmetic import Arithmetic, BatchArithmetic, Doubles, Gram, Merger, Precision, Vectors
+from streamrepair.decompose.arithmetic import Arithmetic, BatchArithmetic, Gram, Merger, Precision, Vectors
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.host import HostArithmetic, HostMerger
 from streamrepair.decompose.operator import Panel, PanelSource, blocks
 from streamrepair.engine import gpu, memory

@@ -11,28 +11,22 @@ from streamrepair.errors import InputError, UsageError, shown
 from streamrepair.report import REPORT_NAME
 
 
-def check_path_beside(option: str, path: Path, out: Path) -> None:
-    """Refuse a file beside the result that could not be written, or that would take the place of OUT's own files.
+def check_beside(beside: Mapping[str, Path], out: Path) -> None:
+    """Refuse a file beside the result that could not be written, or that would take the place of another of the run's.
 
     Args:
-        option: that names it; the second copy of the report may be the first one.
+        beside: option → the file that it names; the second copy of the report may be the first one.
 
     Raises:
-        UsageError: its folder is missing or not writable, it cannot be looked up, is no regular file, or lies in OUT.
+        UsageError: its folder is missing or not writable, it cannot be looked up, is no regular file, lies in OUT, or
+            two options name it.
     """
-    name = f"{option} {shown(str(path))}"
-    try:
-        _check(option, name, path, out)
-    except OSError as error:
-        raise UsageError(f"{name} cannot be looked up ({error.strerror}): name another place") from error
-
-
-def check_apart(beside: Mapping[str, Path]) -> None:
-    """Refuse two options that name one file: the later would take the place of the earlier.
-
-    Raises:
-        UsageError: they do.
-    """
+    for option, path in beside.items():
+        name = f"{option} {shown(str(path))}"
+        try:
+            _check(option, name, path, out)
+        except OSError as error:
+            raise UsageError(f"{name} cannot be looked up ({error.strerror}): name another place") from error
     places: dict[Path, str] = {}
     for option, path in beside.items():
         first = places.setdefault(path.absolute().parent.resolve() / path.name, option)

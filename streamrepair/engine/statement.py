@@ -51,7 +51,7 @@ def _identities(checkpoint: Checkpoint) -> dict[str, str]:
 def shard_index(plan: Plan) -> bytes:
     """The result's index: FT's, with the bytes counted anew."""
     ft = plan.ft
-    placed = {name: plan.layouts[ft.tensors[name][0]] for name in ft.index_order}
+    placed = {name: plan.layouts[shard] for name, (shard, _) in ft.tensors.items()}
     total = sum(layout.entries[name].nbytes for name, layout in placed.items())
     index = {
         "metadata": {**ft.index_metadata, "total_size": total},
@@ -69,7 +69,7 @@ def stated_dtype(plan: Plan) -> str | None:
 def statement_bytes(plan: Plan) -> int:
     """At most so many bytes are index, journal, accounts and report, the latter's temporary copy included."""
     names = sum(len(shard.header_bytes) for shard in (*plan.base.shards, *plan.ft.shards))
-    records = _RECORD_BYTES * (len(plan.tasks) + len(plan.dropped))
+    records = _RECORD_BYTES * plan.tensors
     # A commit has at least one tensor, but for those at the end.
     return 4 * names + records + most_bytes(len(plan.lanes), len(plan.tasks) + 2)
 
@@ -128,7 +128,7 @@ def sealed(report: Report) -> tuple[Report, bytes]:
     """A report with its digest, and as it stands in its file."""
     assert report.report_digest is None
     text = msgspec.json.format(msgspec.json.encode(report)) + b"\n"
-    at = text.rindex(b"null")
+    at = text.rindex(b"null")  # its place: encoding the report anew would hold the text twice
     digest = _content_digest(text)
     return msgspec.structs.replace(report, report_digest=digest), text[:at] + f'"{digest}"\n}}\n'.encode()
 

@@ -56,7 +56,7 @@ class Timeline:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @contextlib.contextmanager
-    def span(self, track: str, kind: str, name: str = "", *, file: bool = False) -> Iterator[None]:
+    def span(self, track: str, kind: str, name: str, *, file: bool = False) -> Iterator[None]:
         """Time what is done inside; with `file`, the files are busy meanwhile."""
         start_s, here = time.perf_counter(), object()
         self._enter(here, (track, kind, start_s), file=file)

@@ -38,7 +38,7 @@ def _events(timeline: Timeline, number: Mapping[str, int]) -> Iterator[dict[str,
     for span in sorted(timeline.spans, key=lambda span: (span.start_s, -span.end_s)):
         start_us = round(span.start_s * 1e6, 3)
         yield {
-            "name": span.name or span.kind,
+            "name": span.name,
             "cat": span.kind,
             "ph": "X",
             "ts": start_us,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from streamrepair.checkpoint.headers import ITEM_BITS, ShardHeader, TensorEntry
+from streamrepair.checkpoint.pairing import Side
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.decompose.convert import STORED_TYPE, Raw
 from streamrepair.decompose.operator import Panel
@@ -32,25 +32,12 @@ class ReadStats:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredMatrix:
-    """One side of a pair: a 2-D tensor in a shard."""
-
-    shard: ShardHeader
-    entry: TensorEntry
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one element."""
-        return ITEM_BITS[self.entry.dtype] // 8
-
-
-@dataclass(frozen=True, slots=True)
 class MatrixView:
     """The `PanelSource` of a plain 2-D pair."""
 
     files: InputFiles
-    base: StoredMatrix
-    ft: StoredMatrix
+    base: Side
+    ft: Side
     scratch: Scratch
     """Where the ring's buffers live."""
     panel_rows: int
@@ -109,8 +96,8 @@ class MatrixView:
     def _buffers(self, slot: int) -> tuple[memoryview, memoryview]:
         elements = min(self.panel_rows, self.rows) * self.cols
         of_base, of_ft = self._names(slot)
-        base = self.scratch.array(of_base, (elements * self.base.item_bytes,), np.uint8)
-        ft = self.scratch.array(of_ft, (elements * self.ft.item_bytes,), np.uint8)
+        base = self.scratch.array(of_base, (elements * self.base.entry.item_bytes,), np.uint8)
+        ft = self.scratch.array(of_ft, (elements * self.ft.entry.item_bytes,), np.uint8)
         return base.data, ft.data
 
     def _names(self, slot: int) -> tuple[str, str]:
@@ -125,11 +112,11 @@ class MatrixView:
             base = self._read_side(self.base, start, count, buffers[0])
             ft = self._read_side(self.ft, start, count, buffers[1])
         self.stats.seconds += time.perf_counter() - began
-        self.stats.bytes += count * self.cols * (self.base.item_bytes + self.ft.item_bytes)
+        self.stats.bytes += count * self.cols * (self.base.entry.item_bytes + self.ft.entry.item_bytes)
         return Panel(start, base, ft, self.base.entry.dtype, self.ft.entry.dtype, self.wide)
 
-    def _read_side(self, side: StoredMatrix, start: int, count: int, buffer: memoryview) -> Raw:
-        item, n = side.item_bytes, self.cols
+    def _read_side(self, side: Side, start: int, count: int, buffer: memoryview) -> Raw:
+        item, n = side.entry.item_bytes, self.cols
         view = buffer[: count * n * item]
         if self.wide and count < self.rows:
             stretch, stored_row = count * item, self.rows * item

@@ -8,9 +8,8 @@ import scipy.linalg
 
 from streamrepair.benchmark.sources import MemorySource
 from streamrepair.benchmark.spectra import DELTA_STD, W_STD, Spectrum, pair
-from streamrepair.decompose.blocks import block_rows
-from streamrepair.decompose.convert import STORED_TYPE, widened
-from streamrepair.decompose.operator import blocks
+from streamrepair.decompose.convert import STORED_TYPE, widen
+from streamrepair.decompose.operator import block_rows, blocks
 from streamrepair.spectral.threshold import HardThreshold
 
 SHAPES = [(64, 64), (256, 256), (700, 128), (128, 700), (2048, 96)]
@@ -51,7 +50,7 @@ def test_heavy_runs_through_the_threshold() -> None:
 def test_sizes_are_those_of_a_fine_tune(spectrum: Spectrum) -> None:
     source = pair((300, 200), spectrum, "F32")
     base = np.empty((300, 200))
-    widened(source.base, "F32", base)
+    widen(source.base, "F32", base)
     assert np.isclose(np.sqrt(np.square(base).mean()), W_STD, rtol=0.02)
     assert np.isclose(np.sqrt(np.square(source.delta()).mean()), DELTA_STD, rtol=0.2)
 

@@ -40,9 +40,9 @@ def test_one_file_is_a_checkpoint_without_neighbours(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(path, side="BASE")
     assert (checkpoint.given, checkpoint.folder, checkpoint.whole_folder) == (str(path), tmp_path, False)
     assert (checkpoint.index_name, checkpoint.index_metadata, checkpoint.stray_files) == (None, {}, ())
-    assert (checkpoint.index_order, checkpoint.unindexed) == (("b", "a"), ())
+    assert (tuple(checkpoint.tensors), checkpoint.unindexed) == (("b", "a"), ())
     assert checkpoint.tensors["a"] == (0, checkpoint.shards[0].tensors[1])
-    assert (checkpoint.total_bytes, checkpoint.tensor_bytes) == (path.stat().st_size, 2 * 3 * 4 + 5 * 2)
+    assert checkpoint.total_bytes == path.stat().st_size
 
 
 @pytest.mark.parametrize("named", ["folder", "index"])
@@ -53,10 +53,9 @@ def test_a_sharded_folder_is_read_by_its_index(tmp_path: Path, named: str) -> No
     assert (checkpoint.folder, checkpoint.index_name, checkpoint.whole_folder) == (folder, index.name, True)
     assert checkpoint.index_metadata == {"total_size": 24 + 10 + 4 + 8}
     assert _shard_names(checkpoint) == ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-    assert checkpoint.index_order == ("b", "a", "d", "c")
+    assert tuple(checkpoint.tensors) == ("b", "a", "d", "c")
     assert {name: shard for name, (shard, _) in checkpoint.tensors.items()} == {"b": 0, "a": 0, "d": 1, "c": 1}
     assert all(name == tensor.name for name, (_, tensor) in checkpoint.tensors.items())
-    assert checkpoint.tensor_bytes == 24 + 10 + 4 + 8
     assert checkpoint.total_bytes == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert pickle.loads(pickle.dumps(checkpoint)) == checkpoint
 
@@ -66,7 +65,7 @@ def test_the_indexs_order_is_kept_and_shards_are_sorted(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "y.safetensors", TWO)
     write_index(tmp_path, {"a": "z.safetensors", "c": "y.safetensors", "b": "z.safetensors", "d": "y.safetensors"})
     checkpoint = open_checkpoint(tmp_path, side="BASE")
-    assert checkpoint.index_order == tuple(checkpoint.tensors) == ("a", "c", "b", "d")
+    assert tuple(checkpoint.tensors) == ("a", "c", "b", "d")
     assert _shard_names(checkpoint) == ["y.safetensors", "z.safetensors"]
 
 
@@ -76,7 +75,7 @@ def test_unindexed_tensors_and_stray_files_are_ignored_and_reported(tmp_path: Pa
     (tmp_path / "._part.safetensors").write_bytes(b"AppleDouble")
     write_index(tmp_path, {"a": "part.safetensors"})
     checkpoint = open_checkpoint(tmp_path, side="BASE")
-    assert (list(checkpoint.tensors), checkpoint.tensor_bytes) == (["a"], 10)
+    assert list(checkpoint.tensors) == ["a"]
     assert (checkpoint.unindexed, checkpoint.stray_files) == (("b",), ("consolidated.safetensors",))
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from streamrepair.decompose.blocks import block_rows
-from streamrepair.decompose.convert import STORED_TYPE, Raw, narrow, widened
-from streamrepair.decompose.operator import Panel
+from streamrepair.decompose.convert import STORED_TYPE, Raw, narrow, widen
+from streamrepair.decompose.operator import Panel, block_rows
 
 Doubles = NDArray[np.float64]
 
@@ -45,8 +44,8 @@ class ArraySource:
     def delta(self) -> Doubles:
         """Δ in float64, tall: what a backend is to decompose, exactly."""
         ft, base = np.empty(self.ft.shape), np.empty(self.ft.shape)
-        widened(self.ft, self.dtype, ft)
-        widened(self.base, self.dtype, base)
+        widen(self.ft, self.dtype, ft)
+        widen(self.base, self.dtype, base)
         return (ft - base).T if self.wide else ft - base
 
     def transposed(self) -> ArraySource:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from streamrepair.decompose import full, gram, ladder
 from streamrepair.decompose.arithmetic import Arithmetic, Precision, on_host
-from streamrepair.decompose.convert import widened
+from streamrepair.decompose.convert import widen
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.rates import Rates
 from streamrepair.decompose.host import HostArithmetic
@@ -47,7 +47,7 @@ def _merged(source: ArraySource, truncation: Truncation, arithmetic: Arithmetic,
     out = np.empty((source.rows, source.cols))
     for block, raw in merge.merged(source.panels()):
         wide = np.empty(raw.shape)
-        widened(raw, out_dtype, wide)
+        widen(raw, out_dtype, wide)
         out[block.start : block.start + block.rows] = wide.T if source.wide else wide
     return out
 
@@ -285,7 +285,7 @@ def test_merging_rounds_once_and_reports_what_it_lost(arithmetic: str, out_dtype
     exact = base + delta @ on_host(truncation.vh).T @ on_host(truncation.vh)
     out = _merged(source, truncation, ARITHMETICS[arithmetic], out_dtype)
     expected = np.empty(exact.shape)
-    widened(stored(exact, out_dtype), out_dtype, expected)
+    widen(stored(exact, out_dtype), out_dtype, expected)
     size = float(np.abs(exact).max())
     unit = {"BF16": 2.0**-8, "F16": 2.0**-11, "F32": 1e-6, "F64": 1e-13}[out_dtype]
     assert np.abs(out - exact).max() <= 1.01 * unit * size
@@ -298,7 +298,7 @@ def test_merging_rounds_once_and_reports_what_it_lost(arithmetic: str, out_dtype
 
 def _base(source: ArraySource) -> Doubles:
     base = np.empty(source.base.shape)
-    widened(source.base, source.dtype, base)
+    widen(source.base, source.dtype, base)
     return base.T if source.wide else base
 
 

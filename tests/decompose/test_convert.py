@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamrepair.decompose.convert import Raw, Real, difference, narrow, widened
+from streamrepair.decompose.convert import Raw, Real, difference, narrow, widen
 
 ALL_16_BITS = np.arange(1 << 16, dtype=np.uint16)
 LARGEST_BFLOAT16 = 0x7F7F
@@ -24,7 +24,7 @@ def _by_torch(values: Real) -> Raw:
 @pytest.mark.parametrize("real", [np.float32, np.float64])
 def test_every_bfloat16_widens_as_in_torch(real: type[np.float32] | type[np.float64]) -> None:
     out = np.empty(len(ALL_16_BITS), real)
-    widened(ALL_16_BITS, "BF16", out)
+    widen(ALL_16_BITS, "BF16", out)
     expected = torch.from_numpy(ALL_16_BITS).view(torch.bfloat16).to(torch.float32).numpy()
     np.testing.assert_array_equal(out, expected)
     np.testing.assert_array_equal(np.signbit(out), np.signbit(expected))
@@ -32,7 +32,7 @@ def test_every_bfloat16_widens_as_in_torch(real: type[np.float32] | type[np.floa
 
 def test_every_finite_bfloat16_survives_the_way_there_and_back() -> None:
     values = np.empty(len(ALL_16_BITS), np.float32)
-    widened(ALL_16_BITS, "BF16", values)
+    widen(ALL_16_BITS, "BF16", values)
     finite = np.isfinite(values)
     np.testing.assert_array_equal(_as_bfloat16(values[finite]), ALL_16_BITS[finite])
 
@@ -41,7 +41,7 @@ def test_every_finite_bfloat16_survives_the_way_there_and_back() -> None:
 def test_every_float16_widens_exactly(real: type[np.float32] | type[np.float64]) -> None:
     halves = ALL_16_BITS.view(np.float16)
     out = np.empty(len(halves), real)
-    widened(halves, "F16", out)
+    widen(halves, "F16", out)
     np.testing.assert_array_equal(out.astype(np.float16), halves)
 
 
@@ -90,7 +90,7 @@ def test_loss_is_the_sum_of_squared_rounding_errors() -> None:
     out = np.empty(values.shape, np.uint16)
     lost = narrow(values.copy(), "BF16", out)
     rounded = np.empty(values.shape)
-    widened(out, "BF16", rounded)
+    widen(out, "BF16", rounded)
     assert lost == pytest.approx(float(np.sum((values - rounded) ** 2)), rel=1e-5)
 
 
@@ -101,7 +101,7 @@ def test_loss_counts_errors_whose_squares_float32_cannot_hold(size: float) -> No
     out = np.empty(values.shape, np.uint16)
     lost = narrow(values.copy(), "BF16", out)
     rounded = np.empty(values.shape)
-    widened(out, "BF16", rounded)
+    widen(out, "BF16", rounded)
     assert lost == pytest.approx(float(np.sum((values - rounded) ** 2)), rel=1e-5, abs=0)
     assert 0 < lost < np.inf
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from streamrepair.decompose import certify
-from streamrepair.decompose.convert import widened
+from streamrepair.decompose.convert import widen
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device import arithmetic as device_arithmetic
 from streamrepair.decompose.device import rates as device_rates
@@ -160,8 +160,8 @@ def _panel(dtype: str, base_dtype: str, *, wide: bool, seed: int = 0) -> Panel:
 def _exact(panel: Panel) -> tuple[Doubles, Doubles]:
     """Δ and W_base in float64, as stored."""
     ft, base = np.empty(panel.ft.shape), np.empty(panel.base.shape)
-    widened(panel.ft, panel.ft_dtype, ft)
-    widened(panel.base, panel.base_dtype, base)
+    widen(panel.ft, panel.ft_dtype, ft)
+    widen(panel.base, panel.base_dtype, base)
     return ft - base, base
 
 

@@ -10,7 +10,8 @@ import scipy.linalg
 import torch
 
 from streamrepair.decompose import full, ladder, lapack, twisted
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Precision, on_host
+from streamrepair.decompose.arithmetic import Arithmetic, Gram, Precision, on_host
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.rates import Rates
 from streamrepair.decompose.host import HostArithmetic

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from streamrepair.decompose import certify, householder, lapack, single, twisted
-from streamrepair.decompose.arithmetic import Doubles, Precision, Products
-from streamrepair.decompose.convert import Real
+from streamrepair.decompose.arithmetic import Precision, Products
+from streamrepair.decompose.convert import Doubles, Real
 from streamrepair.decompose.halves import Both
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource

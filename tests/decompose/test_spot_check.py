@@ -11,10 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamrepair.decompose import lapack
-from streamrepair.decompose.blocks import block_rows
 from streamrepair.decompose.convert import Real
 from streamrepair.decompose.host import HostArithmetic
-from streamrepair.decompose.operator import Panel
+from streamrepair.decompose.operator import Panel, block_rows
 from streamrepair.decompose.spot_check import STRIDE, SpotCheck, WrongMergeError, sampled
 from tests.decompose.sources import ArraySource, Doubles, stored
 

@@ -21,7 +21,8 @@ from streamrepair.api import Silent
 from streamrepair.checkpoint.layout import open_checkpoint
 from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.write import ShardFile
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Precision
+from streamrepair.decompose.arithmetic import Arithmetic, Precision
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.device.batch import DeviceGrams
 from streamrepair.decompose.device.batch import _member as member_of
@@ -36,7 +37,7 @@ from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import InterruptedRunError, NumericalError, OutputError
 from streamrepair.report import JournalEntry, Report, Settings
-from tests.engine.test_run import _check
+from tests.engine.results import check_result
 from tests.pairs import Pair, matrices, read_tensors, shard_bytes, stored, write_pair, write_split
 
 EVEN = Rates(1.0, 1.0)
@@ -134,7 +135,7 @@ def test_a_batched_repair_is_the_textbooks(pair: Pair, tmp_path: Path) -> None:
     assert sizes(plan) == [3, 3, 4, 4]
     report = run(plan, tmp_path / "out", lambda: Touchy(seen))
     assert sorted(seen) == [3, 3, 4, 4]  # bfloat16 does not show what it is touchy about
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     for name in SMALL:
         record = report.tensors[name]
         assert (record.action, record.backend, record.climbed) == ("repaired", "gram-float64", ())
@@ -151,7 +152,7 @@ def test_other_dtypes(tmp_path: Path, dtypes: tuple[str, str]) -> None:
     pair = write_pair(tmp_path, SHAPES, dtypes=dtypes)
     plan = planned(pair)
     assert sizes(plan) == [3, 3, 4, 4]
-    _check(pair, tmp_path / "out", run(plan, tmp_path / "out", steady))
+    check_result(pair, tmp_path / "out", run(plan, tmp_path / "out", steady))
 
 
 def test_a_batch_decides_as_each_member_alone_would(pair: Pair, tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_members_that_fine_tuning_did_not_touch_leave_the_batch(
     assert seen == [6]
     for name in same:
         assert (report.tensors[name].action, report.tensors[name].reason) == ("copied", "delta is zero")
-    _check(pair, tmp_path / "steady", run(plan, tmp_path / "steady", steady))
+    check_result(pair, tmp_path / "steady", run(plan, tmp_path / "steady", steady))
     with pytest.raises(OutputError, match="made up"):
         run(plan, tmp_path / "out", lambda: _Fails(3))
     done, watcher = set(_journalled(tmp_path / "out")), _Progress()
@@ -363,7 +364,7 @@ def test_members_that_are_no_ordinary_matrices_do_no_harm_to_the_others(tmp_path
     pair = strange(tmp_path, _odd_ones())
     plan = planned(pair, on_nonfinite="copy-ft")
     assert sizes(plan) == [11]
-    _check(pair, tmp_path / "steady", run(plan, tmp_path / "steady", steady))
+    check_result(pair, tmp_path / "steady", run(plan, tmp_path / "steady", steady))
     records = run(plan, tmp_path / "out").tensors
     for name in ("a nan", "b nan", "c nan"):
         assert records[name].action == "kept_ft"
@@ -418,7 +419,7 @@ def test_a_member_whose_solver_fails_goes_up_the_ladder_alone(
     monkeypatch.setattr(torch.linalg, "eigh", faulty)
     plan, watcher = planned(pair), _Warned()
     report = run(plan, tmp_path / "out", watcher=watcher)
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     assert sizes(plan) == [3, 3, 4, 4]
     for batch in plan.batches:
         for i, task in enumerate(batch.tasks):
@@ -453,7 +454,7 @@ def test_float32_is_tried_for_a_whole_batch_where_it_would_be_alone(tmp_path: Pa
 
     watcher = _Warned()
     report = run(planned(pair), tmp_path / "out", slow, watcher=watcher)
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     assert precisions == [(3, "float32")]
     assert [report.tensors[f"w{i}"].backend for i in range(3)] == ["gram-float32", "gram-float64", "gram-float32"]
     assert [reason.partition(":")[0] for reason in report.tensors["w1"].climbed] == ["gram-float32 in a batch"]
@@ -476,7 +477,7 @@ def test_a_card_without_room_for_the_batch_halves_it(
             return super().grams(sources, probes, precision)
 
     report = run(planned(pair), tmp_path / "out", lambda: Tight("cpu", measured=EVEN))
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     assert {4, 3, 2} <= set(tried)
     assert [record.climbed for record in report.tensors.values()] == [()] * len(report.tensors)
     for name in SMALL:
@@ -494,7 +495,7 @@ def test_a_card_without_any_memory_hands_every_member_to_the_cpu_within_ram(pair
             raise NumericalError("CUDA out of memory. Tried to allocate 1.00 GiB.")
 
     report = run(planned(pair, scale=0.3), tmp_path / "out", lambda: Full("cpu", measured=EVEN))
-    _check(pair, tmp_path / "out", report, scale=0.3)
+    check_result(pair, tmp_path / "out", report, scale=0.3)
     for name in SMALL:
         assert "out of memory" in report.tensors[name].climbed[0]
         assert report.tensors[name].climbed[0].startswith("gram-float64 in a batch")
@@ -512,7 +513,7 @@ def test_a_device_that_breaks_in_a_batch_leaves_its_work_to_the_cpu(
     monkeypatch.setattr(DeviceGrams, "factorise", broken)
     monkeypatch.setattr(torch.linalg, "eigh", broken)
     report = run(planned(pair), tmp_path / "out")
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     reason = "CUDA error: an illegal memory access was encountered"
     for name in SMALL:
         assert report.tensors[name].climbed[:2] == (f"gram-float64 in a batch: {reason}", f"gram-float64: {reason}")

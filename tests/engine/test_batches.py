@@ -24,7 +24,7 @@ from streamrepair.decompose.device.rates import Rates
 from streamrepair.engine import batches, cost, memory, schedule
 from streamrepair.engine.admission import Admission
 from streamrepair.engine.batches import Batch
-from streamrepair.engine.fit import fits_climb, full_budget
+from streamrepair.engine.fit import full_budget, full_fits
 from streamrepair.engine.memory import MatrixShape
 from streamrepair.engine.plan import Plan, Task, Unit, make_plan
 from streamrepair.engine.run import execute
@@ -196,7 +196,7 @@ def test_beside_a_member_that_climbs_are_the_other_pairs(pair: Pair) -> None:
     )  # as if another worker had the neediest unit
     need = memory.repair_bytes(task.shape, "full", task.shape.block) + 8 * memory.pair_bytes(task.shape)
     for ram, fits in ((fixed + need, True), (fixed + need - 1, False)):
-        assert fits_climb(replace(plan, ram_allowed_bytes=ram), "full")[task.name] == fits
+        assert full_fits(replace(plan, ram_allowed_bytes=ram))[task.name] == fits
     alone = next(other for other in plan.tasks if other.name == "head")
     assert full_budget(plan, task) - full_budget(plan, alone) == need - memory.repair_bytes(
         alone.shape,
@@ -261,6 +261,7 @@ def _device_peak(count: int, shape: tuple[int, int], absent: int, precision: Pre
     return most
 
 
+@pytest.mark.usefixtures("one_torch_thread")
 @pytest.mark.parametrize("precision", ["float32", "float64"])
 @pytest.mark.parametrize("absent", [0, 1], ids=["all", "one leaves"])
 @pytest.mark.parametrize("shape", [(211, 211), (1009, 211), (5003, 211)])

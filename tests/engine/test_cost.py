@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from streamrepair.decompose.choose import MOST_KEPT, Estimate, krylov_share
 from streamrepair.decompose.speed import CPU
-from streamrepair.engine import rates
+from streamrepair.engine import limits, rates
 from streamrepair.engine.cost import predicted
 from streamrepair.engine.memory import MatrixShape
 
@@ -47,6 +47,13 @@ def test_the_share_that_krylov_is_tried_for_rises_with_the_short_side() -> None:
     assert krylov_share("auto", "fast", 2048) > krylov_share("auto", "exact", 2048) == 0.0
     assert krylov_share("randomized", "exact", 300) == MOST_KEPT
     assert krylov_share("gram", "exact", 8192) == krylov_share("full", "exact", 8192) == 0.0
+
+
+@pytest.mark.skipif("model name" not in Path("/proc/cpuinfo").read_text(), reason="the kernel names no processor")
+def test_a_machine_is_told_by_its_processor_too() -> None:
+    """Hosts of one name may have different ones: those of containers, of a queue's nodes."""
+    assert limits.cpu_model()
+    assert f", {limits.cpu_model()}, " in rates.machine()
 
 
 def test_a_measurement_is_kept_for_this_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

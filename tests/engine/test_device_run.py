@@ -21,7 +21,7 @@ from streamrepair.errors import BudgetError, NumericalError, UsageError
 from streamrepair.report import Report, Settings
 from streamrepair.units import parse_bytes
 from tests.decompose.memory_faults import BRIEFLY, MESSAGE
-from tests.engine.test_run import _check
+from tests.engine.results import check_result
 from tests.pairs import Pair, read_tensors, rounded_share, values, write_pair
 
 SHAPES = {"tall": (5_000, 64), "wide": (64, 5_000), "square": (96, 96), "norm": (64,)}
@@ -78,7 +78,7 @@ def test_a_device_that_adds_wrongly_is_caught_and_the_cpu_merges(
             _repaired(pair, tmp_path / "out")
         return
     report = _repaired(pair, tmp_path / "out")
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     for name in ("tall", "wide", "square"):
         assert report.tensors[name].climbed[-1].startswith("merge: the result has")
         assert report.tensors[name].rank_kept == right.tensors[name].rank_kept
@@ -86,7 +86,7 @@ def test_a_device_that_adds_wrongly_is_caught_and_the_cpu_merges(
 
 def test_a_repair_on_a_device_is_the_textbooks(pair: Pair, tmp_path: Path) -> None:
     report = _repaired(pair, tmp_path / "out")
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     for name in ("tall", "wide", "square"):
         assert report.tensors[name].backend.startswith("gram-float")
         assert not [reason for reason in report.tensors[name].climbed if not reason.startswith("gram-float32")]
@@ -96,7 +96,7 @@ def test_a_repair_on_a_device_is_the_textbooks(pair: Pair, tmp_path: Path) -> No
 @pytest.mark.parametrize("dtypes", [("F16", "F16"), ("F32", "BF16"), ("F64", "F64")])
 def test_other_dtypes(tmp_path: Path, dtypes: tuple[str, str]) -> None:
     pair = write_pair(tmp_path, SHAPES, dtypes=dtypes)
-    _check(pair, tmp_path / "out", _repaired(pair, tmp_path / "out"))
+    check_result(pair, tmp_path / "out", _repaired(pair, tmp_path / "out"))
 
 
 def _no_memory_in_merges(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], bool]) -> list[int]:
@@ -125,7 +125,7 @@ def test_a_merge_without_memory_is_finished_on_the_cpu(
     _no_memory_in_merges(monkeypatch, lambda call: call >= first)
     ram_bytes = 4_000_000_000 if panels == "whole" else _smallest_budget(pair)
     report = _repaired(pair, tmp_path / "out", ram_bytes=ram_bytes)
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     assert not api.verify(tmp_path / "out").damage
     left = [name for name, record in report.tensors.items() if f"merge: {BRIEFLY}" in record.climbed]
     assert {"tall", "wide"} <= set(left) <= {"tall", "wide", "square"}  # the smallest may have been done before
@@ -139,7 +139,7 @@ def test_memory_that_runs_out_once_is_made_do_with(monkeypatch: pytest.MonkeyPat
     calls = _no_memory_in_merges(monkeypatch, lambda call: call == 2)
     report = _repaired(pair, tmp_path / "out")
     assert calls[0] > 2
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     assert not any("merge" in reason for record in report.tensors.values() for reason in record.climbed)
 
 
@@ -150,7 +150,7 @@ def test_a_device_without_memory_for_anything(monkeypatch: pytest.MonkeyPatch, p
     monkeypatch.setattr(torch, "zeros", no_memory)
     monkeypatch.setattr(torch.Tensor, "addmm_", no_memory)
     report = _repaired(pair, tmp_path / "out")
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     assert f"gram-float64: {BRIEFLY}" in report.tensors["tall"].climbed
 
 

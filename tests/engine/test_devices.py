@@ -12,7 +12,8 @@ import torch
 
 from streamrepair.api import Silent
 from streamrepair.checkpoint.layout import open_checkpoint
-from streamrepair.decompose.arithmetic import Arithmetic, Doubles, Gram, Merger, Precision, Vectors
+from streamrepair.decompose.arithmetic import Arithmetic, Gram, Merger, Precision, Vectors
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device import DeviceArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.scratch import Scratch

@@ -25,7 +25,7 @@ from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.decompose.truncation import UnresolvedError
 from streamrepair.decompose.windows import Slack, Windows
-from streamrepair.engine import memory, repair_task
+from streamrepair.engine import memory
 from streamrepair.engine.memory import MatrixShape, Panels
 from streamrepair.errors import BudgetError
 from streamrepair.report import Settings
@@ -311,7 +311,6 @@ def test_block_krylovs_limits_are_those_of_the_backend() -> None:
 def test_the_widest_windows_are_those_of_the_backend() -> None:
     assert memory.WINDOWED == 2 * single._WIDEST + single._LARGEST
     assert 2 * single._FURTHEST <= single._WIDEST
-    assert memory.SINGLE_COLUMNS == repair_task._LEAST_SINGLE_COLS
 
 
 PLAIN = MatrixShape(rows=7919, cols=1009, base_item_bytes=2, ft_item_bytes=2, out_item_bytes=2)

@@ -46,11 +46,11 @@ def _cached(path: Path, offset: int = 1 << 16) -> bool:
         os.close(fd)
 
 
-def _middles(plan: Plan, task: Task) -> list[tuple[Path, int]]:
+def _middles(task: Task) -> list[tuple[Path, int]]:
     """A place in the middle of a task's tensor on both sides."""
     assert task.pairing.base is not None
-    sides = ((plan.base, task.pairing.base), (plan.ft, task.ft))
-    return [(c.shards[s.shard].path, s.entry.start + s.entry.nbytes // 2) for c, s in sides]
+    sides = (task.pairing.base, task.ft)
+    return [(side.shard.path, side.entry.start + side.entry.nbytes // 2) for side in sides]
 
 
 def _soon(places: list[tuple[Path, int]]) -> bool:
@@ -63,9 +63,9 @@ def _soon(places: list[tuple[Path, int]]) -> bool:
 
 def test_the_next_in_line_is_read_ahead_on_both_sides(plan: Plan) -> None:
     files = InputFiles()
-    cache = PageCache(plan, files, free_bytes=PLENTY)
+    cache = PageCache(files, free_bytes=PLENTY, lets_go=False)
     cache.upcoming(plan.tasks[1])
-    assert _soon(_middles(plan, plan.tasks[1]))
+    assert _soon(_middles(plan.tasks[1]))
     cache.close()
     files.close()
 
@@ -74,16 +74,16 @@ def test_no_more_is_read_ahead_than_there_is_room_for(plan: Plan) -> None:
     """A tenth of what is free: here it holds one task, and the next once that is done."""
     files = InputFiles()
     first, second = plan.tasks
-    cache = PageCache(plan, files, free_bytes=15 * first.read_once_bytes)
+    cache = PageCache(files, free_bytes=15 * first.read_once_bytes, lets_go=False)
     cache.upcoming(first)
-    assert _soon(_middles(plan, first))
-    for path, _ in _middles(plan, first):
+    assert _soon(_middles(first))
+    for path, _ in _middles(first):
         _drop(path)
     cache.upcoming(second)
     cache.upcoming(first)  # once is enough
     cache.done_with(first)
     cache.upcoming(second)
-    assert _soon(_middles(plan, second))
+    assert _soon(_middles(second))
     cache.close()
     files.close()
 
@@ -94,8 +94,8 @@ def test_a_run_that_is_large_against_free_memory_lets_go_of_what_it_has_read(pla
     task = plan.tasks[0]
     free_bytes = plan.out_bytes if large else PLENTY
     assert lets_go(plan, free_bytes) == large
-    cache = PageCache(plan, files, free_bytes=free_bytes)
-    places = _middles(plan, task)
+    cache = PageCache(files, free_bytes=free_bytes, lets_go=large)
+    places = _middles(task)
     for path, _ in places:
         path.read_bytes()
     cache.done_with(task)
@@ -109,7 +109,7 @@ def test_an_input_that_is_gone_is_left_for_its_task_to_meet(plan: Plan) -> None:
     for folder in (plan.base.folder, plan.ft.folder):
         for path in folder.glob("*.safetensors"):
             path.unlink()
-    cache = PageCache(plan, InputFiles(), free_bytes=PLENTY)
+    cache = PageCache(InputFiles(), free_bytes=PLENTY, lets_go=False)
     for task in plan.tasks:
         cache.upcoming(task)
     cache.close()

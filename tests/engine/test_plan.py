@@ -53,7 +53,7 @@ def test_each_task_writes_where_fts_tensor_lies(pair: Pair) -> None:
     plan = api.plan(pair.base, pair.ft)
     assert [layout.name for layout in plan.layouts] == sorted(p.name for p in pair.ft.glob("*.safetensors"))
     for task in plan.tasks:
-        assert (task.shard, task.out) == (task.ft.shard, task.ft.entry)
+        assert (plan.ft.shards[task.shard], task.out) == (task.ft.shard, task.ft.entry)
     assert plan.out_bytes == sum(p.stat().st_size for p in pair.ft.glob("*.safetensors"))
 
 

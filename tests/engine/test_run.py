@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -16,16 +13,12 @@ import pytest
 import torch
 
 from streamrepair import api
-from streamrepair.checkpoint import osfile
 from streamrepair.decompose.host import HostMerger
-from streamrepair.engine import commit, limits, task
-from streamrepair.engine.fit import fits_climb
-from streamrepair.engine.plan import Plan
-from streamrepair.engine.stop import StopRequest
-from streamrepair.errors import DiskSpaceError, InputError, InterruptedRunError, NumericalError, OutputError
-from streamrepair.report import Report
-from tests.builders import Raw, bf16, raw, write_index, write_safetensors
-from tests.faults import Kernel, fails
+from streamrepair.engine import limits
+from streamrepair.engine.fit import full_fits
+from streamrepair.errors import NumericalError
+from tests.builders import Raw, bf16, write_index, write_safetensors
+from tests.engine.results import Recorder, check_result
 from tests.pairs import (
     DEMO,
     Pair,
@@ -42,41 +35,13 @@ from tests.pairs import (
     write_split,
 )
 
-
-@pytest.fixture(autouse=True)
-def inputs_are_never_written(tmp_path: Path) -> Iterator[None]:
-    """Whatever a run does, the demonstration pair is afterwards what it was."""
-    before = snapshot(DEMO)
-    yield
-    assert snapshot(DEMO) == before
-
-
-def _check(pair: Pair, out: Path, report: Report, *, scale: float = 1.0) -> None:
-    """Every repaired tensor has the textbook's rank and values; every other one is FT's; all are accounted for."""
-    base, ft, found = read_tensors(pair.base), read_tensors(pair.ft), read_tensors(out)
-    assert list(found) == list(ft)
-    assert set(report.tensors) == set(base) | set(ft)
-    for name, record in report.tensors.items():
-        if record.action == "dropped":
-            assert name not in ft
-        elif record.action != "repaired":
-            assert found[name] == ft[name]
-        else:
-            expected = textbook(values(base[name]), values(ft[name]), scale=scale)
-            assert record.rank_kept == expected.rank
-            assert record.threshold == pytest.approx(expected.tau, rel=1e-5)
-            assert found[name][:2] == ft[name][:2]
-            if found[name][0] == "F64":  # to the last place the textbook is no better
-                off = np.linalg.norm(values(found[name]) - expected.sum)
-                assert off <= 1e-10 * np.linalg.norm(expected.sum - values(base[name]))
-            else:
-                assert rounded_share(values(found[name]), expected.sum, found[name][0]) >= 0.999
+pytestmark = pytest.mark.usefixtures("inputs_are_never_written")
 
 
 def test_the_demo_pair(tmp_path: Path) -> None:
     pair = Pair(DEMO / "base", DEMO / "ft")
     report = api.repair(pair.base, pair.ft, tmp_path / "out")
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     actions = [record.action for record in report.tensors.values()]
     assert (actions.count("repaired"), actions.count("kept_ft")) == (30, 9)
     ft_index, index = (
@@ -148,7 +113,7 @@ def test_every_float_dtype_and_mixture(tmp_path: Path, dtypes: tuple[str, str]) 
     pair = write_pair(tmp_path, SHAPES, dtypes=dtypes, shards=(2, 3))
     before = snapshot(pair.base), snapshot(pair.ft)
     report = api.repair(pair.base, pair.ft, tmp_path / "out")
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     assert [r.action for r in report.tensors.values()].count("repaired") == 4
     assert {r.dtype for r in report.tensors.values()} == {dtypes[1]}
     assert (snapshot(pair.base), snapshot(pair.ft)) == before
@@ -158,7 +123,7 @@ def test_matrices_of_many_blocks_and_panels(tmp_path: Path) -> None:
     """Two block heights and a bit; the wide one read in columns in a small budget and whole in a large one."""
     pair = write_pair(tmp_path, {"tall": (4500, 520), "wide": (520, 4500)}, shards=(1, 1))
     report = api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     least = smallest_budget(pair)
     panels = {t.name: t.panel_rows for t in api.plan(pair.base, pair.ft, ram=least).tasks}
     assert panels["wide"] < 4500, "the budget was meant to force columns"
@@ -190,8 +155,8 @@ def test_scale_moves_the_threshold(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, {"w": (128, 128)})
     low = api.repair(pair.base, pair.ft, tmp_path / "low", scale=0.6)
     high = api.repair(pair.base, pair.ft, tmp_path / "high", scale=3.0)
-    _check(pair, tmp_path / "low", low, scale=0.6)
-    _check(pair, tmp_path / "high", high, scale=3.0)
+    check_result(pair, tmp_path / "low", low, scale=0.6)
+    check_result(pair, tmp_path / "high", high, scale=3.0)
     assert (low.tensors["w"].rank_kept or 0) > (high.tensors["w"].rank_kept or 0) > 0
 
 
@@ -271,38 +236,6 @@ def _second_run_notes(tmp_path: Path, out_dtype: str) -> str:
     return " ".join(watcher.notes)
 
 
-class Recorder:
-    """A watcher that remembers."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-        self.warnings: list[str] = []
-        self.done_bytes = self.total_bytes = self.found_bytes = 0
-        self.ended = 0
-        self._lock = threading.Lock()
-
-    def begin(self, plan: Plan, done_bytes: int) -> None:
-        """Remember what there is to do."""
-        self.total_bytes, self.found_bytes = sum(t.out.nbytes for t in plan.tasks), done_bytes
-
-    def advance(self, done_bytes: int) -> None:
-        """Add up."""
-        with self._lock:
-            self.done_bytes += done_bytes
-
-    def warn(self, message: str) -> None:
-        """Remember."""
-        self.warnings.append(message)
-
-    def note(self, message: str) -> None:
-        """Remember."""
-        self.notes.append(message)
-
-    def end(self) -> None:
-        """Count."""
-        self.ended += 1
-
-
 def test_kept_dropped_and_resized_tensors_are_told_of(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     before, after = matrices(rng, (64, 64))
@@ -311,7 +244,7 @@ def test_kept_dropped_and_resized_tensors_are_told_of(tmp_path: Path) -> None:
     pair = Pair(write_split(tmp_path / "base", base, 1), write_split(tmp_path / "ft", ft, 1))
     watcher = Recorder()
     report = api.repair(pair.base, pair.ft, tmp_path / "out", watcher=watcher)
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
     assert {name: (r.action, r.reason) for name, r in report.tensors.items()} == {
         "w": ("repaired", ""),
         "new": ("kept_ft", "not in the base checkpoint"),
@@ -332,7 +265,7 @@ def test_include_and_exclude(tmp_path: Path) -> None:
         "a.k": "kept_ft",
         "b.q": "kept_ft",
     }
-    _check(pair, tmp_path / "out", report)
+    check_result(pair, tmp_path / "out", report)
 
 
 def test_the_index_keeps_order_and_metadata_and_counts_the_bytes_anew(tmp_path: Path) -> None:
@@ -385,7 +318,7 @@ def test_low_rank_is_settled_in_the_smallest_budget_a_plan_accepts(tmp_path: Pat
     pair = Pair(write_split(tmp_path / "base", base, 1), write_split(tmp_path / "ft", ft, 1))
     least = smallest_budget(pair)
     planned = api.plan(pair.base, pair.ft, ram=least)
-    assert not any(fits_climb(planned, "full").values()), "the budget was meant to be too small"
+    assert not any(full_fits(planned).values()), "the budget was meant to be too small"
     report = api.repair(pair.base, pair.ft, tmp_path / "out", ram=least)
     assert {r.backend for r in report.tensors.values()} == {"row-space"}
     assert all("low rank" in r.reason for r in report.tensors.values())
@@ -400,7 +333,7 @@ def test_full_runs_in_every_budget_that_its_plan_accepts_for_two_workers(tmp_pat
         backend="full", device="cpu",
     )  # fmt: skip
     assert (planned.workers, planned.side_by_side) == (2, 1), "the budget was meant to be too small for both at once"
-    assert all(fits_climb(planned, "full").values())
+    assert all(full_fits(planned).values())
     report = api.repair(
         pair.base, pair.ft, tmp_path / "out", ram=planned.ram_allowed_bytes, workers=2, backend="full", device="cpu"
     )
@@ -460,111 +393,6 @@ def test_the_report_is_whole_and_finite(tmp_path: Path) -> None:
     assert record.frob_delta_in == pytest.approx(np.linalg.norm(delta), rel=1e-6)
     assert record.frob_delta_out == pytest.approx(np.linalg.norm(s[: record.rank_kept]), rel=1e-5)
     assert record.nearest_sigma_gap == pytest.approx(np.abs(s / (record.threshold or 1.0) - 1).min(), rel=1e-3)
-
-
-BAD = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-
-
-@BAD
-@pytest.mark.parametrize("side", ["base", "ft"])
-@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
-def test_an_input_that_is_not_finite_leaves_no_out(tmp_path: Path, side: str, dtype: str, value: float) -> None:
-    pair = write_pair(tmp_path, {"a": (64, 64), "w": (300, 40)}, dtypes=(dtype, dtype))
-    _spoil(getattr(pair, side), "w", 7, value)
-    before = snapshot(tmp_path)
-    with pytest.raises(InputError, match=rf"{side}/.*safetensors: tensor w holds NaN or infinity at element 7,"):
-        api.repair(pair.base, pair.ft, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    assert snapshot(tmp_path) == before
-    report = api.repair(pair.base, pair.ft, tmp_path / "out", on_nonfinite="copy-ft")
-    assert {name: r.action for name, r in report.tensors.items()} == {"a": "repaired", "w": "kept_ft"}
-    assert any("tensor w holds NaN" in warning for warning in report.warnings)
-    assert read_tensors(tmp_path / "out")["w"] == read_tensors(pair.ft)["w"]
-
-
-def _spoil(folder: Path, name: str, element: int, value: float) -> None:
-    """Overwrite one element of a tensor in place."""
-    for path in folder.glob("*.safetensors"):
-        content = bytearray(path.read_bytes())
-        start = 8 + int.from_bytes(content[:8], "little")
-        entry = json.loads(content[8:start]).get(name)
-        if entry is not None:
-            dtype = entry["dtype"]
-            bits = (np.array(value, np.float32).view(np.uint32) >> 16).astype(np.uint16)
-            number = bits.tobytes() if dtype == "BF16" else raw(stored(np.array(value), dtype))[2]
-            at = start + entry["data_offsets"][0] + element * len(number)
-            content[at : at + len(number)] = number
-            path.write_bytes(content)
-
-
-def test_a_vector_that_is_not_finite_is_refused_too(tmp_path: Path) -> None:
-    pair = write_pair(tmp_path, {"w": (64, 64), "v": (64,)})
-    _spoil(pair.ft, "v", 63, math.nan)
-    with pytest.raises(InputError, match="tensor v holds NaN or infinity at element 63"):
-        api.repair(pair.base, pair.ft, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["v", "grown", "left", "gone", "f8"])
-def test_what_is_not_used_of_base_is_refused_if_it_is_not_finite(tmp_path: Path, name: str) -> None:
-    """BASE's side of a vector, of a tensor of another shape, of an excluded one, and of one that FT lacks.
-
-    FP8 is no plain number and is not looked into. Where such tensors are passed through, FT's side is all that counts.
-    """
-    rng = np.random.default_rng(0)
-    ft = {"w": bf16(rng.standard_normal((64, 64))), "v": bf16(np.ones(70)), "grown": bf16(np.ones((80, 64)))}
-    ft |= {"left": bf16(rng.standard_normal((64, 64))), "f8": ("F8_E4M3", (64, 64), b"\x38" * 4096)}
-    base = ft | {"grown": bf16(np.ones((70, 64))), "gone": bf16(np.ones((70, 70)))}
-    if name == "f8":
-        base["f8"] = ("F8_E4M3", (64, 64), b"\x7f" * 4096)
-    pair = Pair(write_split(tmp_path / "base", base, 1), write_split(tmp_path / "ft", ft, 1))
-    planned = api.plan(pair.base, pair.ft, exclude="left")
-    sound = api.repair(pair.base, pair.ft, tmp_path / "sound", exclude="left")
-    assert sound.timings.bytes_read == pytest.approx(planned.read_bytes, abs=2 << 14)
-    if name == "f8":
-        return
-    _spoil(pair.base, name, 69, math.inf)
-    with pytest.raises(
-        InputError, match=rf"base/model\.safetensors: tensor {name} holds NaN or infinity at element 69"
-    ):
-        api.repair(pair.base, pair.ft, tmp_path / "out", exclude="left")
-    assert not (tmp_path / "out").exists()
-    report = api.repair(pair.base, pair.ft, tmp_path / "out", exclude="left", on_nonfinite="copy-ft")
-    assert read_tensors(tmp_path / "out") == read_tensors(tmp_path / "sound")
-    assert report.timings.bytes_read < sound.timings.bytes_read
-
-
-def test_a_refusal_leaves_what_was_in_out_before(tmp_path: Path) -> None:
-    """An empty folder stays; with --overwrite other files stay, and only the earlier result is gone."""
-    pair = write_pair(tmp_path, {"w": (64, 64)}, shards=(1, 1))
-    out = tmp_path / "out"
-    api.repair(pair.base, pair.ft, out)
-    (out / "notes.txt").write_text("mine")
-    (out / "sub").mkdir()
-    (out / "sub" / "kept.bin").write_bytes(b"mine")
-    (tmp_path / "empty").mkdir()
-    _spoil(pair.ft, "w", 0, math.nan)
-    with pytest.raises(InputError, match="NaN"):
-        api.repair(pair.base, pair.ft, tmp_path / "empty")
-    assert list((tmp_path / "empty").iterdir()) == []
-    with pytest.raises(InputError, match="NaN"):
-        api.repair(pair.base, pair.ft, out, overwrite=True)
-    assert sorted(str(p.relative_to(out)) for p in out.rglob("*")) == ["notes.txt", "sub", "sub/kept.bin"]
-
-
-def test_an_interrupted_run_that_ends_in_a_refusal_takes_out_away_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pair = write_pair(tmp_path, {"w": (64, 64), "a": (60, 60)}, shards=(1, 1))
-    _spoil(pair.ft, "a", 0, math.nan)
-    monkeypatch.setattr(osfile, "os", Kernel(("pwrite",), fails(4, 5)))
-    with pytest.raises(OutputError):
-        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
-    assert (tmp_path / "out").exists()
-    monkeypatch.undo()
-    with pytest.raises(InputError, match="NaN"):
-        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_tail_of_zeros_is_no_noise(tmp_path: Path) -> None:
@@ -653,283 +481,3 @@ def test_weights_whose_squares_float32_cannot_hold_are_repaired(tmp_path: Path) 
         assert report.tensors[name].rank_kept == expected.rank > 0
         assert rounded_share(values(found[name]), expected.sum, "BF16") > 0.999
         assert 0 < (report.tensors[name].rounding_loss or 0) < 1
-
-
-@pytest.mark.parametrize("error", [NumericalError("made up"), KeyboardInterrupt(), ZeroDivisionError()])
-def test_a_failure_in_the_middle_keeps_finished_tensors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
-    """And the next run of the same command redoes only the others."""
-    pair = write_pair(tmp_path, {f"w{i}": (64, 64 + i) for i in range(6)}, shards=(1, 2))
-    whole = tmp_path / "whole"
-    api.repair(pair.base, pair.ft, whole, workers=1)
-    started: list[str] = []
-    repair = task._repair
-
-    def failing(job: task.Job) -> object:
-        started.append(job.task.name)
-        if len(started) == 4:
-            raise error
-        return repair(job)
-
-    monkeypatch.setattr(task, "_repair", failing)
-    with pytest.raises(type(error)):
-        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
-    monkeypatch.setattr(task, "_repair", lambda job: (started.append(job.task.name), repair(job))[1])
-    first, started[:] = started[:3], []
-    report = api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
-    assert sorted(started) == sorted(set(report.tensors) - set(first))
-    assert shard_bytes(tmp_path / "out") == shard_bytes(whole)
-
-
-def test_a_keyboard_interrupt_of_the_caller_keeps_what_was_committed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C in a notebook: no handler, the exception is raised wherever the calling thread is."""
-    pair = write_pair(tmp_path, {f"w{i}": (64, 64 + i) for i in range(6)})
-
-    class Interrupting(Recorder):
-        def warn(self, message: str) -> None:
-            raise KeyboardInterrupt(message)
-
-    # The caller's thread meets the low rank of the last tensor as a warning.
-    flat = bf16(np.ones((64, 64)))
-    for folder, content in ((pair.base, bf16(np.zeros((64, 64)))), (pair.ft, flat)):
-        tensors = read_tensors(folder)
-        for path in folder.glob("*.safetensors*"):
-            path.unlink()
-        write_split(folder, {**tensors, "z": content}, 1)
-    threads = threading.active_count()
-    with pytest.raises(KeyboardInterrupt):
-        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, watcher=Interrupting())
-    assert threading.active_count() == threads
-    watcher = Recorder()
-    api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, watcher=watcher)
-    assert watcher.found_bytes > 0
-    assert api.verify(tmp_path / "out").damage == ()
-
-
-def test_a_stop_request_ends_the_run_and_the_next_call_goes_on(tmp_path: Path) -> None:
-    pair = write_pair(tmp_path, {f"w{i}": (64, 64 + i) for i in range(8)})
-    stop = StopRequest()
-
-    class Stopping(Recorder):
-        def advance(self, done_bytes: int) -> None:
-            super().advance(done_bytes)
-            if self.done_bytes > self.total_bytes / 3 and not stop.requested:
-                stop.request("enough")
-                time.sleep(0.5)  # the run looks a few times a second
-
-    with pytest.raises(InterruptedRunError, match="enough"):
-        api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, stop=stop, watcher=Stopping())
-    watcher = Recorder()
-    api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, watcher=watcher)
-    assert 0 < watcher.found_bytes < watcher.total_bytes
-    assert watcher.found_bytes + watcher.done_bytes == watcher.total_bytes
-
-
-def test_a_finished_out_is_left_as_it_is(tmp_path: Path) -> None:
-    pair = write_pair(tmp_path, SHAPES)
-    out = tmp_path / "out"
-    first = api.repair(pair.base, pair.ft, out)
-    before = snapshot(out)
-    watcher = Recorder()
-    second = api.repair(pair.base, pair.ft, out, watcher=watcher, report=tmp_path / "copy.json", ram="1GB", workers=1)
-    changed = {name for name, found in snapshot(out).items() if found != before.get(name)}
-    assert changed <= {".streamrepair/lock"}
-    assert (second, watcher.notes) == (first, ["nothing to do: the result is whole"])
-    assert (tmp_path / "copy.json").read_bytes() == (out / "streamrepair.json").read_bytes()
-
-
-def test_a_missing_sidecar_or_report_is_written_again(tmp_path: Path) -> None:
-    pair = write_pair(tmp_path, SHAPES)
-    out = tmp_path / "out"
-    first = api.repair(pair.base, pair.ft, out)
-    shards = shard_bytes(out)
-    for name in ("tokenizer.json", "model.safetensors.index.json", "streamrepair.json"):
-        (out / name).unlink()
-        watcher = Recorder()
-        report = api.repair(pair.base, pair.ft, out, watcher=watcher)
-        assert watcher.found_bytes == watcher.total_bytes
-        assert (report.timings.bytes_written, shard_bytes(out)) == (first.timings.bytes_written, shards)
-        assert (out / name).exists()
-
-
-def test_a_sidecar_that_is_not_fts_any_more_is_told_of(tmp_path: Path) -> None:
-    """FT's tokenizer was mended, or OUT's emptied: the result was called whole and no more said."""
-    pair = write_pair(tmp_path, {"w": (64, 64)}, shards=(1, 1))
-    out = tmp_path / "out"
-
-    def told() -> list[str]:
-        watcher = Recorder()
-        api.repair(pair.base, pair.ft, out, watcher=watcher, out_dtype="float32")
-        return watcher.warnings
-
-    assert told() == []
-    assert told() == [], "config.json has another dtype than FT's, as it must"
-    (pair.ft / "tokenizer.json").write_text("mended")
-    (out / "config.json").write_text("")
-    config, tokenizer = out / "config.json", out / "tokenizer.json"
-    assert told() == [
-        f"no copies of FT's: {config}, {tokenizer}: to have FT's, remove them and run the same command again"
-    ]
-    tokenizer.unlink()
-    config.unlink()
-    assert told() == []
-    assert tokenizer.read_text() == "mended"
-
-
-def test_overwrite_begins_anew_and_takes_the_earlier_runs_files_only(tmp_path: Path) -> None:
-    pair = write_pair(tmp_path / "one", {"w": (64, 64), "v": (50, 64)}, shards=(1, 2))
-    other = write_pair(tmp_path / "two", {"w": (64, 64)}, shards=(1, 1), seed=1)
-    (pair.ft / "added_tokens.json").write_text("{}")
-    out = tmp_path / "out"
-    api.repair(pair.base, pair.ft, out)
-    (out / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match=r"holds a run that differs.*BASE file.*--overwrite"):
-        api.repair(other.base, other.ft, out)
-    report = api.repair(other.base, other.ft, out, overwrite=True)
-    assert {p.name for p in out.iterdir()} == {
-        "model.safetensors", "config.json", "tokenizer.json", "notes.txt", "streamrepair.json", ".streamrepair",
-    }  # fmt: skip
-    _check(other, out, report)
-    assert api.verify(out).damage == ()
-
-
-def test_overwrite_does_not_touch_weights_of_others(tmp_path: Path) -> None:
-    pair = write_pair(tmp_path, {"w": (64, 64)})
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "adapter_model.safetensors").write_bytes(b"precious")
-    before = snapshot(out)
-    for overwrite in (False, True):
-        with pytest.raises(InputError, match=r"not empty|adapter_model"):
-            api.repair(pair.base, pair.ft, out, overwrite=overwrite)
-        assert snapshot(out) == before
-
-
-def test_overwrite_goes_on_with_an_unfinished_run_of_the_same_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A batch system repeats the whole command line; it would otherwise begin anew for ever."""
-    pair = write_pair(tmp_path, {f"w{i}": (64, 64) for i in range(5)})
-    out = tmp_path / "out"
-    api.repair(pair.base, pair.ft, out, overwrite=True)
-    expected = shard_bytes(out)
-    monkeypatch.setattr(commit, "_EVERY_S", 0.0)
-    monkeypatch.setattr(osfile, "os", Kernel(("replace",), fails(2, 5)))
-    with pytest.raises(OutputError):
-        api.repair(pair.base, pair.ft, out, overwrite=True, workers=1)
-    monkeypatch.undo()
-    watcher = Recorder()
-    api.repair(pair.base, pair.ft, out, overwrite=True, watcher=watcher)
-    assert watcher.found_bytes > 0
-    assert shard_bytes(out) == expected
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_damaged_tensor_of_a_sealed_shard_is_redone_alone(tmp_path: Path, overwrite: bool) -> None:
-    """Without --overwrite only that tensor; with it everything, as it says."""
-    pair = write_pair(tmp_path, {f"w{i}": (64, 64) for i in range(4)}, shards=(1, 2))
-    out = tmp_path / "out"
-    api.repair(pair.base, pair.ft, out)
-    expected = shard_bytes(out)
-    victim = out / "model-00002-of-00002.safetensors"
-    victim.write_bytes(expected[victim.name][:-1] + bytes([expected[victim.name][-1] ^ 4]))
-    assert [d.where for d in api.verify(out).damage] == ["w3"]
-    watcher = Recorder()
-    report = api.repair(pair.base, pair.ft, out, overwrite=overwrite, watcher=watcher)
-    assert shard_bytes(out) == expected
-    assert watcher.done_bytes == (watcher.total_bytes if overwrite else 64 * 64 * 2)
-    assert len(report.warnings) == (0 if overwrite else 1)
-    assert overwrite or "tensor w3 is damaged and is done again" in report.warnings[0]
-    assert api.verify(out).damage == ()
-
-
-@pytest.mark.parametrize("damage", ["cut", "header", "gone"])
-def test_a_shard_that_was_cut_or_lost_is_written_again(tmp_path: Path, damage: str) -> None:
-    pair = write_pair(tmp_path, {f"w{i}": (64, 64) for i in range(4)}, shards=(1, 2))
-    out = tmp_path / "out"
-    api.repair(pair.base, pair.ft, out)
-    expected = shard_bytes(out)
-    victim = out / "model-00001-of-00002.safetensors"
-    content = expected[victim.name]
-    if damage == "gone":
-        victim.unlink()
-    else:
-        victim.write_bytes(content[:-100] if damage == "cut" else content[:20] + b"!" + content[21:])
-    api.repair(pair.base, pair.ft, out)
-    assert shard_bytes(out) == expected
-
-
-@pytest.mark.parametrize("where", ["equal", "inside", "around", "shard linked"])
-@pytest.mark.parametrize("side", ["base", "ft"])
-def test_an_out_that_overlaps_an_input_is_refused(tmp_path: Path, side: str, where: str) -> None:
-    pair = write_pair(tmp_path / "in", {"w": (64, 64)}, shards=(1, 1))
-    folder: Path = getattr(pair, side)
-    out = {"equal": folder, "inside": folder / "sub" / "out", "around": tmp_path / "in"}.get(where, tmp_path / "out")
-    if where == "shard linked":
-        out.mkdir()
-        (out / "model.safetensors").hardlink_to(folder / "model.safetensors")
-    before = snapshot(tmp_path)
-    for overwrite in (False, True):
-        with pytest.raises(InputError, match="name another"):
-            api.repair(pair.base, pair.ft, out, overwrite=overwrite)
-    assert snapshot(tmp_path) == before
-
-
-def test_out_may_lie_beside_inputs_that_are_named_as_files(tmp_path: Path) -> None:
-    """`streamrepair base.safetensors ft.safetensors out` in one folder; but not in that folder itself."""
-    pair = write_pair(tmp_path / "in", {"w": (64, 64)}, shards=(1, 1))
-    base, ft = ((getattr(pair, s) / "model.safetensors").rename(tmp_path / f"{s}.safetensors") for s in ("base", "ft"))
-    report = api.repair(base, ft, tmp_path / "out")
-    assert report.tensors["w"].action == "repaired"
-    assert (tmp_path / "out" / "ft.safetensors").exists()
-    with pytest.raises(InputError, match="name another folder"):
-        api.repair(base, ft, tmp_path, overwrite=True)
-    with pytest.raises(InputError, match="name another place"):
-        api.repair(base, ft, tmp_path / "out2", report=ft)
-
-
-def test_an_out_that_is_a_file_or_a_link_is_refused(tmp_path: Path) -> None:
-    pair = write_pair(tmp_path, {"w": (64, 64)})
-    (tmp_path / "file").write_text("mine")
-    (tmp_path / "target").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    (tmp_path / "nowhere").symlink_to(tmp_path / "none")
-    said = {"file": "file is not a folder", "link": "link is a link: .* leads to, .*target$", "nowhere": "not a folder"}
-    for name, what in said.items():
-        for overwrite in (False, True):
-            with pytest.raises(InputError, match=what):
-                api.repair(pair.base, pair.ft, tmp_path / name, overwrite=overwrite)
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_a_disk_that_is_too_small_is_met_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = write_pair(tmp_path, {"w": (64, 64)})
-    monkeypatch.setattr(osfile, "free_bytes", lambda _: 1000)
-    with pytest.raises(DiskSpaceError, match=r"needs .* 1 kB are free"):
-        api.repair(pair.base, pair.ft, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_disk_that_is_too_small_by_little_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not "needs 7.02 MB, 7.02 MB are free"."""
-    pair = write_pair(tmp_path, {"w": (64, 64)})
-    (pair.ft / "vocab.json").write_bytes(bytes(3_004_000))
-    monkeypatch.setattr(osfile, "free_bytes", lambda _: 7_016_000)
-    with pytest.raises(DiskSpaceError, match=r"needs 7\.0(19|2)\d* MB, 7\.016 MB are free"):
-        api.repair(pair.base, pair.ft, tmp_path / "out")
-
-
-def test_a_disk_need_hold_only_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small result fits a small disk; sidecars count at their size."""
-    pair = write_pair(tmp_path, {"w": (64, 64)})
-    (pair.ft / "vocab.json").write_bytes(bytes(3_000_000))
-    monkeypatch.setattr(osfile, "free_bytes", lambda _: 6_000_000)
-    with pytest.raises(DiskSpaceError, match=r"needs 7\.0. MB, 6 MB are free"):
-        api.repair(pair.base, pair.ft, tmp_path / "out")
-    monkeypatch.setattr(osfile, "free_bytes", lambda _: 7_200_000)
-    api.repair(pair.base, pair.ft, tmp_path / "out")
-    written = sum(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
-    assert 3_000_000 < written < 7_200_000

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamrepair.decompose.arithmetic import Doubles, Gram, Precision, Vectors
+from streamrepair.decompose.arithmetic import Gram, Precision, Vectors
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device.batch import DeviceGrams
 from streamrepair.decompose.device.merge import DeviceMerger
 from streamrepair.decompose.device.rates import Rates, ieee_products, rates
@@ -36,6 +37,7 @@ class DeviceArithmetic:
         self.precisions: tuple[Precision, ...] = (measured or rates(self.device)).precisions
         self._upload, self._host = Upload(self.device), host
 
+    @ieee_products()
     def gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
         """G by matrix products; float32 products are summed in float64, block by block.
 
@@ -44,10 +46,6 @@ class DeviceArithmetic:
         Raises:
             RuntimeError: torch's, such as OutOfMemoryError.
         """
-        with ieee_products():
-            return self._gram(source, probes, precision)
-
-    def _gram(self, source: PanelSource, probes: Doubles, precision: Precision) -> Gram:
         n, dtype = source.cols, torch.float32 if precision == "float32" else torch.float64
         total = torch.zeros((n, n), dtype=torch.float64, device=self.device)
         partial = torch.empty((n, n), dtype=dtype, device=self.device) if precision == "float32" else None

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamrepair.decompose.arithmetic import Doubles, Gram, GramBatch, Precision, Spectrum
+from streamrepair.decompose.arithmetic import Gram, GramBatch, Precision, Spectrum
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device.spectrum import EighSpectrum, mirrored
 from streamrepair.decompose.device.staging import Upload, to_device
 from streamrepair.decompose.operator import PanelSource, blocks

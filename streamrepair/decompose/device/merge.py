@@ -42,7 +42,7 @@ class DeviceMerger(Merger):
         *,
         device: torch.device,
         upload: Upload,
-        host: HostArithmetic | None = None,
+        host: HostArithmetic | None,
     ) -> None:
         self._vh, self._out_dtype, self._device, self._upload = vh, out_dtype, device, upload
         self._target = TORCH_TYPE[out_dtype]

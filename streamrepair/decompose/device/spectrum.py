@@ -10,7 +10,8 @@ from numpy.typing import DTypeLike
 from torch import Tensor
 
 from streamrepair.decompose import cholesky_count
-from streamrepair.decompose.arithmetic import Count, Doubles, ResidentVectors, Spectrum, Vectors
+from streamrepair.decompose.arithmetic import Count, ResidentVectors, Spectrum, Vectors
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device.staging import to_device
 from streamrepair.errors import NumericalError, brief
 

@@ -17,8 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamrepair.decompose.arithmetic import Doubles
-from streamrepair.decompose.convert import STORED_TYPE, Raw
+from streamrepair.decompose.convert import STORED_TYPE, Doubles, Raw
 from streamrepair.decompose.device.faults import no_memory
 from streamrepair.decompose.operator import Panel
 
