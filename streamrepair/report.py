@@ -263,6 +263,8 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     device: str = ""
     """Where the run began to compute; another one may go on, with a warning. "" in runs that did not note it."""
+    processor: str = ""
+    """Of what kind the processor was, likewise: BLAS adds up differently on another."""
 
     def differences(self, other: Fingerprint) -> list[str]:
         """What changed from `other` to this, in words; empty if nothing did."""

@@ -48,7 +48,7 @@ from streamrepair.engine.trace import chrome_trace
 from streamrepair.engine.watcher import Watcher
 from streamrepair.engine.worker import Worker
 from streamrepair.engine.workspace import Workspace
-from streamrepair.errors import OutputError
+from streamrepair.errors import OutputError, shown
 from streamrepair.report import REPORT_NAME, Report, Session, TensorRecord
 
 
@@ -70,6 +70,8 @@ class _Run:
     arithmetic: Callable[[str, Scratch], Arithmetic] | None
     mending: bool
     """Whether it is to put right a finished result."""
+    sidecars: tuple[str, ...]
+    """As FT had them when it began: what has gone since is missed."""
     spent: Spent = field(default_factory=Spent)
     began: float = field(default_factory=time.perf_counter)
     began_cpu: float = field(default_factory=time.process_time)
@@ -116,7 +118,8 @@ def execute(
         StreamRepairError: by the tree in `errors`; finished work is kept but for a refused input.
     """
     stop.heeded, stop.over = True, False
-    beside_bytes = _looked_at(plan, out, {"--report": report, "--trace": trace})
+    names = sidecars(plan.ft)
+    beside_bytes = _looked_at(plan, out, {"--report": report, "--trace": trace}, names)
     limits.allow_open_files()
     budget.reset_peak()
     # Past the page cache is slower where there is room in it, and kinder where there is not.
@@ -124,8 +127,11 @@ def execute(
     large = lets_go(plan, free_bytes)
     workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=large)
     timeline = Timeline(keep=trace is not None)
-    files, threads, mending = InputFiles(), NumericThreads(), finished is not None
-    run = _Run(plan, workspace, stop, watcher, free_bytes, large, files, threads, [], timeline, arithmetic, mending)
+    files, threads = InputFiles(), NumericThreads()
+    run = _Run(
+        plan, workspace, stop, watcher, free_bytes, large, files, threads, [], timeline, arithmetic,
+        mending=finished is not None, sidecars=names,
+    )  # fmt: skip
     with contextlib.ExitStack() as ends:  # all of them come, whatever one raises
         ends.callback(workspace.close)
         ends.callback(threads.release)
@@ -146,12 +152,12 @@ def execute(
     return result
 
 
-def _looked_at(plan: Plan, out: Path, options: Mapping[str, Path | None]) -> int:
+def _looked_at(plan: Plan, out: Path, options: Mapping[str, Path | None], names: tuple[str, ...]) -> int:
     """Refuse what can be refused before anything is written; the bytes of what will lie beside the shards."""
     beside = {option: path for option, path in options.items() if path is not None}
     refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
     check_beside(beside, out)
-    check_places(out, sidecars(plan.ft))
+    check_places(out, names)
     return check_sidecars(plan.ft) + statement_bytes(plan)
 
 
@@ -170,11 +176,14 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         report, text = finished
         _write_copy(text, report_path)
         return report
-    if done and (before := run.workspace.began_on) not in ("", fingerprint(plan).device):
-        run.warn(
-            f"{len(done)} tensors were finished on {before}, the rest is done on {plan.device}: "
-            "values may differ in the last place from a run on one device"
-        )
+    if done and run.workspace.began is not None:
+        before, now = run.workspace.began, fingerprint(plan)
+        for was, place in ((before.device, now.device), (before.processor, now.processor)):
+            if was not in ("", place):
+                run.warn(
+                    f"{len(done)} tensors were finished on {shown(was)}, the rest is done on {shown(place)}: "
+                    "values may differ in the last place from a run on one"
+                )
     unchanged = _unchanged_check(run)
     _check_dropped(run)
     for message in machine_warnings(plan, free_bytes=run.free_bytes, resident_bytes=budget.resident_bytes()):
@@ -197,6 +206,7 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         cache.close()
     run.stop.check_at_once()  # from here on it is a matter of moments
     unchanged()
+    run.workspace.check_held()
     copied = _write_beside(run)
     run.record_session()
     report, text = sealed(make_report(plan, committer.records, run.workspace.accounts.sessions, sidecars=copied))
@@ -311,9 +321,8 @@ def _unchanged_check(run: _Run) -> Callable[[], None]:
 def _write_beside(run: _Run) -> dict[str, str]:
     """Sidecars first, the index last: it is what makes loaders see a sharded checkpoint; the sidecars' digests."""
     plan, out = run.plan, run.workspace.out
-    names = sidecars(plan.ft)
-    run.workspace.note_sidecars(names)
-    digests = copy_sidecars(plan.ft, names, out, dtype=stated_dtype(plan))
+    run.workspace.note_sidecars(run.sidecars)
+    digests = copy_sidecars(plan.ft, run.sidecars, out, dtype=stated_dtype(plan))
     if plan.ft.index_name is not None:
         wholefile.write_atomic(out / plan.ft.index_name, shard_index(plan))
     return digests

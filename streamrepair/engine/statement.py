@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 
 import msgspec
 
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.write import digest_of, digest_text, new_digest
+from streamrepair.engine import limits
 from streamrepair.engine.accounts import most_bytes, summed, summed_uses
 from streamrepair.engine.notices import plan_warnings
 from streamrepair.engine.plan import Plan
@@ -37,6 +39,7 @@ def fingerprint(plan: Plan) -> Fingerprint:
         ft=_identities(plan.ft),
         settings=plan.settings,
         device=",".join(sorted({device.partition(":")[0] for device in plan.devices})),
+        processor=os.environ.get("OPENBLAS_CORETYPE") or limits.cpu_model(),
     )
 
 

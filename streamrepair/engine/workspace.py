@@ -66,8 +66,8 @@ class Workspace:
         self.shards = tuple(ShardFile(layout, out=out, work=self.work, direct=direct) for layout in layouts)
         self.damaged: tuple[Path, ...] = ()
         """Sealed shards whose length or header `open` found wrong."""
-        self.began_on = ""
-        """Where the run that is continued began to compute; "" for a new one, or if it is not known."""
+        self.began: Fingerprint | None = None
+        """Of the run that is continued, as it began; None for a new one."""
         self._beside_bytes = beside_bytes
         self._lock_fd = -1
 
@@ -353,7 +353,7 @@ class Workspace:
             before = decoded(wholefile.read_whole(path), Fingerprint)
         except (InputError, msgspec.MsgspecError) as error:
             raise InputError(f"{shown(str(path))}: unreadable ({error}): start anew with --overwrite") from error
-        self.began_on = before.device
+        self.began = before
         if changes := fingerprint.differences(before):
             raise InputError(
                 f"OUT {shown(str(self.out))} holds a run that differs from this one: {'; '.join(changes)}: "

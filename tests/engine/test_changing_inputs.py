@@ -124,3 +124,20 @@ def test_an_input_that_is_changed_after_it_was_read_does_not_count(
     with pytest.raises(InputError, match="changed while it was being read"):
         api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_a_sidecar_that_goes_away_meanwhile_is_missed(tmp_path: Path) -> None:
+    """A result without its tokenizer would look whole."""
+    pair, out = write_pair(tmp_path, SHAPES), tmp_path / "out"
+    tokenizer = pair.ft / "tokenizer.json"
+    content = tokenizer.read_bytes()
+
+    class Taking(api.Silent):
+        def begin(self, *_: object) -> None:
+            tokenizer.unlink()
+
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        api.repair(pair.base, pair.ft, out, watcher=Taking())
+    assert not (out / "streamrepair.json").exists()
+    tokenizer.write_bytes(content)
+    assert "tokenizer.json" in api.repair(pair.base, pair.ft, out).sidecars

@@ -380,16 +380,22 @@ def test_means_may_change_between_runs(
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
 
 
-def test_another_device_goes_on_with_a_warning(small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the run had begun on a GPU; a run that did not say where it began is taken as it is."""
-    out = tmp_path / "out"
+@pytest.mark.parametrize(("field", "other"), [("device", "cuda"), ("processor", "Haswell")])
+def test_another_device_goes_on_with_a_warning(
+    small: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, other: str
+) -> None:
+    """As if the run had begun on a GPU, or on another node; one that did not say where it began is taken as it is."""
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "SkylakeX")
+    out, here = tmp_path / "out", {"device": "cpu", "processor": "SkylakeX"}[field]
     _interrupted(small, out, monkeypatch)
     path = out / ".streamrepair" / "run.json"
-    assert '"device": "cpu"' in path.read_text()
-    path.write_text(path.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    assert f'"{field}": "{here}"' in path.read_text()
+    path.write_text(path.read_text().replace(f'"{field}": "{here}"', f'"{field}": "{other}"'))
     done = _journalled(out)
     (warning,) = api.repair(small.base, small.ft, out).warnings
-    assert warning.startswith(f"{len(done)} tensors were finished on cuda, the rest is done on cpu: values may differ")
+    assert warning.startswith(
+        f"{len(done)} tensors were finished on {other}, the rest is done on {here}: values may differ"
+    )
     (again,) = api.repair(small.base, small.ft, out).warnings
     assert again == warning, "a finished result keeps what was said of it"
 
