@@ -13,7 +13,8 @@ and the rounding errors that the proofs of the counts met, for whoever revises t
 `decompose/cholesky_count`. With `--device cpu` it runs anywhere, slowly. First come batches of small matrices and a
 whole small model, with its matrices in batches and one by one. All of it, with every driver, takes far longer than ten
 minutes; where a card is lent for no more, `--contenders streamrepair,eigh-float64 --minutes 8` has what matters most.
-It needs torch, NumPy, SciPy and psutil; the whole model also msgspec, xxhash, tqdm and tokenizers.
+It needs torch, NumPy, SciPy and psutil, and PYTHONPATH=. where the package is not installed; the whole model also
+msgspec, xxhash, tqdm and tokenizers.
 """
 
 from __future__ import annotations
