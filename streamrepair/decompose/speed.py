@@ -8,28 +8,35 @@ measurement.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
-
-import msgspec
-
-PerSecond = Annotated[float, msgspec.Meta(ge=1e3, le=1e18)]
-Seconds = Annotated[float, msgspec.Meta(ge=1e-9, le=1e3)]
 
 
-class Rates(msgspec.Struct, frozen=True, kw_only=True):
-    """Speeds of one worker with one BLAS thread, or of one GPU."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Speeds of one worker with one BLAS thread, or of one GPU.
 
-    float32_flops_per_s: PerSecond
+    No msgspec: a machine that a GPU is lent with has NumPy, SciPy and torch, and may lack all else.
+
+    Raises:
+        ValueError: a number is nobody's speed.
+    """
+
+    float32_flops_per_s: float
     """Matrix products, as in a Gram matrix."""
-    float64_flops_per_s: PerSecond
-    cache_bytes_per_s: PerSecond
+    float64_flops_per_s: float
+    cache_bytes_per_s: float
     """Of a symmetric matrix that fits the cache, read by matrix-vector products."""
-    memory_bytes_per_s: PerSecond
+    memory_bytes_per_s: float
     """The same from memory."""
     float32_first: bool
     """Whether 16-bit outputs are tried in float32."""
-    start_s: Seconds
+    start_s: float
     """Of each repair, whatever its size."""
+
+    def __post_init__(self) -> None:
+        products = (self.float32_flops_per_s, self.float64_flops_per_s)
+        speeds = (*products, self.cache_bytes_per_s, self.memory_bytes_per_s)
+        if not (all(1e3 <= speed <= 1e18 for speed in speeds) and 1e-9 <= self.start_s <= 1e3):
+            raise ValueError("speeds are 1e3 to 1e18 a second, a start takes 1e-9 to 1e3 seconds")
 
 
 CPU = Rates(

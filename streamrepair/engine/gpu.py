@@ -7,7 +7,9 @@ torch is imported late: nothing here is called with a device other than "cpu" un
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -42,7 +44,8 @@ def _stream_of(device: str) -> torch.cuda.Stream:
 def capped_memory(gpus: Sequence[str], vram_bytes: int | None) -> Iterator[None]:
     """Let torch take no more of each card than --vram allows: beyond it, it raises as if the card were full.
 
-    What the program had there before is its own matter, and its limit is put back. The measured peak starts from here.
+    What the program had there before is its own matter: its limit is put back, and what torch would keep of the run's
+    memory, for a stream that nobody else has, is let go. The measured peak starts from here.
 
     Raises:
         UsageError: a card cannot be used.
@@ -52,38 +55,60 @@ def capped_memory(gpus: Sequence[str], vram_bytes: int | None) -> Iterator[None]
         return
     with contextlib.ExitStack() as limits:
         for gpu in gpus:
-            limits.callback(_uncapped, gpu, _capped(gpu, vram_bytes))
+            _capped(gpu, vram_bytes, limits)
         yield
 
 
-def _capped(gpu: str, vram_bytes: int) -> float:
-    """Limit one card; the share of it that torch was allowed before."""
+@dataclass(slots=True)
+class _Allowed:
+    """What torch is allowed of one card."""
+
+    before: float = 1.0
+    """The share that the program had set before the first of the runs that go on; put back by the last."""
+    shares: list[float] = field(default_factory=list)
+    """What each of them allows itself; the largest is in force."""
+
+
+_lock = threading.Lock()
+_allowed: dict[str, _Allowed] = {}
+"""By card; to be used under the lock."""
+
+
+def _capped(gpu: str, vram_bytes: int, limits: contextlib.ExitStack) -> None:
+    """Limit one card, until `limits` is closed."""
     import torch
 
     card = torch.device(gpu)
     asked = getattr(torch.cuda.memory, "get_per_process_memory_fraction", None)  # torch 2.8
-    try:
-        torch.cuda.empty_cache()
-        held = torch.cuda.memory_reserved(card)
-        total = torch.cuda.get_device_properties(card).total_memory
-        share = max(0.0, held + vram_bytes - CUDA_CONTEXT_BYTES) / total
-        before = 1.0 if asked is None else float(asked(card))
-        torch.cuda.reset_peak_memory_stats(card)
-        _limit(gpu, min(before, share))
-    except RuntimeError as error:
-        raise unusable(gpu, error) from error
-    return before
+    with _lock:
+        allowed = _allowed.setdefault(gpu, _Allowed())
+        try:
+            torch.cuda.empty_cache()
+            held = torch.cuda.memory_reserved(card)
+            total = torch.cuda.get_device_properties(card).total_memory
+            share = max(0.0, held + vram_bytes - CUDA_CONTEXT_BYTES) / total
+            if not allowed.shares:
+                allowed.before = 1.0 if asked is None else float(asked(card))
+            torch.cuda.reset_peak_memory_stats(card)
+            allowed.shares.append(share)
+            limits.callback(_uncapped, gpu, share)
+            _limit(gpu, allowed)
+        except RuntimeError as error:
+            raise unusable(gpu, error) from error
 
 
 def _uncapped(gpu: str, share: float) -> None:
     """Put back the share of a card that torch was allowed; one that broke meanwhile does not undo what was done."""
-    with contextlib.suppress(RuntimeError):
-        _limit(gpu, share)
+    with _lock, contextlib.suppress(RuntimeError):
+        _allowed[gpu].shares.remove(share)
+        _limit(gpu, _allowed[gpu])
+        release_memory()
 
 
-def _limit(gpu: str, share: float) -> None:
+def _limit(gpu: str, allowed: _Allowed) -> None:
     import torch
 
+    share = min(allowed.before, max(allowed.shares, default=1.0))
     with torch.cuda.device(gpu):  # torch leaves the card current for which it set a limit
         torch.cuda.set_per_process_memory_fraction(share, torch.device(gpu))
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -59,7 +60,7 @@ def test_a_machine_is_told_by_its_processor_too() -> None:
 def test_a_measurement_is_kept_for_this_machine_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert rates.load() is None
-    mine = msgspec.structs.replace(CPU, start_s=0.5)
+    mine = replace(CPU, start_s=0.5)
     assert rates.save(mine) == tmp_path / "streamrepair" / "rates.json"
     assert [path.name for path in rates.path().parent.iterdir()] == ["rates.json"]
     assert rates.load() == mine

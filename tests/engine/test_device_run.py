@@ -14,6 +14,7 @@ from streamrepair.checkpoint.layout import open_checkpoint
 from streamrepair.decompose import lapack
 from streamrepair.decompose.device import DeviceArithmetic, arithmetic
 from streamrepair.decompose.device.rates import Rates
+from streamrepair.decompose.device.spectrum import DeviceVectors
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import execute
 from streamrepair.engine.stop import StopRequest
@@ -82,6 +83,19 @@ def test_a_device_that_adds_wrongly_is_caught_and_the_cpu_merges(
     for name in ("tall", "wide", "square"):
         assert report.tensors[name].climbed[-1].startswith("merge: the result has")
         assert report.tensors[name].rank_kept == right.tensors[name].rank_kept
+
+
+def test_a_device_that_breaks_for_good_in_a_merge_is_named_with_its_tensor(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives nothing any more: neither to the check of what it merged nor to the CPU in its place."""
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    monkeypatch.setattr(DeviceVectors, "__array__", broken)
+    with pytest.raises(NumericalError, match=r"^tensor \w+ .*are lost with their device \(CUDA error: an ill[^\n]*\)"):
+        _repaired(pair, tmp_path / "out")
 
 
 def test_a_repair_on_a_device_is_the_textbooks(pair: Pair, tmp_path: Path) -> None:

@@ -137,12 +137,15 @@ def _full_run(
 
 
 def test_a_full_card_is_met_with_smaller_pieces(pair: Pair, tmp_path: Path) -> None:
-    """Down to a sixteenth of a block; the result is the same to the last bit of bfloat16."""
+    """Down to a sixteenth of a block; sums over smaller pieces may change a last bit."""
     run(planned(pair, ("cuda:0",)), tmp_path / "easy")
     report, refused = _full_run(pair, tmp_path / "tight", 300 * 300)
     assert refused > 0
     assert {r.backend for r in report.tensors.values() if r.action == "repaired"} == {"gram-float64"}
-    assert shard_bytes(tmp_path / "tight") == shard_bytes(tmp_path / "easy")
+    easy, tight = read_tensors(tmp_path / "easy"), read_tensors(tmp_path / "tight")
+    for name in SHAPES:
+        np.testing.assert_allclose(values(tight[name]), values(easy[name]), rtol=2**-7, atol=1e-6)
+        assert np.mean(values(tight[name]) != values(easy[name])) < 1e-3
 
 
 def test_a_card_without_any_memory_hands_its_work_to_the_cpu(pair: Pair, tmp_path: Path) -> None:
@@ -194,10 +197,15 @@ def test_devices_that_are_not_understood(text: str) -> None:
         budget.resolve_devices(text)
 
 
+def test_no_test_sees_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that has one they would hold its budgets and its last bits against the CPU's."""
+    monkeypatch.setattr(budget, "_driver_present", lambda: True)
+    assert not torch.cuda.is_available()
+    assert budget.resolve_devices("auto") == ("cpu",)
+
+
 @pytest.mark.parametrize("text", ["cuda", "cuda:0", "cuda:0,cuda:1", "cpu,cuda"])
 def test_devices_that_are_not_here(text: str) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     with pytest.raises(UsageError, match="this machine has 0 CUDA devices"):
         budget.resolve_devices(text)
 

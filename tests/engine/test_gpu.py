@@ -71,6 +71,31 @@ def test_the_limit_is_for_the_run_alone(card: Card) -> None:
     assert card.fraction == 0.9
 
 
+def test_what_torch_keeps_of_a_run_is_let_go_at_its_end(card: Card) -> None:
+    """It lies in the pool of the run's stream, where the program's own would not look for it."""
+    with capped_memory(["cuda:0"], 32 * GB):
+        assert card.reserved == card.allocated
+        card.reserved += 5 * GB
+    assert card.reserved == card.allocated
+
+
+def test_of_two_runs_at_once_the_last_puts_the_limit_back(card: Card) -> None:
+    """Whichever began first; meanwhile the one with the larger budget has it."""
+    small, large = (capped_memory(["cuda:0"], size * GB) for size in (12, 32))
+
+    def allowed() -> float:
+        return card.fraction * card.total - 20 * GB + CUDA_CONTEXT_BYTES
+
+    small.__enter__()
+    assert allowed() == pytest.approx(12 * GB)
+    large.__enter__()
+    assert allowed() == pytest.approx(32 * GB)
+    small.__exit__(None, None, None)
+    assert allowed() == pytest.approx(32 * GB)
+    large.__exit__(None, None, None)
+    assert card.fraction == 0.9
+
+
 def test_a_card_that_breaks_during_a_run_does_not_undo_it(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its work was done by the CPU; that the limit cannot be put back is no failure."""
 

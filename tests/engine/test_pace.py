@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 
@@ -104,7 +104,7 @@ def test_the_bar_moves_while_lapack_is_at_work(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(lapack, "tridiagonalise", slow)
     monkeypatch.setattr(pace, "_LEAST_S", 0.0)
     monkeypatch.setattr(pace, "_TICK_S", 0.001)
-    slow_start = msgspec.structs.replace(CPU, start_s=60.0)  # so that the bar has far to go
+    slow_start = replace(CPU, start_s=60.0)  # so that the bar has far to go
     monkeypatch.setattr(cost.stages, "__defaults__", (slow_start,))
     threads = threading.active_count()
     report = api.repair(pair.base, pair.ft, tmp_path / "out", workers=1, watcher=watcher)
