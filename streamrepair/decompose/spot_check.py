@@ -1,7 +1,8 @@
 """A few rows of every merge, computed once more and held against what is about to be written.
 
 Certificates are about what is kept; that the product of it with the delta, the sum and the rounding were carried out is
-seen here, whatever carried them out. A row in 128 costs less than a hundredth of the merge.
+seen here, whatever carried them out. A row in 128 costs less than a hundredth of a merge on the CPU; beside one on a
+GPU, where 1600 vectors of 8192 columns are kept, some 20 ms for 1024 rows.
 """
 
 from __future__ import annotations
@@ -94,8 +95,8 @@ class SpotCheck:
             raise WrongMergeError(f"there is no result for row {rows.places[rows.waiting][0]}")
 
     def _hold(self, rows: _Rows, merged: Raw) -> None:
-        if self._basis is None:
-            self._basis = on_host(self._vh)
+        if self._basis is None:  # in the precision of a merge: float64 vectors of a GPU take twice the time
+            self._basis = np.asarray(self._vh, np.float32) if self._out_dtype in ("BF16", "F16") else on_host(self._vh)
         basis, dtype = self._basis, self._out_dtype
         found, expected, delta = np.empty(merged.shape), np.empty(merged.shape), np.empty(merged.shape, basis.dtype)
         with np.errstate(over="ignore", invalid="ignore"):

@@ -118,3 +118,11 @@ def test_no_vectors_are_orthonormal() -> None:
     none, probes = DeviceVectors(torch.zeros((0, 5), dtype=torch.float64)), np.ones((8, 5))
     assert none.orthonormality() == 0.0
     certify.check_vectors(none, np.zeros(0), probes, probes)
+
+
+def test_vectors_arrive_in_the_precision_that_is_asked_for() -> None:
+    """In stripes, the last of which is no full one."""
+    rows = np.random.default_rng(3).standard_normal((601, 40))
+    on_device = DeviceVectors(torch.from_numpy(rows))
+    assert np.array_equal(np.asarray(on_device), rows)
+    assert np.array_equal(np.asarray(on_device, np.float32), rows.astype(np.float32))

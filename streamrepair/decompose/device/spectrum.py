@@ -15,6 +15,9 @@ from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device.staging import to_device
 from streamrepair.errors import NumericalError, brief
 
+_AT_ONCE = 256
+"""Vectors that are fetched at once where they are narrowed."""
+
 
 class DeviceVectors(ResidentVectors):
     """Vectors as the rows of a tensor.
@@ -38,8 +41,13 @@ class DeviceVectors(ResidentVectors):
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> Doubles:
         if copy is False and self.rows.device.type != "cpu":
             raise ValueError("vectors on a device cannot be read without a copy")
-        array: Doubles = self.rows.cpu().numpy()
-        return array if dtype is None else array.astype(dtype)
+        if dtype is None or np.dtype(dtype) == np.float64:
+            whole: Doubles = self.rows.cpu().numpy()
+            return whole
+        array = np.empty(self.shape, dtype)
+        for start in range(0, len(array), _AT_ONCE):  # never whole in float64 beside it
+            array[start : start + _AT_ONCE] = self.rows[start : start + _AT_ONCE].cpu().numpy()
+        return array
 
     def times(self, columns: Doubles) -> Doubles:
         """(k, p) inner products with the rows of (p, n) `columns`."""
