@@ -8,6 +8,7 @@ from typing import Literal
 import msgspec
 
 from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
+from streamrepair.checkpoint.sidecars import check_sidecars
 from streamrepair.decompose.speed import CPU
 from streamrepair.engine import budget, limits, rates
 from streamrepair.engine.fit import gpus_of
@@ -59,7 +60,7 @@ def plan(
         settings: in place of `backend` to `on_nonfinite`, as a report has them.
 
     Raises:
-        InputError: a checkpoint is malformed, or the two have nothing in common.
+        InputError: a checkpoint is malformed, or the two have nothing in common, or a file beside FT cannot be read.
         BudgetError: a tensor does not fit the memory even alone.
         UsageError: an option has no meaning.
     """
@@ -72,7 +73,9 @@ def plan(
     if settings is not None and named != Settings():
         raise UsageError("settings are given twice, as an object and by name: give one of them")
     resources = _resources(settings or named, ram=ram, vram=vram, device=device, workers=workers, only_plan=True)
-    return _planned(*_sides(base, ft), settings or named, resources)
+    planned = _planned(*_sides(base, ft), settings or named, resources)
+    check_sidecars(planned.ft)
+    return planned
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,8 +166,9 @@ def test_a_sidecar_that_cannot_be_read_is_met_before_any_work(
             return os.open(path, *rest)
 
     monkeypatch.setattr(osfile, "os", Unreadable())
-    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read \(Permission denied\)"):
-        api.repair(pair.base, pair.ft, tmp_path / "out")
+    for call in (lambda: api.repair(pair.base, pair.ft, tmp_path / "out"), lambda: api.plan(pair.base, pair.ft)):
+        with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read \(Permission denied\)"):
+            call()
     assert not (tmp_path / "out").exists()
 
 
