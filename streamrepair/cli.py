@@ -42,7 +42,7 @@ from streamrepair.cli_options import (
     Workers,
     whole_number,
 )
-from streamrepair.console import fill_standard_descriptors, printing, stop_on_signals, widen_columns
+from streamrepair.console import printing, stop_on_signals, widen_columns
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import (
     DamageError,
@@ -52,6 +52,7 @@ from streamrepair.errors import (
     shown,
 )
 from streamrepair.report import Settings
+from streamrepair.streams import prepare
 from streamrepair.units import counted
 from streamrepair.version import __version__
 
@@ -215,11 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
-    fill_standard_descriptors()
-    for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal cannot show must not end the run.
-        with contextlib.suppress(AttributeError, OSError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    prepare()
     try:
         return _run(tokens or ["--help"])
     except (Exception, KeyboardInterrupt) as error:

@@ -1,4 +1,4 @@
-"""The process's surroundings: standard streams that may be closed, full or unread, and the signals that stop a run."""
+"""The process's surroundings: output that fails, the width of the help, and the signals that stop a run."""
 
 from __future__ import annotations
 
@@ -12,21 +12,9 @@ from types import FrameType
 
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import InterruptedRunError, OutputError, StreamRepairError
+from streamrepair.streams import drop
 
 _LEAST_COLUMNS = 40
-
-
-def fill_standard_descriptors() -> None:
-    """Open what the caller closed of 0, 1 and 2: else a weights file gets the number, and messages go into it."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def widen_columns() -> None:
@@ -45,19 +33,14 @@ def printing() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        _drop_standard_output()
+        drop(sys.stdout)
     except OSError as error:
         if isinstance(error, StreamRepairError):
             raise
-        _drop_standard_output()
+        drop(sys.stdout)
         raise OutputError(
             f"standard output cannot be written ({error.strerror}): the work itself is done: send the output elsewhere"
         ) from error
-
-
-def _drop_standard_output() -> None:
-    """What is still buffered would fail once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +353,30 @@ def test_a_reader_that_leaves_does_not_hide_damage(pair: Pair, tmp_path: Path) -
     result = _shell("$SR verify $1 --json | head -c0; exit ${PIPESTATUS[0]}", tmp_path / "out")
     assert result.status == 4
     assert "tokenizer.json" in result.error
+
+
+@pytest.mark.parametrize("words", ["plan", "repair"])
+def test_all_is_written_to_a_pipe_that_does_not_block(tmp_path: Path, words: str) -> None:
+    """A loop of events hands out such pipes; the reader comes when the pipe has long been full."""
+    pair = write_pair(tmp_path, {f"w{i}": (32, 32) for i in range(40)})
+    ours, theirs = os.pipe2(os.O_NONBLOCK)
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
+    out = [tmp_path / "out"] if words == "repair" else []
+    command = [sys.executable, "-m", "streamrepair", words, *map(str, (pair.base, pair.ft, *out)), "--json"]
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True) as process:
+        while select.select((), (theirs,), (), 0)[1]:  # it is not yet full
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.close(theirs)
+        time.sleep(0.2)  # for whoever does not wait to end
+        os.set_blocking(ours, True)
+        with os.fdopen(ours) as reader:
+            text = reader.read()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert len(json.loads(text)["tensors"]) == 40
+    assert len(text) > 8192
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
