@@ -12,7 +12,7 @@ from types import FrameType
 
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import InterruptedRunError, OutputError, StreamRepairError
-from streamrepair.streams import drop
+from streamrepair.streams import drop, end_process, hurry, tell
 
 _LEAST_COLUMNS = 40
 
@@ -49,24 +49,22 @@ def stop_on_signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
 
     Before the run has begun (imports, headers, a download from the Hub) and once it is over the first one does.
     """
-    answer = b"stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends at once\n"
+    answer = "stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends at once"
+    status = InterruptedRunError.exit_status
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if stop.over or not stop.heeded:
-            when = "after the work: the same command tells of it again"
-            if not stop.over:
-                when = "before any work: the same command begins again"
-            os.write(2, f"error: interrupted by {signal.Signals(number).name} {when}\n".encode())
-            os._exit(InterruptedRunError.exit_status)
+        name = signal.Signals(number).name
+        if stop.over:
+            end_process(f"interrupted by {name} after the work: the same command tells of it again", status)
+        if not stop.heeded:
+            end_process(f"interrupted by {name} before any work: the same command begins again", status)
         if stop.requested:
-            os.write(
-                2, b"error: interrupted again: ended at once; finished work is kept: the same command continues it\n"
-            )
-            os._exit(InterruptedRunError.exit_status)
-        stop.request(f"interrupted by {signal.Signals(number).name}")
+            again = "interrupted again: ended at once; finished work is kept: the same command continues it"
+            end_process(again, status)
+        stop.request(f"interrupted by {name}")
+        hurry(sys.stderr)  # the run ends within its limit whether anybody reads or not
         if not quiet:
-            with contextlib.suppress(OSError):
-                os.write(2, (b"\n" if sys.stderr.isatty() else b"") + answer)
+            tell(("\n" if os.isatty(2) else "") + answer + "\n")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:

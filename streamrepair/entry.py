@@ -11,6 +11,8 @@ import signal
 import sys
 from types import FrameType
 
+from streamrepair.streams import end_process
+
 _INTERRUPTED = 75  # as InterruptedRunError has it, which is not imported yet
 
 
@@ -47,11 +49,8 @@ def _ended(status: int) -> int:
 
 def _end(number: int, _frame: FrameType | None) -> None:
     """Nothing is in work that could be left half done: what only looks, such as verify, can be cut off anywhere."""
-    try:
-        name = signal.Signals(number).name
-        os.write(2, f"error: interrupted by {name}: the same command begins again\n".encode())
-    finally:
-        os._exit(_INTERRUPTED)
+    name = signal.Signals(number).name
+    end_process(f"interrupted by {name}: the same command begins again", _INTERRUPTED)
 
 
 if __name__ == "__main__":
