@@ -197,6 +197,26 @@ def test_a_signal_after_the_run_does_not_deny_its_work(pair: Pair, tmp_path: Pat
     assert api.verify(tmp_path / "out").damage == ()
 
 
+AT_THE_END = (
+    "import os, signal, sys\n"
+    "class Sender:\n"
+    "    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.{}):\n"
+    "        kill(own, number)\n"
+    "sender = Sender()\n"
+    "from streamrepair.entry import main\n"
+    "sys.exit(main())\n"
+)
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
+def test_no_signal_kills_a_command_that_is_done(pair: Pair, tmp_path: Path, name: str) -> None:
+    """At its end the interpreter takes handlers away some time before it is gone."""
+    words = [sys.executable, "-c", AT_THE_END.format(name), str(pair.base), str(pair.ft), str(tmp_path / "out")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "5 tensors: 4 repaired, 1 kept as fine-tuned" in done.stdout
+
+
 @pytest.mark.slow
 def test_a_signal_during_verify_claims_nothing_of_its_work(tmp_path: Path) -> None:
     code = BEFORE.replace("api.open_checkpoint", "api.verify") + "from streamrepair.entry import main; sys.exit(main())"
