@@ -216,8 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
-    prepare()
     try:
+        prepare()
         return _run(tokens or ["--help"])
     except (Exception, KeyboardInterrupt) as error:
         if debug:

@@ -97,9 +97,20 @@ def prepare() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
+            _open_nothing(number)
     sys.stdout = _waiting(sys.stdout, sys.__stdout__, 1)
     sys.stderr = _waiting(sys.stderr, sys.__stderr__, 2)
+
+
+def _open_nothing(number: int) -> None:
+    """Open on the lowest free number, which is this one, what has nothing to read and whose writes lead nowhere."""
+    try:
+        os.open(os.devnull, os.O_RDWR)
+    except OSError:  # a container without it: a pipe whose other end is gone does as well
+        _, write_end = os.pipe()  # the other one has the number
+        if number:
+            os.dup2(write_end, number)
+        os.close(write_end)
 
 
 def _waiting(stream: TextIO | None, original: TextIO | None, number: int) -> TextIO:

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -387,6 +388,20 @@ def test_closed_streams_do_not_end_up_in_the_weights(pair: Pair, tmp_path: Path,
     result = _shell(f"$SR $1 $2 $3 --workers 2 {closed}", pair.base, pair.ft, tmp_path / "out")
     assert result.status == 0
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
+
+
+WITHOUT_NULL = "import os, sys; os.devnull = '/nowhere/null'; from streamrepair.entry import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-", "| head -c0"])
+def test_streams_are_closed_where_there_is_no_dev_null(pair: Pair, tmp_path: Path, closed: str) -> None:
+    """As in a container with an empty /dev."""
+    (pair.ft / "stray.safetensors").write_bytes(b"")
+    script = f'{shlex.quote(sys.executable)} -c "$4" $1 $2 $3 {closed}; exit ${{PIPESTATUS[0]}}'
+    result = _shell(script, pair.base, pair.ft, tmp_path / "out", WITHOUT_NULL)
+    assert result.status == 0, result.err
+    assert "Traceback" not in result.err
+    assert run("verify", tmp_path / "out", "--quiet").status == 0
 
 
 def test_names_from_a_checkpoint_are_escaped_wherever_shown(tmp_path: Path) -> None:
