@@ -194,7 +194,7 @@ def verify(
             out, deep=deep, sample=sample, repair=repair, ram=ram, device=device, workers=workers,
             watcher=Bar(quiet=quiet), stop=stop,
         )  # fmt: skip
-        with printing():
+        with printing(worse=bool(result.damage)):
             if json:
                 print_json(result)
             elif not quiet:

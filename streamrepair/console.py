@@ -24,8 +24,11 @@ def widen_columns() -> None:
 
 
 @contextlib.contextmanager
-def printing() -> Iterator[None]:
+def printing(*, worse: bool = False) -> Iterator[None]:
     """Nobody reading our output any more is no failure: the work itself is done.
+
+    Args:
+        worse: there is worse to tell, which output that fails must not take the place of.
 
     Raises:
         OutputError: standard output cannot take it, for lack of space for example.
@@ -38,6 +41,8 @@ def printing() -> Iterator[None]:
         if isinstance(error, StreamRepairError):
             raise
         drop(sys.stdout)
+        if worse:
+            return
         raise OutputError(
             f"standard output cannot be written ({error.strerror}): the work itself is done: send the output elsewhere"
         ) from error

@@ -508,6 +508,16 @@ def test_a_full_standard_output_is_one_line_and_no_bug(pair: Pair, tmp_path: Pat
         assert run("verify", tmp_path / "out", "--quiet").status == 0
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_full_standard_output_does_not_hide_damage(pair: Pair, tmp_path: Path, options: str) -> None:
+    run(pair.base, pair.ft, tmp_path / "out", "--quiet")
+    (tmp_path / "out" / "config.json").unlink()
+    result = _shell(f"$SR verify $1 {options} > /dev/full", tmp_path / "out")
+    assert result.status == 4
+    assert "1 fault: config.json: copied from FT by the run, now missing" in result.error
+
+
 def test_float64_deltas_of_any_size_are_summed_up(tmp_path: Path) -> None:
     """Their norms are numbers, the squares of these are not."""
     rng = np.random.default_rng(0)
