@@ -53,6 +53,7 @@ def stop_on_signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed).
 
     Before the run has begun (imports, headers, a download from the Hub) and once it is over the first one does.
+    One that whoever started the process has it ignore stays ignored.
     """
     answer = "stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends at once"
     status = InterruptedRunError.exit_status
@@ -71,7 +72,10 @@ def stop_on_signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
         if not quiet:
             tell(("\n" if os.isatty(2) else "") + answer + "\n")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:

@@ -25,7 +25,8 @@ def main() -> NoReturn:
     done, and a worker that is in torch's C++ meanwhile takes the process down with it.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _end)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background leave it
+            signal.signal(number, _end)
     gc.disable()  # nothing of what is imported is garbage: to look for it is a tenth of the start
     from streamrepair.cli import main as run
 

@@ -1,12 +1,23 @@
 """Examples are the same on every run, so that a red test says something of the change and not of the dice.
 
 `pytest --hypothesis-profile=search` draws new ones; a case found that way belongs into the test as an `@example`.
+
+Signals that are ignored when the tests start, as Ctrl-C is in a shell's background, are heeded again: the commands that
+tests start would inherit it, and leave it at that.
 """
 
 from __future__ import annotations
+
+import signal
 
 from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("search", derandomize=False)
 settings.load_profile("fixed")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)

@@ -197,6 +197,36 @@ def test_a_signal_after_the_run_does_not_deny_its_work(pair: Pair, tmp_path: Pat
     assert api.verify(tmp_path / "out").damage == ()
 
 
+IGNORED = (
+    "import os, signal, sys\n"
+    "from streamrepair.engine import task\n"
+    "from streamrepair.entry import main\n"
+    "repair = task._repair\n"
+    "def sent(job):\n"
+    "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n"
+    "        os.kill(os.getpid(), number)\n"
+    "    return repair(job)\n"
+    "task._repair = sent\n"
+    "class Sender:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        name == 'cyclopts' and os.kill(os.getpid(), signal.SIGINT)\n"
+    "sys.meta_path.insert(0, Sender())\n"
+    "main()\n"
+)
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(pair: Pair, tmp_path: Path) -> None:
+    """As SIGINT is in the background of a script's shell, and SIGUSR1 where a batch system wants it so."""
+    command = [sys.executable, "-c", IGNORED, str(pair.base), str(pair.ft), str(tmp_path / "out"), "--quiet"]
+    words = ["sh", "-c", "trap '' INT TERM USR1; exec \"$@\"", "sh", *command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    words[2], words[-2] = "trap '' INT USR1; exec \"$@\"", str(tmp_path / "out2")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 75
+    assert "error: interrupted by SIGTERM; finished work is kept" in done.stderr
+
+
 AT_THE_END = (
     "import os, signal, sys\n"
     "class Sender:\n"
