@@ -42,7 +42,7 @@ from streamrepair.cli_options import (
     Workers,
     whole_number,
 )
-from streamrepair.console import printing, stop_on_signals, widen_columns
+from streamrepair.console import bound_columns, printing, stop_on_signals
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import (
     DamageError,
@@ -273,7 +273,7 @@ def _run(tokens: list[str]) -> int:
     _hint_near_miss(tokens)
     asks = not {"--help", "-h", "--version"}.isdisjoint(tokens)  # then all that happens is printing
     if asks:
-        widen_columns()
+        bound_columns()
     try:
         with printing() if asks else contextlib.nullcontext():
             result = app(_joined(tokens), print_error=False, exit_on_error=False)

@@ -14,13 +14,14 @@ from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import InterruptedRunError, OutputError, StreamRepairError
 from streamrepair.streams import drop, end_process, hurry, tell
 
-_LEAST_COLUMNS = 40
+_LEAST_COLUMNS, _MOST_COLUMNS = 40, 500
 
 
-def widen_columns() -> None:
-    """Let the help be laid out for so many columns at least: in one or two its layout never ends, in none it fails."""
-    if shutil.get_terminal_size().columns < _LEAST_COLUMNS or os.environ.get("COLUMNS", "").strip() == "0":
-        os.environ["COLUMNS"] = str(_LEAST_COLUMNS)
+def bound_columns() -> None:
+    """Let the help be laid out for a width in which its layout ends: not so one or two columns, none, or millions."""
+    columns = shutil.get_terminal_size().columns
+    if "COLUMNS" in os.environ or not _LEAST_COLUMNS <= columns <= _MOST_COLUMNS:
+        os.environ["COLUMNS"] = str(min(max(columns, _LEAST_COLUMNS), _MOST_COLUMNS))
 
 
 @contextlib.contextmanager

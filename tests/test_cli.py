@@ -108,14 +108,15 @@ def test_version_and_help_answer_on_stdout(tmp_path: Path) -> None:
         assert "Usage" in result.out
 
 
-@pytest.mark.parametrize("columns", ["0", "1", "2", "x"])
-def test_help_ends_however_narrow_the_terminal(columns: str) -> None:
+@pytest.mark.parametrize("columns", ["0", "1", "2", "x", "²", "99999", "999999999", "9" * 30])
+def test_help_ends_however_narrow_or_wide_the_terminal(columns: str) -> None:
     words = [sys.executable, "-m", "streamrepair", "--help"]
     done = subprocess.run(
         words, env=os.environ | {"COLUMNS": columns}, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 500
 
 
 @pytest.mark.parametrize(
