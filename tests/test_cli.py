@@ -288,8 +288,11 @@ def test_an_out_that_leads_nowhere_is_3(pair: Pair, tmp_path: Path, where: str) 
     assert "leads nowhere" in result.error or "cannot be looked up" in result.error
 
 
-@pytest.mark.parametrize("words", [["out"], ["OUT", "--report", "report.json"]])
-def test_a_current_folder_that_is_gone_is_one_line(pair: Pair, tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(3, ["out"]), (2, ["OUT", "--report", "report.json"]), (2, ["OUT", "--trace", "trace.json"])],
+)
+def test_a_current_folder_that_is_gone_is_one_line(pair: Pair, tmp_path: Path, status: int, words: list[str]) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
@@ -298,8 +301,8 @@ def test_a_current_folder_that_is_gone_is_one_line(pair: Pair, tmp_path: Path, w
     done = subprocess.run(
         ["sh", "-c", shell, "sh", str(gone), *command], capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode == 3
-    assert "leads nowhere (No such file or directory): name another place" in Result(3, "", done.stderr).error
+    assert done.returncode == status
+    assert "leads nowhere (No such file or directory): name another place" in Result(status, "", done.stderr).error
     assert not (tmp_path / "out").exists()
 
 
