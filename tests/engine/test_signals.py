@@ -232,19 +232,19 @@ AT_THE_END = (
     "class Sender:\n"
     "    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.{}):\n"
     "        kill(own, number)\n"
-    "sender = Sender()\n"
+    "sys.modules['sender'] = Sender()\n"
     "from streamrepair.entry import main\n"
     "sys.exit(main())\n"
 )
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
-def test_no_signal_kills_a_command_that_is_done(pair: Pair, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_no_signal_kills_a_command_that_is_done(pair: Pair, name: str) -> None:
     """At its end the interpreter takes handlers away some time before it is gone."""
-    words = [sys.executable, "-c", AT_THE_END.format(name), str(pair.base), str(pair.ft), str(tmp_path / "out")]
+    words = [sys.executable, "-c", AT_THE_END.format(name), "plan", str(pair.base), str(pair.ft)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "5 tensors: 4 repaired, 1 kept as fine-tuned" in done.stdout
+    assert "projected" in done.stdout
 
 
 @pytest.mark.slow
