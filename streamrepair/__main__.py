@@ -1,7 +1,5 @@
 """`python -m streamrepair`."""
 
-import sys
-
 from streamrepair.entry import main
 
-sys.exit(main())
+main()

@@ -42,7 +42,7 @@ from streamrepair.cli_options import (
     Workers,
     whole_number,
 )
-from streamrepair.console import fill_standard_descriptors, printing, stop_on_signals, widen_columns
+from streamrepair.console import bound_columns, printing, stop_on_signals
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import (
     DamageError,
@@ -51,6 +51,7 @@ from streamrepair.errors import (
     UsageError,
     shown,
 )
+from streamrepair.streams import prepare
 from streamrepair.units import counted
 from streamrepair.version import __version__
 
@@ -186,7 +187,7 @@ def verify(
             out, deep=deep, sample=sample, repair=repair, ram=ram, device=device, workers=workers,
             watcher=Bar(quiet=quiet), stop=stop,
         )  # fmt: skip
-        with printing():
+        with printing(worse=bool(result.damage)):
             if json:
                 print_json(result)
             elif not quiet:
@@ -208,12 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in tokens
     tokens = [token for token in tokens if token != "--debug"]
-    fill_standard_descriptors()
-    for stream in (sys.stdout, sys.stderr):
-        # A name that the terminal cannot show must not end the run.
-        with contextlib.suppress(AttributeError, OSError):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
+        prepare()
         return _run(tokens or ["--help"])
     except (Exception, KeyboardInterrupt) as error:
         if debug:
@@ -269,7 +266,7 @@ def _run(tokens: list[str]) -> int:
     _hint_near_miss(tokens)
     asks = not {"--help", "-h", "--version"}.isdisjoint(tokens)  # then all that happens is printing
     if asks:
-        widen_columns()
+        bound_columns()
     try:
         with printing() if asks else contextlib.nullcontext():
             result = app(_joined(tokens), print_error=False, exit_on_error=False)

@@ -97,7 +97,7 @@ def bench(
         backends=backend or (), dtype=dtype, device=device, threads=threads, repeats=repeats, check=check
     )
     result = measure(cases, conditions, tell=Bar(quiet=False).note)
-    with printing():
+    with printing(worse=bool(result.faults)):
         if json:
             print_json(result)
         else:

@@ -1,4 +1,4 @@
-"""The process's surroundings: standard streams that may be closed, full or unread, and the signals that stop a run."""
+"""The process's surroundings: output that fails, the width of the help, and the signals that stop a run."""
 
 from __future__ import annotations
 
@@ -12,32 +12,24 @@ from types import FrameType
 
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import InterruptedRunError, OutputError, StreamRepairError
+from streamrepair.streams import drop, end_process, hurry, tell
 
-_LEAST_COLUMNS = 40
-
-
-def fill_standard_descriptors() -> None:
-    """Open what the caller closed of 0, 1 and 2: else a weights file gets the number, and messages go into it."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest free number, which is this one
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(1, "w", closefd=False)
-    if sys.stderr is None:
-        sys.stderr = os.fdopen(2, "w", closefd=False)
+_LEAST_COLUMNS, _MOST_COLUMNS = 40, 500
 
 
-def widen_columns() -> None:
-    """Let the help be laid out for so many columns at least: in one or two its layout never ends, in none it fails."""
-    if shutil.get_terminal_size().columns < _LEAST_COLUMNS or os.environ.get("COLUMNS", "").strip() == "0":
-        os.environ["COLUMNS"] = str(_LEAST_COLUMNS)
+def bound_columns() -> None:
+    """Let the help be laid out for a width in which its layout ends: not so one or two columns, none, or millions."""
+    columns = shutil.get_terminal_size().columns
+    if "COLUMNS" in os.environ or not _LEAST_COLUMNS <= columns <= _MOST_COLUMNS:
+        os.environ["COLUMNS"] = str(min(max(columns, _LEAST_COLUMNS), _MOST_COLUMNS))
 
 
 @contextlib.contextmanager
-def printing() -> Iterator[None]:
+def printing(*, worse: bool = False) -> Iterator[None]:
     """Nobody reading our output any more is no failure: the work itself is done.
+
+    Args:
+        worse: there is worse to tell, which output that fails must not take the place of.
 
     Raises:
         OutputError: standard output cannot take it, for lack of space for example.
@@ -45,19 +37,16 @@ def printing() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        _drop_standard_output()
+        drop(sys.stdout)
     except OSError as error:
         if isinstance(error, StreamRepairError):
             raise
-        _drop_standard_output()
+        drop(sys.stdout)
+        if worse:
+            return
         raise OutputError(
             f"standard output cannot be written ({error.strerror}): the work itself is done: send the output elsewhere"
         ) from error
-
-
-def _drop_standard_output() -> None:
-    """What is still buffered would fail once more at exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
@@ -65,27 +54,29 @@ def stop_on_signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
     """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed).
 
     Before the run has begun (imports, headers, a download from the Hub) and once it is over the first one does.
+    One that whoever started the process has it ignore stays ignored.
     """
-    answer = b"stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends at once\n"
+    answer = "stopping: the tensors in hand are finished, which takes 25 s at most; the same again ends at once"
+    status = InterruptedRunError.exit_status
 
     def handle(number: int, _frame: FrameType | None) -> None:
-        if stop.over or not stop.heeded:
-            when = "after the work: the same command tells of it again"
-            if not stop.over:
-                when = "before any work: the same command begins again"
-            os.write(2, f"error: interrupted by {signal.Signals(number).name} {when}\n".encode())
-            os._exit(InterruptedRunError.exit_status)
+        name = signal.Signals(number).name
+        if stop.over:
+            end_process(f"interrupted by {name} after the work: the same command tells of it again", status)
+        if not stop.heeded:
+            end_process(f"interrupted by {name} before any work: the same command begins again", status)
         if stop.requested:
-            os.write(
-                2, b"error: interrupted again: ended at once; finished work is kept: the same command continues it\n"
-            )
-            os._exit(InterruptedRunError.exit_status)
-        stop.request(f"interrupted by {signal.Signals(number).name}")
+            again = "interrupted again: ended at once; finished work is kept: the same command continues it"
+            end_process(again, status)
+        stop.request(f"interrupted by {name}")
+        hurry(sys.stderr)  # the run ends within its limit whether anybody reads or not
         if not quiet:
-            with contextlib.suppress(OSError):
-                os.write(2, (b"\n" if sys.stderr.isatty() else b"") + answer)
+            tell(("\n" if os.isatty(2) else "") + answer + "\n")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:

@@ -3,11 +3,15 @@
 `pytest --hypothesis-profile=search` draws new ones; a case found that way belongs into the test as an `@example`.
 
 No test sees a GPU: most leave the device to `auto`, and what they hold of budgets, workers and bytes is the CPU's.
+
+Signals that are ignored when the tests start, as Ctrl-C is in a shell's background, are heeded again: the commands that
+tests start would inherit it, and leave it at that.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import settings
 
@@ -16,3 +20,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # heeded by torch, which is loaded afte
 settings.register_profile("fixed", derandomize=True)
 settings.register_profile("search", derandomize=False)
 settings.load_profile("fixed")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import math
 import os
 import re
+import select
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +108,15 @@ def test_version_and_help_answer_on_stdout(tmp_path: Path) -> None:
         assert "Usage" in result.out
 
 
-@pytest.mark.parametrize("columns", ["0", "1", "2", "x"])
-def test_help_ends_however_narrow_the_terminal(columns: str) -> None:
+@pytest.mark.parametrize("columns", ["0", "1", "2", "x", "²", "99999", "999999999", "9" * 30])
+def test_help_ends_however_narrow_or_wide_the_terminal(columns: str) -> None:
     words = [sys.executable, "-m", "streamrepair", "--help"]
     done = subprocess.run(
         words, env=os.environ | {"COLUMNS": columns}, capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "Usage" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 500
 
 
 @pytest.mark.parametrize(
@@ -283,8 +288,11 @@ def test_an_out_that_leads_nowhere_is_3(pair: Pair, tmp_path: Path, where: str) 
     assert "leads nowhere" in result.error or "cannot be looked up" in result.error
 
 
-@pytest.mark.parametrize("words", [["out"], ["OUT", "--report", "report.json"]])
-def test_a_current_folder_that_is_gone_is_one_line(pair: Pair, tmp_path: Path, words: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(3, ["out"]), (2, ["OUT", "--report", "report.json"]), (2, ["OUT", "--trace", "trace.json"])],
+)
+def test_a_current_folder_that_is_gone_is_one_line(pair: Pair, tmp_path: Path, status: int, words: list[str]) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
     words = [str(tmp_path / "out") if word == "OUT" else word for word in words]
@@ -293,8 +301,8 @@ def test_a_current_folder_that_is_gone_is_one_line(pair: Pair, tmp_path: Path, w
     done = subprocess.run(
         ["sh", "-c", shell, "sh", str(gone), *command], capture_output=True, text=True, timeout=60, check=False
     )
-    assert done.returncode == 3
-    assert "leads nowhere (No such file or directory): name another place" in Result(3, "", done.stderr).error
+    assert done.returncode == status
+    assert "leads nowhere (No such file or directory): name another place" in Result(status, "", done.stderr).error
     assert not (tmp_path / "out").exists()
 
 
@@ -352,6 +360,30 @@ def test_a_reader_that_leaves_does_not_hide_damage(pair: Pair, tmp_path: Path) -
     assert "tokenizer.json" in result.error
 
 
+@pytest.mark.parametrize("words", ["plan", "repair"])
+def test_all_is_written_to_a_pipe_that_does_not_block(tmp_path: Path, words: str) -> None:
+    """A loop of events hands out such pipes; the reader comes when the pipe has long been full."""
+    pair = write_pair(tmp_path, {f"w{i}": (32, 32) for i in range(40)})
+    ours, theirs = os.pipe2(os.O_NONBLOCK)
+    fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, 4096)
+    out = [tmp_path / "out"] if words == "repair" else []
+    command = [sys.executable, "-m", "streamrepair", words, *map(str, (pair.base, pair.ft, *out)), "--json"]
+    with subprocess.Popen(command, stdout=theirs, stderr=subprocess.PIPE, text=True) as process:
+        while select.select((), (theirs,), (), 0)[1]:  # it is not yet full
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.close(theirs)
+        time.sleep(0.2)  # for whoever does not wait to end
+        os.set_blocking(ours, True)
+        with os.fdopen(ours) as reader:
+            text = reader.read()
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
+    assert len(json.loads(text)["tensors"]) == 40
+    assert len(text) > 8192
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_do_not_end_up_in_the_weights(pair: Pair, tmp_path: Path, closed: str) -> None:
     """A file that is opened while 1 is free gets the number 1."""
@@ -360,6 +392,20 @@ def test_closed_streams_do_not_end_up_in_the_weights(pair: Pair, tmp_path: Path,
     result = _shell(f"$SR $1 $2 $3 --workers 2 {closed}", pair.base, pair.ft, tmp_path / "out")
     assert result.status == 0
     assert shard_bytes(tmp_path / "out") == shard_bytes(tmp_path / "whole")
+
+
+WITHOUT_NULL = "import os, sys; os.devnull = '/nowhere/null'; from streamrepair.entry import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&-", "<&- >&- 2>&-", "| head -c0"])
+def test_streams_are_closed_where_there_is_no_dev_null(pair: Pair, tmp_path: Path, closed: str) -> None:
+    """As in a container with an empty /dev."""
+    (pair.ft / "stray.safetensors").write_bytes(b"")
+    script = f'{shlex.quote(sys.executable)} -c "$4" $1 $2 $3 {closed}; exit ${{PIPESTATUS[0]}}'
+    result = _shell(script, pair.base, pair.ft, tmp_path / "out", WITHOUT_NULL)
+    assert result.status == 0, result.err
+    assert "Traceback" not in result.err
+    assert run("verify", tmp_path / "out", "--quiet").status == 0
 
 
 def test_names_from_a_checkpoint_are_escaped_wherever_shown(tmp_path: Path) -> None:
@@ -464,6 +510,16 @@ def test_a_full_standard_output_is_one_line_and_no_bug(pair: Pair, tmp_path: Pat
     assert result.err.count("\n") == 1
     if "$3" in words:
         assert run("verify", tmp_path / "out", "--quiet").status == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_full_standard_output_does_not_hide_damage(pair: Pair, tmp_path: Path, options: str) -> None:
+    run(pair.base, pair.ft, tmp_path / "out", "--quiet")
+    (tmp_path / "out" / "config.json").unlink()
+    result = _shell(f"$SR verify $1 {options} > /dev/full", tmp_path / "out")
+    assert result.status == 4
+    assert "1 fault: config.json: copied from FT by the run, now missing" in result.error
 
 
 def test_float64_deltas_of_any_size_are_summed_up(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ FLOORS = (
     ("engine",),
     ("decompose", "checkpoint"),
     ("spectral",),
-    ("errors", "units", "options", "report", "version"),
+    ("errors", "units", "options", "report", "streams", "version"),
 )
 APART = {("decompose", "checkpoint"), ("checkpoint", "decompose")}
 """Neighbours on one floor that must not know each other."""
@@ -97,7 +97,7 @@ def test_spectral_mathematics_knows_no_files_and_no_torch() -> None:
 
 def test_files_are_touched_through_one_module() -> None:
     """A fault put under osfile's `os` meets every operation on weights, journal and report."""
-    exempt = {"checkpoint/osfile.py", "console.py", "entry.py"}  # /dev/null, and standard error in a signal handler
+    exempt = {"checkpoint/osfile.py", "console.py", "streams.py"}  # the terminal, /dev/null and the standard streams
     exempt |= {"engine/budget.py", "engine/limits.py"}  # /proc, /sys
     for name, tree in _modules():
         if name in exempt:

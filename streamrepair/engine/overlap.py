@@ -9,7 +9,7 @@ from pathlib import Path
 from streamrepair.checkpoint import osfile
 from streamrepair.checkpoint.layout import Checkpoint
 from streamrepair.checkpoint.sidecars import sidecars
-from streamrepair.errors import InputError, shown
+from streamrepair.errors import InputError, UsageError, shown
 
 
 def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], beside: Mapping[str, Path]) -> None:
@@ -23,9 +23,10 @@ def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], beside: Mapping[
 
     Raises:
         InputError: it does.
+        UsageError: the path of such an option leads nowhere.
     """
     osfile.is_other_than_folder(out)  # a name that cannot be looked up is told of before it is looked at
-    target = _resolved("OUT", out)
+    target = _resolved("OUT", out, InputError)
     for side, checkpoint in inputs.items():
         folder = checkpoint.folder.resolve()
         real = {shard.path.resolve().parent for shard in checkpoint.shards} | {folder}
@@ -37,7 +38,7 @@ def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], beside: Mapping[
         files = {shard.path.resolve() for shard in checkpoint.shards}
         files |= {(checkpoint.folder / name).resolve() for name in sidecars(checkpoint)} if beside else set()
         for option, path in beside.items():
-            place = _resolved(option, path)
+            place = _resolved(option, path, UsageError)
             if place in files or (checkpoint.whole_folder and place.is_relative_to(folder)):
                 raise InputError(
                     f"{option} {shown(str(path))} lies in {side} {shown(checkpoint.given)}: name another place"
@@ -50,14 +51,14 @@ def refuse_overlap(out: Path, inputs: Mapping[str, Checkpoint], beside: Mapping[
                     raise InputError(f"{shown(str(path))} is the same file as a shard of {side}: name another OUT")
 
 
-def _resolved(name: str, path: Path) -> Path:
+def _resolved(name: str, path: Path, refused: type[InputError | UsageError]) -> Path:
     """Where a path leads to.
 
     Raises:
-        InputError: nowhere.
+        InputError, UsageError: nowhere; which of them, `refused` says.
     """
     try:
         return path.resolve()
     except (OSError, RuntimeError) as error:  # the current folder was removed; a link in circles
         why = error.strerror if isinstance(error, OSError) else "a link in circles"
-        raise InputError(f"{name} {shown(str(path))}: leads nowhere ({why}): name another place") from error
+        raise refused(f"{name} {shown(str(path))}: leads nowhere ({why}): name another place") from error

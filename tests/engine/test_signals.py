@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from tests.pairs import Pair, shard_bytes, tensor_bytes, write_pair
 
 SHAPES = {"a": (48, 40), "b": (40, 48), "v": (40,), "c": (64, 32), "d": (33, 70)}
 COMMAND = "import sys; from streamrepair.cli import main; sys.exit(main())"
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 SMALL_LIMITS = "from streamrepair.engine import stop; stop.GRACE_S, stop.LIMIT_S = {}, {}; "
 AT_D = (
     "import pathlib, sys, time; from streamrepair.engine import commit, task; commit._EVERY_S = 0.0; "
@@ -194,6 +197,56 @@ def test_a_signal_after_the_run_does_not_deny_its_work(pair: Pair, tmp_path: Pat
     assert api.verify(tmp_path / "out").damage == ()
 
 
+IGNORED = (
+    "import os, signal, sys\n"
+    "from streamrepair.engine import task\n"
+    "from streamrepair.entry import main\n"
+    "repair = task._repair\n"
+    "def sent(job):\n"
+    "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n"
+    "        os.kill(os.getpid(), number)\n"
+    "    return repair(job)\n"
+    "task._repair = sent\n"
+    "class Sender:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        name == 'cyclopts' and os.kill(os.getpid(), signal.SIGINT)\n"
+    "sys.meta_path.insert(0, Sender())\n"
+    "main()\n"
+)
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored(pair: Pair, tmp_path: Path) -> None:
+    """As SIGINT is in the background of a script's shell, and SIGUSR1 where a batch system wants it so."""
+    command = [sys.executable, "-c", IGNORED, str(pair.base), str(pair.ft), str(tmp_path / "out"), "--quiet"]
+    words = ["sh", "-c", "trap '' INT TERM USR1; exec \"$@\"", "sh", *command]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    words[2], words[-2] = "trap '' INT USR1; exec \"$@\"", str(tmp_path / "out2")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 75
+    assert "error: interrupted by SIGTERM; finished work is kept" in done.stderr
+
+
+AT_THE_END = (
+    "import os, signal, sys\n"
+    "class Sender:\n"
+    "    def __del__(self, kill=os.kill, own=os.getpid(), number=signal.{}):\n"
+    "        kill(own, number)\n"
+    "sys.modules['sender'] = Sender()\n"
+    "from streamrepair.entry import main\n"
+    "sys.exit(main())\n"
+)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_no_signal_kills_a_command_that_is_done(pair: Pair, name: str) -> None:
+    """At its end the interpreter takes handlers away some time before it is gone."""
+    words = [sys.executable, "-c", AT_THE_END.format(name), "plan", str(pair.base), str(pair.ft)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "projected" in done.stdout
+
+
 @pytest.mark.slow
 def test_a_signal_during_verify_claims_nothing_of_its_work(tmp_path: Path) -> None:
     code = BEFORE.replace("api.open_checkpoint", "api.verify") + "from streamrepair.entry import main; sys.exit(main())"
@@ -206,3 +259,85 @@ def test_a_signal_during_verify_claims_nothing_of_its_work(tmp_path: Path) -> No
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[1] == "error: interrupted by SIGTERM: the same command begins again\n"
     assert process.returncode == 75
+
+
+SENT = (
+    "import os, signal, sys, time\n"
+    "from streamrepair import api, terminal\n"
+    "from streamrepair.engine import task\n"
+    "from streamrepair.cli import main\n"
+    "def sent(*_, **__):\n"
+    "    os.kill(os.getpid(), signal.SIGTERM)\n"
+    "    {}\n"
+    "    time.sleep(600)\n"
+    "{} = sent\n"
+    "sys.exit(main())\n"
+)
+LOADING = (
+    "import os, signal, sys\n"
+    "class Sender:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        name == 'cyclopts' and os.kill(os.getpid(), signal.SIGTERM)\n"
+    "sys.meta_path.insert(0, Sender())\n"
+    "from streamrepair.entry import main\n"
+    "sys.exit(main())\n"
+)
+MOMENTS = {
+    "loading": LOADING,
+    "before": SENT.format("pass", "api.open_checkpoint"),
+    "twice": SENT.format("os.kill(os.getpid(), signal.SIGUSR1)", "task._repair"),
+    "after": SENT.format("pass", "terminal.print_summary"),
+}
+
+
+@contextlib.contextmanager
+def _unwritten(how: str) -> Iterator[int]:
+    """A standard error to which nothing can be written."""
+    with contextlib.ExitStack() as ends:
+        if how == "full":
+            descriptor = os.open("/dev/full", os.O_WRONLY)
+        else:
+            reader, descriptor = os.pipe()
+            if how == "left":
+                os.close(reader)
+            else:
+                ends.callback(os.close, reader)
+                os.set_blocking(descriptor, False)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        os.write(descriptor, bytes(4096))
+                os.set_blocking(descriptor, True)
+        ends.callback(os.close, descriptor)
+        yield descriptor
+
+
+@pytest.mark.parametrize("how", ["left", "unread", pytest.param("full", marks=FULL)])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_signal_is_75_whatever_becomes_of_the_message(pair: Pair, tmp_path: Path, moment: str, how: str) -> None:
+    """A handler that fails would be an error of the run, one that waits for a reader would never end."""
+    words = [sys.executable, "-c", MOMENTS[moment], str(pair.base), str(pair.ft), str(tmp_path / "out")]
+    with _unwritten(how) as descriptor:
+        done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=descriptor, timeout=60, check=False)
+    assert done.returncode == 75
+
+
+@pytest.mark.parametrize("options", [["--quiet"], []])
+def test_a_run_whose_messages_nobody_reads_ends_when_it_is_asked_to(
+    pair: Pair, tmp_path: Path, options: list[str]
+) -> None:
+    """It waits in its first warning, or in the last line of all, for room in a full pipe."""
+    (pair.ft / "stray.safetensors").write_bytes(b"")
+    out = tmp_path / "out"
+    code = SMALL_LIMITS.format(0.2, 0.6) + AT_D.format(600, "pass") + COMMAND
+    words = [sys.executable, "-c", code, *options, str(pair.base), str(pair.ft), str(out)]
+    begun = Path(f"{out}.there") if options else out / ".streamrepair" / "run.json"
+    with _unwritten("unread") as descriptor, subprocess.Popen(words, stderr=descriptor) as process:
+        while not begun.exists():
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(timeout=60) == 75
+        finally:
+            process.kill()
+    assert api.repair(pair.base, pair.ft, out).tensors["d"].action == "repaired"
