@@ -96,6 +96,8 @@ class _Resources:
     workers: int
     ram_bytes: int
     vram_bytes: int | None
+    free_of: str | None
+    """Whose free memory `ram_bytes` is a share of; None where it was given."""
 
 
 def _resources(
@@ -122,6 +124,7 @@ def _resources(
         workers or limits.default_workers(),
         limits.default_ram_bytes() if ram_bytes is None else ram_bytes,
         vram_bytes if gpus else None,
+        limits.whose_is_free() if ram_bytes is None else None,
     )
 
 
@@ -139,6 +142,7 @@ def _planned(base: Checkpoint, ft: Checkpoint, settings: Settings, resources: _R
         workers=resources.workers,
         ram_bytes=resources.ram_bytes,
         vram_bytes=resources.vram_bytes,
+        free_of=resources.free_of,
         rates=rates.load() or CPU,
     )
 

@@ -251,9 +251,10 @@ def _unforeseen(error: BaseException) -> str:
     """What is said of an error that is none of ours: mostly a limit of the system."""
     match error:
         case OSError(filename=of) if of is not None:  # a number where a descriptor was given
+            if error.errno in TOO_MANY:  # which file it was says nothing: often it is one of this package
+                return f"{error.strerror}: {OPEN_FILES} and run the same command again"
             name = f"descriptor {of}" if isinstance(of, int) else shown(os.fsdecode(of))
-            remedy = OPEN_FILES if error.errno in TOO_MANY else "check the path and its mode"
-            return f"{name}: {error.strerror}: {remedy}"
+            return f"{name}: {error.strerror}: check the path and its mode"
         case MemoryError():
             return (
                 f"the system has less memory than --ram allows ({str(error) or 'none was left'}); finished work is "

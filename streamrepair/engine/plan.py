@@ -229,6 +229,7 @@ def make_plan(
     workers: int,
     ram_bytes: int,
     vram_bytes: int | None,
+    free_of: str | None = None,
     rates: Rates = CPU,
 ) -> Plan:
     """Plan the repair of FT against BASE.
@@ -236,6 +237,7 @@ def make_plan(
     Args:
         devices: "cpu", "cuda:0", …; with GPUs, "cpu" beside them lets the CPU take matrices too. workers: of the CPU.
         ram_bytes: for the process. vram_bytes: for each GPU; None without one.
+        free_of: whose free memory `ram_bytes` is a share of, where nobody gave it.
         rates: speeds of one of the CPU's workers, for predicted times.
 
     Raises:
@@ -246,9 +248,8 @@ def make_plan(
     layouts = tuple(layout_like(shard, settings.out_dtype) for shard in ft.shards)
     pairings = pair(base, ft, Selection(settings.include, settings.exclude))
     kept = [(pairing, pairing.ft) for pairing in pairings if pairing.ft is not None]
-    room = Room(
-        ram_bytes, vram_bytes, records_bytes=_records_bytes(base, ft, len(pairings)), gpus=len(gpus_of(devices))
-    )
+    records_bytes, gpus = _records_bytes(base, ft, len(pairings)), len(gpus_of(devices))
+    room = Room(ram_bytes, vram_bytes, records_bytes=records_bytes, gpus=gpus, free_of=free_of)
     tasks = [_placed(_task(pairing, side, layouts, settings), devices, room) for pairing, side in kept]
     refuse_too_large(tasks, room)
     units = batches.formed(tasks, lambda batch: holds(room, batch, tasks))

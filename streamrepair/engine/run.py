@@ -120,11 +120,12 @@ def execute(
     check_apart(beside)
     check_places(out, sidecars(plan.ft))
     beside_bytes = check_sidecars(plan.ft) + statement_bytes(plan)
-    limits.allow_open_files()
-    budget.reset_peak()
     # Past the page cache is slower where there is room in it, and kinder where there is not.
     free_bytes = limits.free_bytes()
-    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=lets_go(plan, free_bytes))
+    direct = lets_go(plan, free_bytes)
+    limits.allow_open_files(len(plan.base.shards) + len(plan.ft.shards) + len(plan.layouts) * (2 if direct else 1))
+    budget.reset_peak()
+    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=direct)
     timeline = Timeline(keep=trace is not None)
     files, threads, mending = InputFiles(), NumericThreads(), finished is not None
     run = _Run(plan, workspace, stop, watcher, free_bytes, files, threads, [], timeline, arithmetic, mending)
