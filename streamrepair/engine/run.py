@@ -16,7 +16,7 @@ from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
-from streamrepair.engine import budget, gpu, limits
+from streamrepair.engine import address_fit, budget, gpu, limits
 from streamrepair.engine.backlog import Backlog
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.earlier import finished_report, other_sidecars, sound
@@ -124,6 +124,7 @@ def execute(
     free_bytes = limits.free_bytes()
     direct = lets_go(plan, free_bytes)
     limits.allow_open_files(len(plan.base.shards) + len(plan.ft.shards) + len(plan.layouts) * (2 if direct else 1))
+    address_fit.refuse_without_room(plan)
     budget.reset_peak()
     workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=direct)
     timeline = Timeline(keep=trace is not None)
