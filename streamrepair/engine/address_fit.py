@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from streamrepair.decompose import lapack
 from streamrepair.engine import address_space, budget, memory
+from streamrepair.engine.address_space import Limit
 from streamrepair.engine.memory import MatrixShape
 from streamrepair.engine.plan import Plan
 
@@ -36,13 +37,23 @@ def refuse_without_room(plan: Plan) -> None:
     need_bytes = run_bytes(plan)
     if need_bytes <= limit.left_bytes:
         return
-    room_bytes = limit.left_bytes - address_space.TAKEN_OTHERWISE_BYTES
-    fewer = next((n for n in range(plan.workers - 1, 0, -1) if _with_workers(plan, n) <= room_bytes), None)
+    fewer = _most_workers(plan, limit)
     instead = ", or give a smaller --ram" if _has_wide_panels(plan) else ""
     if fewer is not None:
         instead = f", or give --workers {fewer}"
     count = "one worker" if plan.workers == 1 else f"{plan.workers} workers"
     raise limit.too_little(need_bytes, f"a run with {count}", instead)
+
+
+def workers_with_room(plan: Plan) -> int:
+    """As many of the plan's workers as a limit has room for; all of them where there is not even room for one."""
+    limit = address_space.tightest()
+    return plan.workers if limit is None else _most_workers(plan, limit) or plan.workers
+
+
+def _most_workers(plan: Plan, limit: Limit) -> int | None:
+    room_bytes = limit.left_bytes - address_space.TAKEN_OTHERWISE_BYTES
+    return next((n for n in range(plan.workers, 0, -1) if _with_workers(plan, n) <= room_bytes), None)
 
 
 def run_bytes(plan: Plan) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import resource
@@ -113,6 +114,17 @@ def test_as_many_workers_as_a_refusal_names_fit(tmp_path: Path) -> None:
     found = re.search(r", or give --workers (\d+)\n$", refused.err)
     assert found
     assert _limited(SPACE[0], 600_000, *words, found[1]) == Result(0, "", "")
+
+
+def test_the_default_is_as_many_workers_as_fit(whole: Path, tmp_path: Path) -> None:
+    """However many processors there are: under a batch system's limit the plain command works."""
+    words = PAIR.base, PAIR.ft, "--device", "cpu"
+    refused = _limited(SPACE[0], 250_000, *words, tmp_path / "out", "--quiet", "--workers", 1)
+    enough_kb = _assert_refused(refused, SPACE[1])
+    planned = _limited(SPACE[0], enough_kb, "plan", *words, "--json")
+    assert json.loads(planned.out)["workers"] == 1
+    assert _limited(SPACE[0], enough_kb, *words, tmp_path / "out", "--quiet") == Result(0, "", "")
+    assert shard_bytes(tmp_path / "out") == shard_bytes(whole)
 
 
 def test_help_and_headers_need_little(tmp_path: Path) -> None:
