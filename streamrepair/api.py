@@ -10,7 +10,7 @@ import msgspec
 from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
 from streamrepair.checkpoint.sidecars import check_sidecars
 from streamrepair.decompose.speed import CPU
-from streamrepair.engine import budget, limits, rates
+from streamrepair.engine import address_fit, budget, limits, rates
 from streamrepair.engine.fit import gpus_of
 from streamrepair.engine.plan import Plan, make_plan
 from streamrepair.engine.run import execute
@@ -82,8 +82,11 @@ def plan(
 class _Resources:
     devices: tuple[str, ...]
     workers: int
+    workers_given: bool
     ram_bytes: int
     vram_bytes: int | None
+    free_of: str | None
+    """Whose free memory `ram_bytes` is a share of; None where it was given."""
 
 
 def _resources(
@@ -108,8 +111,10 @@ def _resources(
     return _Resources(
         devices,
         workers or limits.default_workers(),
+        workers is not None,
         limits.default_ram_bytes() if ram_bytes is None else ram_bytes,
         vram_bytes if gpus else None,
+        limits.whose_is_free() if ram_bytes is None else None,
     )
 
 
@@ -119,16 +124,24 @@ def _sides(base: Source, ft: Source) -> tuple[Checkpoint, Checkpoint]:
 
 
 def _planned(base: Checkpoint, ft: Checkpoint, settings: Settings, resources: _Resources) -> Plan:
-    return make_plan(
-        base,
-        ft,
-        settings,
-        devices=resources.devices,
-        workers=resources.workers,
-        ram_bytes=resources.ram_bytes,
-        vram_bytes=resources.vram_bytes,
-        rates=rates.load() or CPU,
-    )
+    def made(workers: int) -> Plan:
+        return make_plan(
+            base,
+            ft,
+            settings,
+            devices=resources.devices,
+            workers=workers,
+            ram_bytes=resources.ram_bytes,
+            vram_bytes=resources.vram_bytes,
+            free_of=resources.free_of,
+            rates=rates.load() or CPU,
+        )
+
+    planned = made(resources.workers)
+    if resources.workers_given or planned.gpus:
+        return planned
+    workers = address_fit.workers_with_room(planned)
+    return planned if workers == planned.workers else made(workers)
 
 
 def repair(

@@ -43,6 +43,7 @@ from streamrepair.cli_options import (
     whole_number,
 )
 from streamrepair.console import bound_columns, printing, stop_on_signals
+from streamrepair.engine.address_space import prepare_for_numpy, tightest
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import (
     DamageError,
@@ -241,14 +242,12 @@ def _unforeseen(error: BaseException) -> str:
     """What is said of an error that is none of ours: mostly a limit of the system."""
     match error:
         case OSError(filename=of) if of is not None:  # a number where a descriptor was given
+            if error.errno in TOO_MANY:  # which file it was says nothing: often it is one of this package
+                return f"{error.strerror}: {OPEN_FILES} and run the same command again"
             name = f"descriptor {of}" if isinstance(of, int) else shown(os.fsdecode(of))
-            remedy = OPEN_FILES if error.errno in TOO_MANY else "check the path and its mode"
-            return f"{name}: {error.strerror}: {remedy}"
+            return f"{name}: {error.strerror}: check the path and its mode"
         case MemoryError():
-            return (
-                f"the system has less memory than --ram allows ({str(error) or 'none was left'}); finished work is "
-                "kept: give a smaller --ram, or raise the limit (ulimit -v), and run the same command again"
-            )
+            return _out_of_memory(str(error) or "none was left")
         case RuntimeError() if "start new thread" in str(error):
             return (
                 "the system lets this process start no more threads; finished work is kept: give fewer --workers, or "
@@ -262,11 +261,21 @@ def _unforeseen(error: BaseException) -> str:
     return f"unexpected {type(error).__name__}: {error}: this is a bug; --debug shows where"
 
 
+def _out_of_memory(what: str) -> str:
+    if (limit := tightest()) is not None:
+        finding, remedy = f"the limit on {limit.name} leaves no memory", "raise it"
+    else:
+        finding, remedy = "the system has less memory than --ram allows", "give a smaller --ram"
+    return f"{finding} ({what}); finished work is kept: {remedy} and run the same command again"
+
+
 def _run(tokens: list[str]) -> int:
     _hint_near_miss(tokens)
     asks = not {"--help", "-h", "--version"}.isdisjoint(tokens)  # then all that happens is printing
     if asks:
         bound_columns()
+    else:
+        prepare_for_numpy()
     try:
         with printing() if asks else contextlib.nullcontext():
             result = app(_joined(tokens), print_error=False, exit_on_error=False)

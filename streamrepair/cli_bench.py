@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from streamrepair.cli_options import MEANS, NUMBERS, OUTPUT, Device, Json, whole_number
 from streamrepair.console import printing
+from streamrepair.engine.address_space import prepare_for_benchmark
 from streamrepair.errors import NumericalError, UsageError, shown
 
 Shapes = Annotated[
@@ -83,6 +84,7 @@ def bench(
         if idle := [name for name, (value, usual) in given.items() if value != usual]:
             raise UsageError(f"{idle[0]} means nothing with --calibrate, which only measures speeds: leave it out")
         return _calibrated(json=json)
+    prepare_for_benchmark()
     from streamrepair.benchmark import plot as chart
     from streamrepair.benchmark.cases import make_cases
     from streamrepair.benchmark.conditions import make_conditions

@@ -16,9 +16,12 @@ from streamrepair.decompose.arithmetic import on_host
 from streamrepair.decompose.convert import Doubles, difference, widen
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.scratch import Scratch
+from streamrepair.engine.address_fit import refuse_deep_without_room
+from streamrepair.engine.memory import MatrixShape
 from streamrepair.engine.numeric_threads import check_address_space
+from streamrepair.engine.plan import matrix_shape
 from streamrepair.engine.view import MatrixView
-from streamrepair.errors import InputError, shown
+from streamrepair.errors import BudgetError, InputError, shown
 from streamrepair.origins import open_origins
 from streamrepair.report import Report
 from streamrepair.spectral.threshold import HardThreshold
@@ -43,19 +46,29 @@ def recompute(report: Report, result: Checkpoint, sample: int) -> tuple[DeepChec
 
     Raises:
         InputError: BASE or FT is gone or is not what the run read.
-        MemoryError: a limit leaves the numeric libraries no memory to begin with.
+        BudgetError: a limit on what the process maps leaves too little for it, or memory ran out.
     """
     base, ft = open_origins(report)
-    lapack.tables()
-    check_address_space()
-    names = [name for name, record in report.tensors.items() if record.action == "repaired"]
-    step = max(1, len(names) // max(1, sample))
-    files = InputFiles()
+    repaired = [name for name, record in report.tensors.items() if record.action == "repaired"]
+    names = repaired[:: max(1, len(repaired) // max(1, sample))][:sample]
     sides = {"BASE": base, "FT": ft, "OUT": result}
+    refuse_deep_without_room([_shape(name, report, sides) for name in names])
+    check_address_space()
+    lapack.tables()
+    files = InputFiles()
     try:
-        return tuple(_check(name, report, sides, files) for name in names[::step][:sample])
+        return tuple(_check(name, report, sides, files) for name in names)
+    except MemoryError as error:
+        raise BudgetError(
+            f"--deep needs more memory than there is ({str(error) or 'none was left'}): free some, or leave out --deep"
+        ) from error
     finally:
         files.close()
+
+
+def _shape(name: str, report: Report, sides: dict[str, Checkpoint]) -> MatrixShape:
+    base, ft, result = (_stored(checkpoint, name, side).entry for side, checkpoint in sides.items())
+    return matrix_shape(base, ft, result, report.settings)
 
 
 @dataclass(slots=True)

@@ -84,13 +84,14 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("files", [6, 11, 13, 16])
-def test_too_few_open_files_are_a_failure_that_names_the_limit(tmp_path: Path, files: int) -> None:
-    """Met in OUT, in an input, by the reader ahead of the line, by an import: never a bad input or damage."""
+def test_too_few_open_files_are_refused_before_any_work(tmp_path: Path, files: int) -> None:
+    """Else they are met in OUT, in an input, by the reader ahead of the line, or by an import."""
     pair = write_pair(tmp_path, {f"w{i}": (32, 32) for i in range(6)}, shards=(4, 4))
     result = _shell(f"ulimit -n {files}; $SR $1 $2 $3 --quiet", pair.base, pair.ft, tmp_path / "out")
     assert result.status == 1
-    assert "Too many open files" in result.error
-    assert "raise the limit on open files (ulimit -n)" in result.error
+    said = rf"error: this process may have {files} files open, and a run of 12 shards, of both sides and of OUT, needs "
+    assert re.fullmatch(said + r"\d+: raise the limit on open files \(ulimit -n\)", result.error), result.error
+    assert not (tmp_path / "out").exists()
     assert run(pair.base, pair.ft, tmp_path / "out", "--quiet") == Result(0, "", "")
 
 
@@ -128,7 +129,7 @@ def test_help_ends_however_narrow_or_wide_the_terminal(columns: str) -> None:
             "the system lets this process start no more threads; finished work is",
         ),
         (ImportError("libx.so: failed to map"), "a library cannot be loaded (libx.so: failed to map): install"),
-        (OSError(errno.EMFILE, "Too many open files", "x.py"), "x.py: Too many open files: raise the limit on open"),
+        (OSError(errno.EMFILE, "Too many open files", "x.py"), "Too many open files: raise the limit on open files"),
         (OSError(errno.EBADF, "Bad file descriptor", 7), "descriptor 7: Bad file descriptor: check the path"),
     ],
 )

@@ -49,6 +49,11 @@ def tables() -> tuple[dict[str, object], ...]:
         return _tables()
 
 
+def is_loaded() -> bool:
+    """Whether the libraries are there already: loading them takes memory."""
+    return _tables.cache_info().currsize > 0 or "scipy.linalg.cython_lapack" in sys.modules
+
+
 @cache
 def _tables() -> tuple[dict[str, object], ...]:
     import scipy  # sees to the libraries' places

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from streamrepair.decompose.halves import is_cut
-from streamrepair.engine import memory
+from streamrepair.engine import limits, memory
+from streamrepair.engine.limits import RAM_SHARE
 from streamrepair.errors import BudgetError, shown
 from streamrepair.units import format_apart
 
@@ -29,6 +30,8 @@ class Room:
     records_bytes: int
     """Headers and records of both sides' tensors."""
     gpus: int
+    free_of: str | None = None
+    """Whose free memory `ram_bytes` is a share of; None where --ram says it."""
 
     @property
     def fixed_bytes(self) -> int:
@@ -62,6 +65,8 @@ def refuse_too_large(tasks: Sequence[Task], room: Room) -> None:
     largest = max(tasks, key=_least_bytes)
     need = room.fixed_bytes + _least_workers(tasks) * memory.WORKER_BYTES + _least_bytes(largest)
     if need > room.ram_bytes:
+        if room.free_of is not None:
+            raise BudgetError(_refusal_of_default(largest, need, room.ram_bytes, room.free_of))
         raise BudgetError(_refusal(largest, "--ram", need, room.ram_bytes))
 
 
@@ -104,6 +109,19 @@ def _refusal(task: Task, option: str, need_bytes: int, allowed_bytes: int) -> st
     return (
         f"tensor {shown(task.name)} {list(task.out.shape)} needs {needs}, {option} allows {allows}: "
         f"the smallest budget that works is {option} {need_mb}MB"
+    )
+
+
+def _refusal_of_default(task: Task, need_bytes: int, allowed_bytes: int, free_of: str) -> str:
+    """Where no --ram is given: one that is more than is free would get the process killed."""
+    needs, allows = format_apart(need_bytes, allowed_bytes)
+    free_mb = -(-int(need_bytes / RAM_SHARE) // 1_000_000)
+    remedy = "raise its limit on memory" if free_of == limits.GROUP else "free some"
+    if need_bytes * RAM_SHARE < allowed_bytes:
+        remedy = f"let it take more, with --ram {-(-need_bytes // 1_000_000)}MB, or {remedy}"
+    return (
+        f"tensor {shown(task.name)} {list(task.out.shape)} needs {needs}; without --ram a run takes {RAM_SHARE:.0%} of "
+        f"what {free_of} has free, {allows}: {remedy}, so that {free_mb} MB are free"
     )
 
 

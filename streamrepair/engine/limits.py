@@ -1,8 +1,9 @@
 """What this process may use of the machine: memory and processors, as control groups (containers, SLURM) leave them.
 
-And open files, as many as it may have. Linux only. Every group from the process's own up to the root may have a limit,
-and the tightest counts; of version 1 and version 2 both are asked, as hybrid machines have both. File pages that a
-group holds are the kernel's to drop, as `MemAvailable` counts them too, so they do not count as used.
+And open files, as many as it may have; `address_space` has limits on what it may map. Linux only. Every group from the
+process's own up to the root may have a limit, and the tightest counts; of version 1 and version 2 both are asked, as
+hybrid machines have both. File pages that a group holds are the kernel's to drop, as `MemAvailable` counts them too, so
+they do not count as used.
 """
 
 from __future__ import annotations
@@ -15,12 +16,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from streamrepair.errors import StreamRepairError
+
 RAM_SHARE = 0.8
 """Share of the memory that is free now which a run may take when --ram is not given."""
+MACHINE, GROUP = "the machine", "the control group"
+"""Who may have least of it free."""
 
 
 _OPEN_FILES = 1 << 16
 """Some four for each shard; checkpoints of hundreds of shards exist."""
+_FILES_BESIDE = 5
+"""The lock, the journal and its marks, a folder that is synced, a module that is imported; four were met."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +64,23 @@ def default_ram_bytes(system: System | None = None, *, available_bytes: int | No
 
 def free_bytes(system: System | None = None, *, available_bytes: int | None = None) -> int:
     """What the machine, and every control group this process is in, have free."""
-    system = system or System()
+    return _free(system or System(), available_bytes)[0]
+
+
+def whose_is_free(system: System | None = None, *, available_bytes: int | None = None) -> str:
+    """Who has least free, and so decides the default: MACHINE or GROUP."""
+    return _free(system or System(), available_bytes)[1]
+
+
+def _free(system: System, available_bytes: int | None) -> tuple[int, str]:
     free = _available_bytes(system) if available_bytes is None else available_bytes
+    whose = MACHINE
     for folder, version in _folders(system, "memory"):
         with contextlib.suppress(OSError, ValueError):  # no such file at the root
-            free = min(free, max(0, _limit(folder, version) - _used(folder, version)))
-    return free
+            left = max(0, _limit(folder, version) - _used(folder, version))
+            if left < free:
+                free, whose = left, GROUP
+    return free, whose
 
 
 def default_workers(system: System | None = None, *, processors: int | None = None) -> int:
@@ -92,16 +110,36 @@ def cpu_model() -> str:
     return ""
 
 
-def allow_open_files() -> None:
+def allow_open_files(count: int) -> None:
     """As many descriptors as the system lets this process have: a run holds every shard of both sides and of OUT.
 
     It stays so after the run: others of the process may have come to need it.
+
+    Args:
+        count: that a run holds at once, beside a few.
+
+    Raises:
+        StreamRepairError: there are fewer to be had.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    need = _open_below(soft) + count + _FILES_BESIDE
+    if soft != resource.RLIM_INFINITY and soft < need:
+        raise StreamRepairError(
+            f"this process may have {soft} files open, and a run of {count} shards, of both sides and of OUT, needs "
+            f"{need}: raise the limit on open files (ulimit -n)"
+        )
+
+
+def _open_below(limit: int) -> int:
+    """Descriptors in use of those that a limit leaves; others, from before it was set, take none of them."""
+    with contextlib.suppress(OSError):
+        return sum(int(entry.name) < limit for entry in Path("/proc/self/fd").iterdir()) - 1  # the folder itself
+    return 3
 
 
 def _available_bytes(system: System) -> int:

@@ -11,12 +11,10 @@ import threading
 from typing import TYPE_CHECKING
 
 from streamrepair.decompose import lapack
+from streamrepair.engine import address_space
 
 if TYPE_CHECKING:
     from threadpoolctl import threadpool_limits
-
-_BUFFERS_BYTES = 1 << 27
-"""OpenBLAS maps 32 MiB for each thread that calls it, once in NumPy's copy and once in SciPy's; as much for arrays."""
 
 
 class _Process:
@@ -30,6 +28,7 @@ class _Process:
     def limit(self, holder: object) -> None:
         from threadpoolctl import ThreadpoolController
 
+        check_address_space()
         lapack.tables()  # a library is limited only once it is loaded
         _become_controlling()
         # OpenMP's own number, torch's, is that of each thread: what a worker found there is not the program's.
@@ -69,7 +68,6 @@ class NumericThreads:
             return
         with _process.lock:
             _process.limit(self)
-            check_address_space()
             self._here.held = True
 
     def release(self) -> None:
@@ -82,13 +80,18 @@ class NumericThreads:
 def check_address_space() -> None:
     """Fail where OpenBLAS would not: refused its buffer, by `ulimit -v` for example, it asks again for ever.
 
+    `address_fit` has seen to it that there is room; this is for programs whose own threads map memory meanwhile.
+
     Raises:
-        MemoryError: the system has no room for a thread's buffers.
+        MemoryError: the system has no room for a thread's buffers, of NumPy's copy and of SciPy's, or to load that.
     """
+    need_bytes = 2 * address_space.BUFFER_BYTES
+    if not lapack.is_loaded():
+        need_bytes += address_space.lapack_bytes()
     try:
-        mmap.mmap(-1, _BUFFERS_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+        mmap.mmap(-1, need_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except OSError as error:
-        raise MemoryError(f"no {_BUFFERS_BYTES >> 20} MiB of address space are left for a thread") from error
+        raise MemoryError(f"no {need_bytes >> 20} MiB of address space are left for a thread") from error
 
 
 def _become_controlling() -> None:

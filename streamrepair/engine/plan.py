@@ -237,6 +237,7 @@ def make_plan(
     workers: int,
     ram_bytes: int,
     vram_bytes: int | None,
+    free_of: str | None = None,
     rates: Rates = CPU,
 ) -> Plan:
     """Plan the repair of FT against BASE.
@@ -244,6 +245,7 @@ def make_plan(
     Args:
         devices: "cpu", "cuda:0", …; with GPUs, "cpu" beside them lets the CPU take matrices too. workers: of the CPU.
         ram_bytes: for the process. vram_bytes: for each GPU; None without one.
+        free_of: whose free memory `ram_bytes` is a share of, where nobody gave it.
         rates: speeds of one of the CPU's workers, for predicted times.
 
     Raises:
@@ -253,9 +255,8 @@ def make_plan(
     """
     layouts = tuple(layout_like(shard, settings.out_dtype) for shard in ft.shards)
     pairings = pair(base, ft, Selection(settings.include, settings.exclude))
-    room = Room(
-        ram_bytes, vram_bytes, records_bytes=_records_bytes(base, ft, len(pairings)), gpus=len(gpus_of(devices))
-    )
+    records_bytes, gpus = _records_bytes(base, ft, len(pairings)), len(gpus_of(devices))
+    room = Room(ram_bytes, vram_bytes, records_bytes=records_bytes, gpus=gpus, free_of=free_of)
     places = {layout.name: place for place, layout in enumerate(layouts)}
     tasks = []
     for pairing in pairings:

@@ -17,7 +17,7 @@ from streamrepair.checkpoint.read import InputFiles
 from streamrepair.checkpoint.sidecars import check_sidecars, copy_sidecars, sidecars
 from streamrepair.decompose.arithmetic import Arithmetic
 from streamrepair.decompose.scratch import Scratch
-from streamrepair.engine import budget, gpu, limits
+from streamrepair.engine import address_fit, budget, gpu, limits
 from streamrepair.engine.backlog import Backlog
 from streamrepair.engine.commit import Committer
 from streamrepair.engine.earlier import finished_report, other_sidecars, sound
@@ -120,11 +120,12 @@ def execute(
     stop.heeded, stop.over = True, False
     names = sidecars(plan.ft)
     beside_bytes = _looked_at(plan, out, {"--report": report, "--trace": trace}, names)
-    limits.allow_open_files()
-    budget.reset_peak()
     # Past the page cache is slower where there is room in it, and kinder where there is not.
     free_bytes = limits.free_bytes()
     large = lets_go(plan, free_bytes)
+    limits.allow_open_files(len(plan.base.shards) + len(plan.ft.shards) + len(plan.layouts) * (2 if large else 1))
+    address_fit.refuse_without_room(plan)
+    budget.reset_peak()
     workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=large)
     timeline = Timeline(keep=trace is not None)
     files, threads = InputFiles(), NumericThreads()

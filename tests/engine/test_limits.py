@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import pytest
 
-from streamrepair.engine.limits import RAM_SHARE, System, default_ram_bytes, default_workers
+from streamrepair.engine.limits import (
+    GROUP,
+    RAM_SHARE,
+    System,
+    allow_open_files,
+    default_ram_bytes,
+    default_workers,
+    whose_is_free,
+)
+from streamrepair.engine.limits import (
+    MACHINE as THE_MACHINE,
+)
+from streamrepair.errors import StreamRepairError
 
 MACHINE = 64_000_000_000
 V1_UNLIMITED = "9223372036854771712\n"
@@ -129,3 +142,27 @@ def test_workers_by_the_share_of_processor_time(
 def test_on_this_machine_it_is_no_more_than_is_free() -> None:
     assert 0 < default_ram_bytes() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert 1 <= default_workers() <= (os.cpu_count() or 1)
+
+
+def test_who_has_least_free_is_told(tmp_path: Path) -> None:
+    files = {"job/memory.max": "16000000000\n", "job/memory.current": "3000000000\n"}
+    system = _system(tmp_path, "0::/job\n", files)
+    assert whose_is_free(system, available_bytes=13_000_000_001) == GROUP
+    assert whose_is_free(system, available_bytes=12_999_999_999) == THE_MACHINE
+
+
+def test_as_many_files_as_a_run_holds_are_held_against_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A soft limit is raised first; what is open above a limit that was set later takes none of its numbers."""
+    soft = 100
+    limits = [soft, soft]
+    monkeypatch.setattr(resource, "getrlimit", lambda _kind: tuple(limits))
+    monkeypatch.setattr(resource, "setrlimit", lambda _kind, new: limits.__setitem__(slice(None), new))
+    opened = sum(int(name) < soft for name in os.listdir("/proc/self/fd")) - 1  # noqa: PTH208
+    allow_open_files(soft - opened - 5)
+    with pytest.raises(
+        StreamRepairError, match=r"may have 100 files open, .* needs 101: raise the limit .* \(ulimit -n\)"
+    ):
+        allow_open_files(soft - opened - 4)
+    limits[:] = [soft, 200]
+    allow_open_files(soft - opened - 4)
+    assert limits == [200, 200]

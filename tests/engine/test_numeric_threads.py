@@ -100,7 +100,7 @@ def test_a_thread_without_room_for_a_buffer_fails_before_it_computes() -> None:
     """OpenBLAS, refused its buffer by a limit on the address space, asks again for ever."""
     words = [sys.executable, "-c", WITHOUT_ROOM]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "no 128 MiB of address space are left for a thread\n"
+    assert done.stdout == "no 64 MiB of address space are left for a thread\n"
 
 
 TORCH_IN_THE_PROGRAM = """

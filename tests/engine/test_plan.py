@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamrepair import api, units
+from streamrepair.engine import limits
 from streamrepair.engine.fit import most_at_once
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import BudgetError, UsageError
@@ -97,6 +98,32 @@ def _refusal(pair: Pair, ram: int) -> tuple[str, int]:
     assert found is not None, message
     assert found[3] == units.format_bytes(ram)
     return found[1], units.parse_bytes(found[4])
+
+
+@pytest.mark.parametrize(
+    ("whose", "remedy"), [("the machine", "free some"), ("the control group", "raise its limit on memory")]
+)
+def test_a_default_that_is_too_small_is_not_told_to_allow_more_than_is_free(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, whose: str, remedy: str
+) -> None:
+    """No --ram was given, and the one that the work needs would get the process killed."""
+    monkeypatch.setattr(limits, "free_bytes", lambda *_, **__: 50_000_000)
+    monkeypatch.setattr(limits, "whose_is_free", lambda: whose)
+    with pytest.raises(BudgetError) as caught:
+        api.plan(pair.base, pair.ft)
+    found = re.search(
+        rf"needs (\d+) MB; without --ram a run takes 80% of what {whose} has free, 40 MB: {remedy}, so that (\d+) MB "
+        "are free$",
+        str(caught.value),
+    )
+    assert found is not None, str(caught.value)
+    free = int(found[2]) * 1_000_000
+    monkeypatch.setattr(limits, "free_bytes", lambda *_, **__: free)
+    api.plan(pair.base, pair.ft)
+    monkeypatch.setattr(limits, "free_bytes", lambda *_, **__: free - 2_000_000)
+    with pytest.raises(BudgetError, match=rf": let it take more, with --ram \d+MB, or {remedy}, so that") as caught:
+        api.plan(pair.base, pair.ft)
+    api.plan(pair.base, pair.ft, ram=str(caught.value).partition("--ram ")[2].partition("with --ram ")[2].split(",")[0])
 
 
 def test_a_refusal_by_a_hair_does_not_say_the_same_size_twice(pair: Pair) -> None:
