@@ -7,6 +7,7 @@ from typing import Literal
 
 import msgspec
 
+from streamrepair.checkpoint.copies import copies
 from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
 from streamrepair.checkpoint.sidecars import check_sidecars
 from streamrepair.decompose.speed import CPU
@@ -73,7 +74,7 @@ def plan(
     if settings is not None and named != Settings():
         raise UsageError("settings are given twice, as an object and by name: give one of them")
     resources = _resources(settings or named, ram=ram, vram=vram, device=device, workers=workers, only_plan=True)
-    planned = _planned(*_sides(base, ft), settings or named, resources)
+    planned = _planned(*_sides(base, ft), settings or named, resources, only_plan=True)
     check_sidecars(planned.ft)
     return planned
 
@@ -123,7 +124,11 @@ def _sides(base: Source, ft: Source) -> tuple[Checkpoint, Checkpoint]:
     return open_checkpoint(texts[0], side="BASE"), open_checkpoint(texts[1], side="FT")
 
 
-def _planned(base: Checkpoint, ft: Checkpoint, settings: Settings, resources: _Resources) -> Plan:
+def _planned(
+    base: Checkpoint, ft: Checkpoint, settings: Settings, resources: _Resources, *, only_plan: bool = False
+) -> Plan:
+    found = None if only_plan else copies(base, ft)
+
     def made(workers: int) -> Plan:
         return make_plan(
             base,
@@ -135,6 +140,7 @@ def _planned(base: Checkpoint, ft: Checkpoint, settings: Settings, resources: _R
             vram_bytes=resources.vram_bytes,
             free_of=resources.free_of,
             rates=rates.load() or CPU,
+            copies=found,
         )
 
     planned = made(resources.workers)

@@ -67,7 +67,7 @@ def recompute(report: Report, result: Checkpoint, sample: int) -> tuple[DeepChec
 
 
 def _shape(name: str, report: Report, sides: dict[str, Checkpoint]) -> MatrixShape:
-    base, ft, result = (_stored(checkpoint, name, side).entry for side, checkpoint in sides.items())
+    base, ft, result = (stored.entry for stored in _sides(name, report, sides))
     return matrix_shape(base, ft, result, report.settings)
 
 
@@ -99,7 +99,7 @@ class _Agreement:
 
 
 def _check(name: str, report: Report, sides: dict[str, Checkpoint], files: InputFiles) -> DeepCheck:
-    base, ft, result = (_stored(checkpoint, name, side) for side, checkpoint in sides.items())
+    base, ft, result = _sides(name, report, sides)
     view = MatrixView(files=files, base=base, ft=ft, scratch=Scratch(), panel_rows=max(ft.entry.shape))
     rule = HardThreshold(scale=report.settings.scale, sigma=report.settings.sigma)
     truncation = full.truncate(view, rule, arithmetic=HostArithmetic())
@@ -148,6 +148,12 @@ def _unit(values: Doubles, dtype: str) -> Doubles:
     exponent = np.maximum(np.frexp(values)[1] - 1, _LEAST_EXPONENT[dtype])
     unit: Doubles = np.ldexp(1.0, exponent - _SIGNIFICAND_BITS[dtype] + 1)
     return unit
+
+
+def _sides(name: str, report: Report, sides: dict[str, Checkpoint]) -> list[Side]:
+    """A tensor on each side; on BASE's it may have another name."""
+    names = {"BASE": report.tensors[name].paired_with or name}
+    return [_stored(checkpoint, names.get(side, name), side) for side, checkpoint in sides.items()]
 
 
 def _stored(checkpoint: Checkpoint, name: str, side: str) -> Side:

@@ -99,6 +99,8 @@ class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
     """XXH3-128 of the tensor's bytes in the output."""
     warnings: tuple[str, ...] = ()
     """What was said of it while it was done."""
+    paired_with: str | None = None
+    """BASE's tensor, where its name is another: FT's is a copy of FT's tensor of that name."""
 
     def check_finite(self, name: str) -> None:
         """Refuse to let NaN or infinity into a file.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -43,6 +43,7 @@ class Pairing:
     reason: str
     """Why, in words for the report."""
     base: Side | None
+    """Its tensor has another name where FT's is a copy of FT's tensor of that name (`copies`)."""
     ft: Side | None
     kind: str = ""
     """The reason without numbers of the tensor's own, where it has such."""
@@ -80,8 +81,13 @@ class Selection:
         return None
 
 
-def pair(base: Checkpoint, ft: Checkpoint, selection: Selection) -> tuple[Pairing, ...]:
+def pair(
+    base: Checkpoint, ft: Checkpoint, selection: Selection, copies: Mapping[str, str] | None = None
+) -> tuple[Pairing, ...]:
     """Every tensor name of both sides exactly once: FT's in file order, then those only BASE has.
+
+    Args:
+        copies: tensor that only FT has → the one of FT that it is a copy of, if they are known.
 
     Raises:
         InputError: the two share no tensor name at all.
@@ -93,7 +99,7 @@ def pair(base: Checkpoint, ft: Checkpoint, selection: Selection) -> tuple[Pairin
             f"(BASE has {_first(base)}, FT has {_first(ft)}): {_remedy(base, ft)}"
         )
     selection.refusal("")  # a pattern that does not compile is refused even where nothing would be matched
-    pairings = [*_of_ft(base, ft, selection)]
+    pairings = [*_of_ft(base, ft, selection, copies or {})]
     written = {pairing.name for pairing in pairings}
     for name, (shard, entry) in base.tensors.items():
         if name not in written:
@@ -114,7 +120,7 @@ def _remedy(base: Checkpoint, ft: Checkpoint) -> str:
     return "name a checkpoint and one that was fine-tuned from it"
 
 
-def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection) -> Iterator[Pairing]:
+def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection, copies: Mapping[str, str]) -> Iterator[Pairing]:
     codes = _codes(ft)
     for position, shard in enumerate(ft.shards):
         for entry in shard.tensors:
@@ -123,7 +129,10 @@ def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection) -> Iterator[P
                 # In the shard, not in the index: loaders ignore it, but the shard is rewritten as it is.
                 yield Pairing(entry.name, "keep", "not listed in the index", None, side)
                 continue
-            found = base.tensors.get(entry.name)
+            twin = copies.get(entry.name)
+            if twin is not None and selection.refusal(twin) is not None:
+                twin = None  # what it copies stays as it is, and so does it
+            found = base.tensors.get(twin or entry.name)
             other = Side(base.shards[found[0]], found[1]) if found else None
             refusal = _refusal(entry, other.entry if other else None) or _refusal_of_scales(entry, codes)
             if refusal is None and (unwanted := selection.refusal(entry.name)) is not None:
@@ -161,6 +170,11 @@ def _refusal_of_scales(entry: TensorEntry, codes: dict[str, str]) -> _Refusal | 
     """
     own = codes.get(entry.name.rpartition(".")[0])
     return None if own is None else _Refusal(f"belongs to the quantised {shown(own)} beside it")
+
+
+def is_repairable(ft: TensorEntry, base: TensorEntry) -> bool:
+    """Whether these are a pair of matrices, as far as dtypes and shapes tell."""
+    return _refusal(ft, base) is None
 
 
 def is_of_no_kind(pairing: Pairing) -> bool:

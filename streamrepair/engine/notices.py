@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 
 from streamrepair.checkpoint.beside import kind_of
+from streamrepair.checkpoint.copies import candidates
 from streamrepair.checkpoint.naming import same_by_another_name
 from streamrepair.checkpoint.pairing import NOT_IN_BASE, SHAPES_DIFFER, Selection, is_of_no_kind
 from streamrepair.checkpoint.sidecars import left_beside, not_carried, sidecars, stated_model
@@ -35,7 +36,16 @@ def plan_warnings(plan: Plan) -> list[str]:
         told = f"e.g. {shown(same[0] if same else missing[0].name)}"
         if same:
             told += f"; BASE has {shown(same[1])}, and only equal names are paired"
+        elif plan.copies is None and (perhaps := candidates(plan.base, plan.ft)):
+            name, others = next(iter(perhaps.items()))
+            told += f"; the repair looks whether such are copies, as {shown(name)} may be of {shown(others[0])}"
         found.append(f"{counted(n, 'tensor')} of FT {_are(n)} not in BASE and {_are(n)} kept, {told}")
+    if like := [t for t in plan.tasks if t.paired_with is not None]:
+        what = "is a copy of another" if len(like) == 1 else "are copies of others"
+        found.append(
+            f"{counted(len(like), 'tensor')} of FT {what} that BASE has, and {_are(len(like))} repaired like it, "
+            f"e.g. {shown(like[0].name)} like {shown(like[0].paired_with or '')}"
+        )
     if short := [t for t in plan.tasks if t.shape is not None and t.shape.cols < _FEW]:
         have = "1 matrix has" if len(short) == 1 else f"{len(short)} matrices have"
         found.append(

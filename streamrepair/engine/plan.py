@@ -5,7 +5,7 @@ Everything that can be refused without reading a weight is refused while plannin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -67,6 +67,12 @@ class Task:
         return self.pairing.name
 
     @property
+    def paired_with(self) -> str | None:
+        """The name of BASE's tensor, where it is another."""
+        base = self.pairing.base
+        return base.entry.name if self.shape is not None and base is not None and base.entry.name != self.name else None
+
+    @property
     def tasks(self) -> tuple[Task, ...]:
         """Itself: what it has in common with a batch."""
         return (self,)
@@ -117,6 +123,8 @@ class Plan:
     vram_allowed_bytes: int | None
     rates: Rates = CPU
     """Speeds of one of the CPU's workers, for predicted times."""
+    copies: Mapping[str, str] | None = None
+    """Tensor of FT alone → the one that it is a copy of; None where only headers were read."""
 
     @property
     def tasks(self) -> tuple[Task, ...]:
@@ -239,6 +247,7 @@ def make_plan(
     vram_bytes: int | None,
     free_of: str | None = None,
     rates: Rates = CPU,
+    copies: Mapping[str, str] | None = None,
 ) -> Plan:
     """Plan the repair of FT against BASE.
 
@@ -247,6 +256,7 @@ def make_plan(
         ram_bytes: for the process. vram_bytes: for each GPU; None without one.
         free_of: whose free memory `ram_bytes` is a share of, where nobody gave it.
         rates: speeds of one of the CPU's workers, for predicted times.
+        copies: as of `pair`; None where nobody looked.
 
     Raises:
         InputError: the two have nothing in common.
@@ -254,7 +264,7 @@ def make_plan(
         BudgetError: a tensor does not fit the memory even alone.
     """
     layouts = tuple(layout_like(shard, settings.out_dtype) for shard in ft.shards)
-    pairings = pair(base, ft, Selection(settings.include, settings.exclude))
+    pairings = pair(base, ft, Selection(settings.include, settings.exclude), copies)
     records_bytes, gpus = _records_bytes(base, ft, len(pairings)), len(gpus_of(devices))
     room = Room(ram_bytes, vram_bytes, records_bytes=records_bytes, gpus=gpus, free_of=free_of)
     places = {layout.name: place for place, layout in enumerate(layouts)}
@@ -280,6 +290,7 @@ def make_plan(
         ram_allowed_bytes=ram_bytes,
         vram_allowed_bytes=vram_bytes,
         rates=rates,
+        copies=copies,
     )
 
 

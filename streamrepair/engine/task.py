@@ -62,7 +62,7 @@ def finished(job: Job, record: TensorRecord, nonfinite: str | None, seconds: flo
     """The outcome of a task whose result is written."""
     job.tell(1.0)
     job.around.done_with(job.task)
-    record = msgspec.structs.replace(record, seconds=round(seconds, 6))
+    record = msgspec.structs.replace(record, seconds=round(seconds, 6), paired_with=job.task.paired_with)
     record.check_finite(job.task.name)
     return Outcome(job.task, record, job.spent, nonfinite)
 

@@ -53,7 +53,7 @@ def test_fused_experts_are_told_of(tmp_path: Path) -> None:
 def test_one_of_something_is_said_so(tmp_path: Path) -> None:
     w = bf16(np.eye(64))
     base = write_split(tmp_path / "base", {"w": w, "gone": w, "resized": w, "thin": bf16(np.ones((600, 2)))}, 1)
-    ft = {"w": w, "new": w, "resized": bf16(np.eye(65)), "thin": bf16(np.ones((600, 2)))}
+    ft = {"w": w, "new": bf16(np.eye(66)), "resized": bf16(np.eye(65)), "thin": bf16(np.ones((600, 2)))}
     assert _told(base, write_split(tmp_path / "ft", ft, 1)) == [
         "1 tensor of BASE is not in FT and is dropped, e.g. gone",
         "1 tensor of FT is not in BASE and is kept, e.g. new",
