@@ -102,6 +102,8 @@ class Gram:
     """(p, n) Δᵀ(ΔX), formed without G."""
     trace: float
     """‖Δ‖_F²."""
+    weight: float
+    """About ‖W_ft‖_F: what rounding of the result is to be held against."""
     factorise: Callable[[], Spectrum]
     """Factorise G, in place: to be called once."""
     matrix: Doubles | None = None

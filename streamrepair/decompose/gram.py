@@ -113,7 +113,7 @@ def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precis
     if precision == "float32":
         error = difference + gram.images - gram.exact_images
         along = errors_along(spectrum.top(threshold.rank_kept), error)
-        refuse_mixing(mixing(values, threshold.rank_kept, along))
+        refuse_mixing(mixing(values, threshold.rank_kept, along), values[n - threshold.rank_kept :], gram.weight)
     close = _checked_count(spectrum.count_above(threshold.tau * threshold.tau, bound), threshold.rank_kept, close)
     if precision == "float32" and close:
         raise UnresolvedError(f"a count leaves {close} values near the squared threshold open")

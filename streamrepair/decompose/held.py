@@ -71,3 +71,5 @@ class Held(NamedTuple):
     """(p, n) Δᵀ(ΔX) for the probes X, in float64."""
     trace: float
     """‖Δ‖_F²."""
+    weight: float
+    """About ‖W_ft‖_F."""

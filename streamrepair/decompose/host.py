@@ -11,7 +11,7 @@ from streamrepair.decompose.arithmetic import Gram, Merger, Precision, Vectors, 
 from streamrepair.decompose.convert import STORED_TYPE, Doubles, Raw, Real, RealType, difference, narrow, widen
 from streamrepair.decompose.halves import Both, in_halves, in_turn, middle
 from streamrepair.decompose.held import Held, HeldDelta
-from streamrepair.decompose.operator import Panel, PanelSource, blocks
+from streamrepair.decompose.operator import Panel, PanelSource, blocks, sampled_squares
 from streamrepair.decompose.scratch import Scratch
 from streamrepair.decompose.tridiagonal import TridiagonalSpectrum
 
@@ -42,8 +42,9 @@ class HostArithmetic:
         total: Doubles = self.scratch.array("gram", (n, n), np.float64) if precision == "float32" else partial
         columns = np.ascontiguousarray(probes.T, real)
         exact = np.zeros((n, len(probes)))
-        rows, first = 0, True
+        rows, first, squares = 0, True, 0.0
         for block in blocks(source):
+            squares += sampled_squares(block)
             delta = self._delta(block, real)
             self._add_gram(delta, partial, beta=0.0 if partial is not total and rows == 0 else 1.0)
             exact += delta.T @ (delta @ columns)
@@ -59,7 +60,8 @@ class HostArithmetic:
         self.scratch.release("gram")  # from here on it belongs to the result
         images = lapack.times_symmetric(total, probes)
         trace = float(np.trace(total))
-        return Gram(images, np.ascontiguousarray(exact.T), trace, lambda: TridiagonalSpectrum(total, self.both), total)
+        exact_images, weight = np.ascontiguousarray(exact.T), squares**0.5
+        return Gram(images, exact_images, trace, weight, lambda: TridiagonalSpectrum(total, self.both), total)
 
     def _add_gram(self, delta: Real, gram: Real, *, beta: float) -> None:
         """gram ← ΔᵀΔ + beta·gram, upper triangle; from so many columns on in two halves of equally many operations."""
@@ -79,8 +81,9 @@ class HostArithmetic:
     def hold(self, source: PanelSource, probes: Doubles) -> Held:
         """Δ whole in float32, and in float64 its images of probes, in one pass."""
         held: Real | None = None
-        exact, trace = np.zeros((source.cols, len(probes))), 0.0
+        exact, trace, squares = np.zeros((source.cols, len(probes))), 0.0, 0.0
         for block in blocks(source):
+            squares += sampled_squares(block)
             if held is None:  # in the order in which it is stored
                 held = np.empty((source.rows, source.cols), np.float32, order="F" if block.wide else "C")
             delta = held[block.start : block.start + block.rows]
@@ -91,7 +94,7 @@ class HostArithmetic:
                 exact += stripe.T @ (stripe @ probes.T)
                 trace += float(np.einsum("ij,ij->", stripe, stripe))
         assert held is not None
-        return Held(HeldDelta(held, self.both), np.ascontiguousarray(exact.T), trace)
+        return Held(HeldDelta(held, self.both), np.ascontiguousarray(exact.T), trace, squares**0.5)
 
     def products(self, source: PanelSource, vectors: Doubles) -> tuple[Doubles, Doubles]:
         """(k, n) ΔᵀΔ·v for each row v of `vectors`, and (k, k) inner products vᵀΔᵀΔ·w, in float64, in one pass."""

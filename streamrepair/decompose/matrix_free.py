@@ -61,7 +61,7 @@ def truncate(
         ceiling, following = search.ceiling(low)
         top = search.top(low)
     rest = max(ceiling, top.following + top.following_residual)
-    refuse_mixing(rotation(top.values, top.residuals + 0.5 * search.bound, rest))
+    refuse_mixing(rotation(top.values, top.residuals + 0.5 * search.bound, rest), top.values, held.weight)
     top = top._replace(following=max(top.following, following))
     facts = Facts(probes, held.images, held.trace, "float32")
     return concluded(search, median, top, facts, interval=(low, high))

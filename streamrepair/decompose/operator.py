@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from streamrepair.decompose.convert import Raw
+import numpy as np
+
+from streamrepair.decompose.convert import Raw, widen
 
 _BLOCK_ELEMENTS = 1 << 23
 _LEAST_ROWS, _MOST_ROWS = 256, 2048
+_SAMPLED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,14 @@ class PanelSource(Protocol):
     def panels(self) -> Iterator[Panel]:
         """All rows in order; every panel but the last holds a multiple of `block_rows(cols)` rows."""
         ...
+
+
+def sampled_squares(block: Panel) -> float:
+    """About ‖W_ft‖_F² of a block, by every 16th of its rows as they are stored."""
+    rows = block.ft[::_SAMPLED]
+    values = np.empty(rows.shape)
+    widen(rows, block.ft_dtype, values)
+    return float(np.square(values, out=values).sum()) * (block.ft.size / rows.size)
 
 
 def block_rows(cols: int) -> int:

@@ -83,7 +83,7 @@ def truncate(
             search.begin()
             median, fast = _median(search, (matrix, probes, products), precision, estimate)
             low, high = search.around(median.value, median.bound + (search.bound if fast else 0.0))
-            top = _proven(search, operator, low)
+            top = _proven(search, operator, low, gram.weight)
     finally:
         matrix.restore()
     if not fast and (within := int(np.count_nonzero(top.values < high))):
@@ -107,8 +107,11 @@ def _median(search: Search, exact: _Exact, precision: Precision, estimate: Estim
     return _exact_median(search, guess, exact), False
 
 
-def _proven(search: Search, operator: GramOperator, low: float) -> Top:
+def _proven(search: Search, operator: GramOperator, low: float, weight: float) -> Top:
     """All eigenpairs above `low`, and the proof that there are no more.
+
+    Args:
+        weight: about ‖W_ft‖_F.
 
     Raises:
         UnresolvedError: there may be others.
@@ -118,7 +121,7 @@ def _proven(search: Search, operator: GramOperator, low: float) -> Top:
     top = search.top(low)
     ceiling = low - 1e-3 * (low - top.following)
     rest = min(ceiling, max(top.following + top.following_residual, 0.5 * low))
-    refuse_mixing(rotation(top.values, top.residuals + 0.5 * search.bound, rest))
+    refuse_mixing(rotation(top.values, top.residuals + 0.5 * search.bound, rest), top.values, weight)
     operator.prove_none_above(low, ceiling, top.values, top.vectors)
     return top
 

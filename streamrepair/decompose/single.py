@@ -25,11 +25,11 @@ from streamrepair.decompose.symmetric import Seen
 from streamrepair.decompose.tridiagonal import SingleTridiagonal
 from streamrepair.decompose.truncation import (
     LEAST_FLOAT32_VALUE,
-    MOST_MIXING,
     Truncation,
     UnresolvedError,
     errors_along,
     mixing,
+    most_mixing,
     refuse_estimator,
     refuse_mixing,
     roots,
@@ -83,7 +83,7 @@ def truncate(
     first = rule.estimate(roots(form.values), source.rows, source.cols)
     if first.s_median**2 < max(LEAST_FLOAT32_VALUE, 2.0 * error):
         raise UnresolvedError(f"bound {error:.1e} against a median eigenvalue of {first.s_median**2:.1e}")
-    basis = _Basis.chosen(form, first, error, seen)
+    basis = _Basis.chosen(form, first, error, seen, gram.weight)
     del form
     decided = partial(_decided, basis, source=source, rule=rule, gram=gram, probes=probes)
     least = float(np.finfo(np.float32).eps) * gram.trace / source.cols  # likewise
@@ -126,9 +126,9 @@ def _decided(
     if close := int(np.count_nonzero(~(np.abs(windows.values - cut) > margin))):
         raise UnresolvedError(f"{close} values within {margin:.1e} of the squared threshold")
     outside = mixing(values, threshold.rank_kept, basis.errors(threshold.rank_kept), basis.exact)
-    refuse_mixing(outside + windows.mixing(cut))
-    vectors = _assembled(windows, basis, values, threshold.rank_kept)
     top = values[n - threshold.rank_kept :]
+    refuse_mixing(outside + windows.mixing(cut), top, gram.weight)
+    vectors = _assembled(windows, basis, values, threshold.rank_kept)
     certify.check_vectors(vectors, top, probes, gram.exact_images, orthonormal=_ORTHONORMALITY, belonging=_RESIDUAL)
     return Truncation(
         values=roots(values),
@@ -168,11 +168,11 @@ class _Basis:
         return np.concatenate([np.full(rank - len(known), 0.5 * self.error), known])
 
     @staticmethod
-    def chosen(form: SingleTridiagonal, first: Threshold, error: float, seen: Seen) -> _Basis:
+    def chosen(form: SingleTridiagonal, first: Threshold, error: float, seen: Seen, weight: float) -> _Basis:
         """By the float32 values and the threshold that they give.
 
         Args:
-            error: ‖ΔᵀΔ − QTQᵀ‖₂. seen: what it makes of probes.
+            error: ‖ΔᵀΔ − QTQᵀ‖₂. seen: what it makes of probes. weight: about ‖W_ft‖_F.
 
         Raises:
             UnresolvedError: windows would have to be too wide.
@@ -184,7 +184,7 @@ class _Basis:
         form.check_count(cut)
         middle = _middle(t, first.s_median**2, error)
         # It comes out at a third to a tenth of that once it is seen what the error does to the vectors.
-        mixed = mixing(t, first.rank_kept, 0.5 * error) > MOST_MIXING
+        mixed = mixing(t, first.rank_kept, 0.5 * error) > most_mixing(t[n - first.rank_kept :], weight)
         edge = _window(t, cut, error, _BESIDE if mixed else 0)
         places = np.unique(np.concatenate([middle, edge, np.arange(max(0, n - _LARGEST), n)]))
         wanted = np.union1d(places, np.arange(n - first.rank_kept, n))

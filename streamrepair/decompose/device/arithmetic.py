@@ -16,7 +16,7 @@ from streamrepair.decompose.device.rates import Rates, ieee_products, rates
 from streamrepair.decompose.device.spectrum import EighSpectrum, mirrored
 from streamrepair.decompose.device.staging import Upload, to_device
 from streamrepair.decompose.host import HostArithmetic
-from streamrepair.decompose.operator import Panel, PanelSource, blocks
+from streamrepair.decompose.operator import Panel, PanelSource, blocks, sampled_squares
 from streamrepair.errors import NumericalError, brief
 
 _MOST_JACOBI = 1024
@@ -52,8 +52,9 @@ class DeviceArithmetic:
         x = to_device(probes, self.device)
         columns = x.T.to(dtype)
         exact = torch.zeros((n, len(probes)), dtype=torch.float64, device=self.device)
-        held = torch.empty(0, dtype=dtype, device=self.device)
+        held, squares = torch.empty(0, dtype=dtype, device=self.device), 0.0
         for block in blocks(source):
+            squares += sampled_squares(block)
             if held.numel() < block.ft.size:
                 held = torch.empty(block.ft.size, dtype=dtype, device=self.device)
             delta = self._delta(block, held)
@@ -64,7 +65,7 @@ class DeviceArithmetic:
             exact += delta.T @ (delta @ columns)
         images = (x @ mirrored(total)).cpu().numpy()
         trace = float(total.trace())
-        return Gram(images, exact.T.cpu().numpy().copy(), trace, lambda: EighSpectrum.of(total))
+        return Gram(images, exact.T.cpu().numpy().copy(), trace, squares**0.5, lambda: EighSpectrum.of(total))
 
     def grams(self, sources: Sequence[PanelSource], probes: Doubles, precision: Precision) -> DeviceGrams:
         """One batched product per block of all sources.

@@ -14,7 +14,7 @@ from streamrepair.decompose.arithmetic import Gram, GramBatch, Precision, Spectr
 from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.device.spectrum import EighSpectrum, mirrored
 from streamrepair.decompose.device.staging import Upload, to_device
-from streamrepair.decompose.operator import PanelSource, blocks
+from streamrepair.decompose.operator import PanelSource, blocks, sampled_squares
 from streamrepair.errors import NumericalError
 
 
@@ -42,11 +42,12 @@ class DeviceGrams(GramBatch):
         exact = torch.zeros((count, n, len(probes)), dtype=torch.float64, device=device)
         x = to_device(probes, device)
         columns = x.T.to(dtype)
-        held = torch.empty((count, 0, n), dtype=dtype, device=device)
+        held, squares = torch.empty((count, 0, n), dtype=dtype, device=device), np.zeros(count)
         for row in zip(*map(blocks, sources), strict=True):
             if held.shape[1] < row[0].rows:
                 held = torch.empty((count, row[0].rows, n), dtype=dtype, device=device)
             delta = held[:, : row[0].rows]
+            squares += [sampled_squares(block) for block in row]
             for block, place in zip(row, delta, strict=True):
                 upload.delta(block, place.T if block.wide else place)
             if precision == "float64":
@@ -57,7 +58,8 @@ class DeviceGrams(GramBatch):
         images: Doubles = (x @ mirrored(total)).cpu().numpy()
         traces: Doubles = total.diagonal(dim1=1, dim2=2).sum(1).cpu().numpy()
         exact_images = np.ascontiguousarray(exact.mT.cpu().numpy())
-        return cls(total, [_member(total[i], images[i], exact_images[i], float(traces[i])) for i in range(count)])
+        known = zip(total, images, exact_images, traces.tolist(), np.sqrt(squares).tolist(), strict=True)
+        return cls(total, [_member(*each) for each in known])
 
     @property
     def members(self) -> list[Gram]:
@@ -78,8 +80,8 @@ class DeviceGrams(GramBatch):
         return [EighSpectrum(chosen[i], values[i], vectors[i], on_host=on_host[i]) for i in range(len(which))]
 
 
-def _member(gram: Tensor, images: Doubles, exact_images: Doubles, trace: float) -> Gram:
-    return Gram(images, exact_images, trace, lambda: EighSpectrum.of(gram))
+def _member(gram: Tensor, images: Doubles, exact_images: Doubles, trace: float, weight: float) -> Gram:
+    return Gram(images, exact_images, trace, weight, lambda: EighSpectrum.of(gram))
 
 
 def _alone(gram: Tensor) -> Spectrum | NumericalError:
