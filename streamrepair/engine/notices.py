@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from streamrepair.checkpoint.beside import kind_of
 from streamrepair.checkpoint.copies import candidates
@@ -16,8 +16,11 @@ from streamrepair.engine.job import Outcome
 from streamrepair.engine.memory import PROCESS_BYTES
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import InputError, shown
+from streamrepair.report import TensorRecord
 from streamrepair.units import counted, format_apart
 
+_ROUNDING_ALONE = 1e-5
+"""σ̂ below this share of ‖Δ‖_F is no noise of training, of which each value has some 1/√rank; nor that of bfloat16."""
 _FEW = 8
 _LISTED = 5
 
@@ -118,6 +121,22 @@ def machine_warnings(plan: Plan, *, free_bytes: int, resident_bytes: int) -> Ite
         yield (
             f"the program held {resident} before the run, {process} are projected for it: up to {used} are used, "
             f"--ram allows {allowed}"
+        )
+
+
+def result_warnings(records: Mapping[str, TensorRecord]) -> Iterator[str]:
+    """Of a result as a whole."""
+    flat = [
+        name
+        for name, record in records.items()
+        if record.sigma_hat is not None and record.sigma_hat < _ROUNDING_ALONE * (record.frob_delta_in or 0.0)
+    ]
+    if flat:
+        deltas = "1 delta is" if len(flat) == 1 else f"{len(flat)} deltas are"
+        yield (
+            f"{deltas} of low rank but for less than {_ROUNDING_ALONE:.0e} of the norm, as a merged LoRA's are, e.g. "
+            f"{shown(flat[0])}: what was dropped may be rounding, not noise of training, and a float64 SVD decided, "
+            "which takes many times as long"
         )
 
 

@@ -27,7 +27,7 @@ from streamrepair.engine.job import Outcome, Spent, Surroundings
 from streamrepair.engine.lanes import lane_names
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.nonfinite import NonFiniteInputError, nonfinite_error
-from streamrepair.engine.notices import machine_warnings, plan_warnings, task_warnings
+from streamrepair.engine.notices import machine_warnings, plan_warnings, result_warnings, task_warnings
 from streamrepair.engine.numeric_threads import NumericThreads
 from streamrepair.engine.overlap import refuse_overlap
 from streamrepair.engine.pagecache import PageCache, lets_go
@@ -205,6 +205,8 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
             _work(run, committer, cache, backlog, done.keys())
     finally:
         cache.close()
+    for message in result_warnings(committer.records):
+        run.warn(message)
     run.stop.check_at_once()  # from here on it is a matter of moments
     unchanged()
     run.workspace.check_held()

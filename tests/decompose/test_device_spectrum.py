@@ -49,7 +49,7 @@ def test_mixing_is_reckoned_from_the_error_along_each_kept_vector(along: str) ->
     images = probes @ matrix
     exact_images = images - 1.2e-4 * np.outer(probes @ vector, vector)
     spectrum = EighSpectrum.of(torch.from_numpy(matrix))
-    summed = Gram(images, exact_images, float(values.sum()), lambda: spectrum)
+    summed = Gram(images, exact_images, float(values.sum()), 1.0, lambda: spectrum)
     if along == "the largest":
         assert gram.conclude(summed, spectrum, RULE, m, "float32").threshold.rank_kept == kept
     else:

@@ -102,7 +102,7 @@ def test_what_float32_vectors_are_off_by_is_foretold(spectrum: str) -> None:
     form = SingleTridiagonal(gram.matrix)
     error, seen = single._factor_error(form, gram, probes)
     first = HardThreshold().estimate(roots(form.values), m, n)
-    basis = single._Basis.chosen(form, first, error, seen)
+    basis = single._Basis.chosen(form, first, error, seen, gram.weight)
     rank = first.rank_kept
     foretold = mixing(form.values, rank, basis.errors(rank))
     actual = _off_by(source, basis.rows[-rank:])

@@ -1,4 +1,4 @@
-"""Fewer than one value in a thousand of a bfloat16 result is the neighbour of the right one, however large the delta."""
+"""Fewer than one value in a thousand of a bfloat16 result is the neighbour of the right one, for deltas of any size."""
 
 from __future__ import annotations
 
