@@ -16,6 +16,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """Dtypes whose values are the weights themselves; 8-bit and narrower floats mean something only with their scales."""
 _NO_CODES = (*FLOATS, "BOOL", "I64", "U64", "C64")
 """Dtypes that no quantised weight is stored in; wide integers are positions and counters."""
+_COUNTERS = ("_index", "_ids")
+"""What ends the names of integer buffers that are no weights: relative_position_index, position_ids."""
+_INDICES = ("indices", "codes")
+"""What the places in a codebook are called (VPTQ, AQLM)."""
 LEAST_ELEMENTS = 1024
 """Smaller matrices are passed through: the law of large random matrices says nothing about them."""
 
@@ -134,7 +138,8 @@ def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection, copies: Mappi
                 twin = None  # what it copies stays as it is, and so does it
             found = base.tensors.get(twin or entry.name)
             other = Side(base.shards[found[0]], found[1]) if found else None
-            refusal = _refusal(entry, other.entry if other else None) or _refusal_of_scales(entry, codes)
+            refusal = _refusal(entry, other.entry if other else None)
+            refusal = refusal or _refusal_of_scales(entry, codes) or _refusal_of_biases(entry, ft)
             if refusal is None and (unwanted := selection.refusal(entry.name)) is not None:
                 refusal = _Refusal(unwanted)
             if refusal is None:
@@ -147,6 +152,8 @@ def _refusal(ft: TensorEntry, base: TensorEntry | None) -> _Refusal | None:
     """Why a tensor is passed through, or None if it is a pair of matrices."""
     if base is None:
         return _Refusal(NOT_IN_BASE)
+    if (other := _of_other_dtype(ft, base)) is not None:
+        return other
     if ft.shape != base.shape:
         return _Refusal(SHAPES_DIFFER, f"{list(base.shape)} in base, {list(ft.shape)} fine-tuned")
     return _of_no_kind(ft, base)
@@ -157,7 +164,7 @@ def _codes(ft: Checkpoint) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, (_, entry) in ft.tensors.items():
         module, _, own = name.rpartition(".")
-        if module and len(entry.shape) >= 2 and entry.dtype not in _NO_CODES:
+        if module and len(entry.shape) >= 2 and entry.dtype not in _NO_CODES and not own.endswith(_COUNTERS):
             found.setdefault(module, own)
     return found
 
@@ -168,8 +175,20 @@ def _refusal_of_scales(entry: TensorEntry, codes: dict[str, str]) -> _Refusal | 
     The scales and zero points of FP8 blocks, GPTQ, AWQ, HQQ and the like are matrices of plain floats. FT's codes with
     other scales than FT's would be neither checkpoint's weight.
     """
-    own = codes.get(entry.name.rpartition(".")[0])
+    module = entry.name.rpartition(".")[0]
+    own = codes.get(module)
+    if own is None and (around := codes.get(module.rpartition(".")[0])) in _INDICES:
+        own = around  # of a codebook in a module of its own; masks of bytes have weights of attention in such, too
     return None if own is None else _Refusal(f"belongs to the quantised {shown(own)} beside it")
+
+
+def _refusal_of_biases(entry: TensorEntry, ft: Checkpoint) -> _Refusal | None:
+    """Why a matrix is passed through that is the biases of experts, which are; or None."""
+    stem = re.sub(r"[._]bias\Z", "", entry.name)
+    found = ft.tensors.get(stem) or ft.tensors.get(f"{stem}.weight")
+    if stem == entry.name or found is None or len(found[1].shape) < 3:
+        return None
+    return _Refusal(f"biases of the {len(found[1].shape)}-D weight beside it")
 
 
 def is_repairable(ft: TensorEntry, base: TensorEntry) -> bool:
@@ -180,16 +199,25 @@ def is_repairable(ft: TensorEntry, base: TensorEntry) -> bool:
 def is_of_no_kind(pairing: Pairing) -> bool:
     """Whether both sides have the tensor alike, and it is nothing that is ever repaired."""
     ft, base = pairing.ft, pairing.base
-    if ft is None or base is None or ft.entry.shape != base.entry.shape:
+    if ft is None or base is None:
         return False
+    if ft.entry.shape != base.entry.shape:  # a quantised weight has a shape of its own
+        return _of_other_dtype(ft.entry, base.entry) is not None
     return _of_no_kind(ft.entry, base.entry) is not None
+
+
+def _of_other_dtype(ft: TensorEntry, base: TensorEntry) -> _Refusal | None:
+    """Why tensors of these dtypes are not repaired, or None."""
+    for side, entry in (("base", base), ("fine-tuned", ft)):
+        if entry.dtype not in FLOATS:
+            return _Refusal(f"dtype {entry.dtype} ({side}) is not a plain floating-point weight")
+    return None
 
 
 def _of_no_kind(ft: TensorEntry, base: TensorEntry) -> _Refusal | None:
     """Why tensors of these dtypes and this shape are not repaired, or None if they are."""
-    for side, entry in (("base", base), ("fine-tuned", ft)):
-        if entry.dtype not in FLOATS:
-            return _Refusal(f"dtype {entry.dtype} ({side}) is not a plain floating-point weight")
+    if (other := _of_other_dtype(ft, base)) is not None:
+        return other
     if len(ft.shape) != 2:
         return _Refusal(f"{len(ft.shape)}-D, not a matrix")
     if ft.numel < LEAST_ELEMENTS:

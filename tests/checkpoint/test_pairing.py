@@ -122,6 +122,31 @@ def test_a_matrix_beside_integers_that_are_no_weight_is_repaired(tmp_path: Path,
     assert _paired(tmp_path, tensors, tensors)["attn.bias_table"].intent == "repair"
 
 
+def test_a_codebook_stays_with_its_indices_and_a_mask_holds_no_weight(tmp_path: Path) -> None:
+    """VPTQ's lies in a module below that of the indices, as weights of attention lie below a mask of bytes."""
+    tensors = {
+        "q.indices": np.zeros((8, 64), np.int32), "q.centroids.weight": MATRIX,
+        "attention.bias": np.zeros((1, 1, 8, 8), np.uint8), "attention.query.weight": MATRIX,
+        "window.relative_position_index": np.zeros((49, 49), np.int32), "window.proj_weight": MATRIX,
+    }  # fmt: skip
+    found = _paired(tmp_path, tensors, tensors)
+    assert found["q.centroids.weight"].reason == "belongs to the quantised indices beside it"
+    assert {found["attention.query.weight"].intent, found["window.proj_weight"].intent} == {"repair"}
+
+
+@pytest.mark.parametrize(("weight", "bias"), [("gate", "gate_bias"), ("up.weight", "up.bias")])
+def test_biases_of_experts_stay_with_the_experts(tmp_path: Path, weight: str, bias: str) -> None:
+    tensors = {weight: np.zeros((32, 8, 64), np.float32), bias: MATRIX, "flat": MATRIX, "flat_bias": MATRIX}
+    found = _paired(tmp_path, tensors, tensors)
+    assert found[bias].reason == "biases of the 3-D weight beside it"
+    assert found["flat_bias"].intent == "repair"
+
+
+def test_a_quantised_weight_is_told_by_its_dtype_though_its_shape_is_another(tmp_path: Path) -> None:
+    found = _paired(tmp_path, {"w": bf16(MATRIX), "v": MATRIX}, {"w": np.zeros((1024, 1), np.uint8), "v": MATRIX})
+    assert found["w"].reason == "dtype U8 (fine-tuned) is not a plain floating-point weight"
+
+
 def test_exactly_the_least_number_of_elements_is_repaired(tmp_path: Path) -> None:
     whole = np.zeros((32, LEAST_ELEMENTS // 32), np.float32)
     assert _paired(tmp_path, {"w": whole}, {"w": whole})["w"].intent == "repair"
