@@ -74,7 +74,7 @@ class Touchy(DeviceArithmetic):
             noise = torch.randn(total.shape[1:], generator=torch.Generator().manual_seed(100 * len(sources) + i))
             total[i] += self._by * float(torch.linalg.matrix_norm(total[i])) * (noise + noise.T).double()
             images = (x @ total[i]).numpy()
-            members[i] = member_of(total[i], images, member.exact_images, member.trace)
+            members[i] = member_of(total[i], images, member.exact_images, member.trace, member.weight)
         return grams
 
 
@@ -446,7 +446,7 @@ def test_float32_is_tried_for_a_whole_batch_where_it_would_be_alone(tmp_path: Pa
                 grams._total[1] += 1e-3 * torch.eye(256)  # far off, and told by the probes
                 images = (torch.from_numpy(probes) @ grams._total[1]).numpy()
                 member = grams.members[1]
-                grams.members[1] = member_of(grams._total[1], images, member.exact_images, member.trace)
+                grams.members[1] = member_of(grams._total[1], images, member.exact_images, member.trace, member.weight)
             return grams
 
     def slow() -> Slow:
