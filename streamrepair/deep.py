@@ -53,10 +53,10 @@ def recompute(report: Report, result: Checkpoint, sample: int) -> tuple[DeepChec
     names = repaired[:: max(1, len(repaired) // max(1, sample))][:sample]
     sides = {"BASE": base, "FT": ft, "OUT": result}
     refuse_deep_without_room([_shape(name, report, sides) for name in names])
-    check_address_space()
-    lapack.tables()
     files = InputFiles()
     try:
+        check_address_space()
+        lapack.tables()
         return tuple(_check(name, report, sides, files) for name in names)
     except MemoryError as error:
         raise BudgetError(

@@ -8,6 +8,7 @@ alone a plan knows only which may be copies.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 
 import xxhash
 
@@ -43,17 +44,22 @@ def copies(base: Checkpoint, ft: Checkpoint) -> dict[str, str]:
     tried = candidates(base, ft)
     reading = _Reading(ft)
     try:
-        heads: dict[str, bytes] = {}
-        for name in {*tried, *(other for others in tried.values() for other in others)}:
-            heads[name] = reading.head(name)
+        paired: dict[bytes, list[str]] = defaultdict(list)
+        for name in dict.fromkeys(other for others in _distinct(tried) for other in others):
+            paired[reading.head(name)].append(name)
         found = {}
-        for name, others in tried.items():
-            like = (other for other in others if heads[other] == heads[name] and reading.same(name, other))
-            if (twin := next(like, None)) is not None:
+        for name in tried:
+            like = (other for other in paired.get(reading.head(name), ()) if reading.same(name, other))
+            if (twin := next(like, None)) is not None and not reading.uniform(name):
                 found[name] = twin
         return found
     finally:
         reading.close()
+
+
+def _distinct(tried: Mapping[str, list[str]]) -> list[list[str]]:
+    """The lists of candidates, each once: matrices of one shape share theirs."""
+    return list({id(others): others for others in tried.values()}.values())
 
 
 class _Reading:
@@ -68,12 +74,23 @@ class _Reading:
         self._files.close()
 
     def head(self, name: str) -> bytes:
-        """A digest of a tensor's first bytes."""
-        first = self._read(name, 0, min(_HEAD_BYTES, self._entry(name).nbytes), self._buffers[0])
-        return xxhash.xxh3_128_digest(first)
+        """A digest of a tensor's shape, dtype and first bytes."""
+        entry = self._entry(name)
+        first = self._read(name, 0, min(_HEAD_BYTES, entry.nbytes), self._buffers[0])
+        return xxhash.xxh3_128_digest(f"{entry.dtype} {entry.shape} ".encode() + first)
+
+    def uniform(self, name: str) -> bool:
+        """Whether all elements are the same, as in a module that was only begun: such are copies of nothing."""
+        entry = self._entry(name)
+        item = entry.nbytes // entry.numel
+        first = self._read(name, 0, item, self._buffers[0])
+        return all(
+            self._read(name, offset, length, self._buffers[0]) == first * (length // item)
+            for offset, length in osfile.chunks(entry.nbytes, _PIECE_BYTES)
+        )
 
     def same(self, name: str, other: str) -> bool:
-        """Whether two tensors of one length have the same bytes."""
+        """Whether two tensors of one shape and dtype have the same bytes."""
         return all(
             self._read(name, offset, length, self._buffers[0]) == self._read(other, offset, length, self._buffers[1])
             for offset, length in osfile.chunks(self._entry(name).nbytes, _PIECE_BYTES)

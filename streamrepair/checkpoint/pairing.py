@@ -126,6 +126,13 @@ def _remedy(base: Checkpoint, ft: Checkpoint) -> str:
 
 def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection, copies: Mapping[str, str]) -> Iterator[Pairing]:
     codes = _codes(ft)
+
+    def verdict(entry: TensorEntry, other: TensorEntry | None) -> _Refusal | None:
+        refusal = _refusal(entry, other) or _refusal_of_scales(entry, codes) or _refusal_of_biases(entry, ft)
+        if refusal is None and (unwanted := selection.refusal(entry.name)) is not None:
+            refusal = _Refusal(unwanted)
+        return refusal
+
     for position, shard in enumerate(ft.shards):
         for entry in shard.tensors:
             side = Side(shard, entry)
@@ -134,14 +141,11 @@ def _of_ft(base: Checkpoint, ft: Checkpoint, selection: Selection, copies: Mappi
                 yield Pairing(entry.name, "keep", "not listed in the index", None, side)
                 continue
             twin = copies.get(entry.name)
-            if twin is not None and selection.refusal(twin) is not None:
+            if twin is not None and verdict(ft.tensors[twin][1], base.tensors[twin][1]) is not None:
                 twin = None  # what it copies stays as it is, and so does it
             found = base.tensors.get(twin or entry.name)
             other = Side(base.shards[found[0]], found[1]) if found else None
-            refusal = _refusal(entry, other.entry if other else None)
-            refusal = refusal or _refusal_of_scales(entry, codes) or _refusal_of_biases(entry, ft)
-            if refusal is None and (unwanted := selection.refusal(entry.name)) is not None:
-                refusal = _Refusal(unwanted)
+            refusal = verdict(entry, other.entry if other else None)
             if refusal is None:
                 yield Pairing(entry.name, "repair", "", other, side)
             else:

@@ -43,12 +43,7 @@ def plan_warnings(plan: Plan) -> list[str]:
             name, others = next(iter(perhaps.items()))
             told += f"; the repair looks whether such are copies, as {shown(name)} may be of {shown(others[0])}"
         found.append(f"{counted(n, 'tensor')} of FT {_are(n)} not in BASE and {_are(n)} kept, {told}")
-    if like := [t for t in plan.tasks if t.paired_with is not None]:
-        what = "is a copy of another" if len(like) == 1 else "are copies of others"
-        found.append(
-            f"{counted(len(like), 'tensor')} of FT {what} that BASE has, and {_are(len(like))} repaired like it, "
-            f"e.g. {shown(like[0].name)} like {shown(like[0].paired_with or '')}"
-        )
+    found += _of_copies(plan)
     if short := [t for t in plan.tasks if t.shape is not None and t.shape.cols < _FEW]:
         have = "1 matrix has" if len(short) == 1 else f"{len(short)} matrices have"
         found.append(
@@ -69,6 +64,23 @@ def plan_warnings(plan: Plan) -> list[str]:
         base, ft = (shown(str(kind)) for kind in kinds)
         found.append(f"BASE is a model of type {base}, FT of type {ft}, by their config.json: was FT tuned from BASE?")
     return [*found, *_of_files_beside(plan)]
+
+
+def _of_copies(plan: Plan) -> Iterator[str]:
+    """Matrices that FT stores twice and BASE once."""
+    if like := [t for t in plan.tasks if t.paired_with is not None]:
+        what = "is a copy of another" if len(like) == 1 else "are copies of others"
+        yield (
+            f"{counted(len(like), 'tensor')} of FT {what} that BASE has, and {_are(len(like))} treated like it, "
+            f"e.g. {shown(like[0].name)} like {shown(like[0].paired_with or '')}"
+        )
+    repaired = {task.name for task in plan.tasks if task.shape is not None}
+    for name, twin in (plan.copies or {}).items():
+        if twin in repaired and name not in repaired:
+            yield (
+                f"{shown(name)} is a copy of {shown(twin)} in FT, which is repaired; it stays as fine-tuned, and "
+                "loaders untie what differs"
+            )
 
 
 def _of_files_beside(plan: Plan) -> Iterator[str]:

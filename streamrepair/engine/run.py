@@ -147,7 +147,8 @@ def execute(
             result = _execute(run, journalled, report)
         except NonFiniteInputError:
             # Refused inputs leave no output behind: what was finished belongs to no result.
-            workspace.discard()
+            with contextlib.suppress(OutputError):  # OUT is not there any more: NaN is what there is to say
+                workspace.discard()
             raise
     stop.over = True
     return result

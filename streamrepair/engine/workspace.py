@@ -146,6 +146,7 @@ class Workspace:
                 return self._continue(fingerprint)
             except InputError:  # another run, or a damaged journal: it is what is to be overwritten
                 self.journal.close()
+                self.began = None
         osfile.make_folder(self.work)  # what is there goes only where something can be put in its place
         self._clear()
         return self._continue(fingerprint)

@@ -61,7 +61,7 @@ def test_a_copy_comes_out_as_what_it_copies(sides: tuple[Path, Path], tmp_path: 
         "nearly": ("kept_ft", None), "new": ("kept_ft", None),
     }  # fmt: skip
     assert any(
-        "1 tensor of FT is a copy of another that BASE has, and is repaired like it, e.g. head like embed" in warning
+        "1 tensor of FT is a copy of another that BASE has, and is treated like it, e.g. head like embed" in warning
         for warning in report.warnings
     )
     found = api.verify(out, deep=True)
@@ -73,6 +73,41 @@ def test_a_copy_of_what_is_left_out_is_left_out(sides: tuple[Path, Path], tmp_pa
     report = api.repair(*sides, tmp_path / "out", exclude="embed")
     assert report.tensors["head"].action == report.tensors["embed"].action == "kept_ft"
     assert report.tensors["head"].reason == "not in the base checkpoint"
+
+
+def test_a_copy_that_is_left_out_alone_is_told_of(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    report = api.repair(*sides, tmp_path / "out", exclude="head")
+    assert (report.tensors["head"].action, report.tensors["embed"].action) == ("kept_ft", "repaired")
+    assert any(
+        warning.startswith("head is a copy of embed in FT, which is repaired; it stays") for warning in report.warnings
+    )
+
+
+@pytest.mark.parametrize("beside", ["embed.qweight", "nothing"])
+def test_a_copy_of_what_is_passed_through_is_passed_through(tmp_path: Path, beside: str) -> None:
+    """The scales of a quantised weight, say."""
+    weights, codes = _normal(0, 64, 48), np.zeros((64, 64), np.int32)
+    for side, seed in (("base", 1), ("ft", 4)):
+        (tmp_path / side).mkdir()
+        tuned = _tuned(weights, seed)
+        alone = {"head.scales": tuned.copy()} if side == "ft" else {}
+        save_file({"embed.scales": tuned, beside: codes, **alone}, tmp_path / side / "model.safetensors")
+    report = api.repair(tmp_path / "base", tmp_path / "ft", tmp_path / "out")
+    assert {report.tensors[name].action for name in ("embed.scales", "head.scales")} == {
+        "kept_ft" if beside == "embed.qweight" else "repaired"
+    }
+
+
+@pytest.mark.parametrize("value", [0.0, 0.02])
+def test_a_module_that_was_only_begun_is_no_copy(tmp_path: Path, value: float) -> None:
+    """Zeros beside zeros tell nothing: BASE's weights in a new gate would be another model."""
+    for side in ("base", "ft"):
+        (tmp_path / side).mkdir()
+    save_file({"x": _normal(0, 64, 48)}, tmp_path / "base" / "model.safetensors")
+    flat = np.full((64, 48), value, np.float32)
+    save_file({"x": flat, "gate": flat.copy()}, tmp_path / "ft" / "model.safetensors")
+    report = api.repair(tmp_path / "base", tmp_path / "ft", tmp_path / "out")
+    assert report.tensors["gate"].reason == "not in the base checkpoint"
 
 
 def test_a_damaged_copy_is_mended(sides: tuple[Path, Path], tmp_path: Path) -> None:
