@@ -52,7 +52,7 @@ from streamrepair.errors import (
     UsageError,
     shown,
 )
-from streamrepair.streams import prepare
+from streamrepair.streams import prepare, speaking
 from streamrepair.units import counted
 from streamrepair.version import __version__
 
@@ -316,5 +316,5 @@ def _hint_near_miss(tokens: list[str]) -> None:
 
 
 def _say(message: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
+    with speaking, contextlib.suppress(OSError, ValueError):
         print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ import io
 import os
 import select
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -23,6 +24,8 @@ _LOOK_MS = 1000
 """How often a writer looks whether it shall still wait: so long at most it does once that is over."""
 _UNSHOWN = "backslashreplace"
 _AGAIN_S = 0.01  # after a descriptor that had room refused all the same
+speaking = threading.RLock()
+"""For whoever writes lines where other threads do: who waits for a stream's own lock, one of C's, hears no signal."""
 
 
 class Descriptor(io.RawIOBase):
@@ -30,6 +33,7 @@ class Descriptor(io.RawIOBase):
 
     def __init__(self, number: int) -> None:
         self._number = number
+        self._written_to = _own_description(number) if os.isatty(number) else number
         self._discards = self._hurries = self._unread = False
 
     def fileno(self) -> int:
@@ -56,18 +60,29 @@ class Descriptor(io.RawIOBase):
         """Write a part of the data as soon as there is room; returns how much of it need not be written any more."""
         view = memoryview(data).cast("B")
         while not self._discards:
-            if _has_room(self._number, 0 if self._unread else _LOOK_MS):
+            if _has_room(self._written_to, 0 if self._unread else _LOOK_MS):
                 with contextlib.suppress(BlockingIOError):
-                    return os.write(self._number, view[: select.PIPE_BUF])  # more could block in spite of the room
+                    return os.write(self._written_to, view[: select.PIPE_BUF])  # more could block in spite of the room
                 time.sleep(_AGAIN_S)
-            elif self._hurries:
+            if self._hurries:
                 self._unread = True
                 break
         return len(view)
 
 
+def _own_description(number: int) -> int:
+    """A descriptor of the same terminal that does not block, while the caller's stays as it is; else the same one.
+
+    A terminal has room for one byte when `poll` says that it has room, and a stopped one may never have more.
+    """
+    try:
+        return os.open(os.ttyname(number), os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return number
+
+
 def _has_room(number: int, timeout_ms: int) -> bool:
-    """Whether a write of PIPE_BUF bytes ends at once, be it with an error."""
+    """Whether a write of PIPE_BUF bytes to a pipe, or of one to a terminal, ends at once, be it with an error."""
     waiting = select.poll()  # a fresh one: a signal handler may ask while the main thread does
     waiting.register(number, select.POLLOUT)
     return bool(waiting.poll(timeout_ms))
@@ -77,7 +92,8 @@ def tell(message: str) -> None:
     """Say something on standard error if it has room; for signal handlers, which must neither wait nor fail."""
     with contextlib.suppress(OSError):
         if _has_room(2, 0):
-            os.write(2, message.encode()[: select.PIPE_BUF])
+            number = _own_description(2) if os.isatty(2) else 2
+            os.write(number, message.encode()[: select.PIPE_BUF])
 
 
 def end_process(error: str, status: int) -> NoReturn:

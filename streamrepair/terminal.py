@@ -20,6 +20,7 @@ from streamrepair.engine.fit import full_budget, full_fits
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import shown
 from streamrepair.report import Action, Report, ResourceUse, TensorRecord
+from streamrepair.streams import speaking
 from streamrepair.units import counted, format_bytes, format_seconds
 from streamrepair.verification import Verified
 from streamrepair.views import groups
@@ -90,7 +91,7 @@ class Bar:
         """One line above the bar."""
         if not self._quiet:
             line = " ".join(message.split())
-            with contextlib.suppress(OSError):  # likewise a reader that left
+            with speaking, contextlib.suppress(OSError):  # likewise a reader that left
                 if self._bar is None:
                     print(line, file=sys.stderr, flush=True)
                 else:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pty
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import msgspec
@@ -73,3 +75,51 @@ def test_a_summary_says_over_how_many_sessions_its_times_are(
     assert " s on cpu with 1 worker: read" in capsys.readouterr().out
     terminal.print_summary(msgspec.structs.replace(report, sessions=3), tmp_path / "out")
     assert " s in 3 sessions on cpu with 1 worker: read" in capsys.readouterr().out
+
+
+UNREAD = """
+import os, sys, threading, time
+from streamrepair import console, streams
+from streamrepair.engine.stop import StopRequest
+from streamrepair.terminal import Bar
+
+streams.prepare()
+bar = Bar(quiet=False)
+
+
+def worker():
+    for number in range(100_000):
+        bar.note(f"worker {number} " + "x" * 80)
+
+
+stop = StopRequest()
+stop.heeded = True
+with console.stop_on_signals(stop, quiet=False):
+    threading.Thread(target=worker, daemon=True).start()
+    os.write(1, b"begun\\n")
+    while True:
+        bar.note("main " + "y" * 80)
+        if streams._descriptor(sys.stderr)._hurries:
+            os._exit(75)
+"""
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["pipe", "terminal"])
+def test_a_signal_is_heard_though_nobody_reads_what_two_threads_say(terminal: bool) -> None:
+    """The one waits for a reader, the other for the one: in a lock of C's no signal would be heard."""
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    try:
+        process = subprocess.Popen([sys.executable, "-c", UNREAD], stdout=subprocess.PIPE, stderr=writer)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        time.sleep(1.0)  # until what is said finds no room
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(timeout=60) == 75
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+    finally:
+        os.close(reader)
+        os.close(writer)
