@@ -96,6 +96,7 @@ stop = StopRequest()
 stop.heeded = True
 with console.stop_on_signals(stop, quiet=False):
     threading.Thread(target=worker, daemon=True).start()
+    time.sleep(0.5)  # it waits for a reader by now
     os.write(1, b"begun\\n")
     while True:
         bar.note("main " + "y" * 80)

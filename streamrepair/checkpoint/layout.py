@@ -88,9 +88,11 @@ def open_checkpoint(given: str | Path, *, side: str) -> Checkpoint:
         path = _existing(str(given))
         is_folder = stat.S_ISDIR(_status(path).st_mode)
         _refuse_unfinished(path if is_folder else path.parent)
-        if is_folder:
-            return _from_main_file(str(given), _main_file(path), whole_folder=True)
-        return _from_main_file(str(given), path, whole_folder=path.name.endswith(".index.json"))
+        main, whole_folder = (_main_file(path), True) if is_folder else (path, path.name.endswith(".index.json"))
+        found = _from_main_file(str(given), main, whole_folder=whole_folder)
+        for folder in {shard.path.resolve().parent for shard in found.shards}:  # by links, as the Hub's cache has them
+            _refuse_unfinished(folder)
+        return found
     except InputError as error:
         raise InputError(f"{side}: {error.finding}", error.advice) from error
 

@@ -116,7 +116,7 @@ def allow_open_files(count: int) -> None:
     It stays so after the run: others of the process may have come to need it.
 
     Args:
-        count: that a run holds at once, beside a few.
+        count: that a run holds at once, beside a few; one for each shard.
 
     Raises:
         StreamRepairError: there are fewer to be had.
@@ -126,13 +126,18 @@ def allow_open_files(count: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < wanted:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    need = _open_below(soft) + count + _FILES_BESIDE
-    if soft != resource.RLIM_INFINITY and soft < need:
+    if not may_open(count):
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         raise StreamRepairError(
             f"this process may have {soft} files open, and a run of {count} shards, of both sides and of OUT, needs "
-            f"{need}: raise the limit on open files (ulimit -n)"
+            f"{_open_below(soft) + count + _FILES_BESIDE}: raise the limit on open files (ulimit -n)"
         )
+
+
+def may_open(count: int) -> bool:
+    """Whether the limit leaves room for so many files, and a few beside them."""
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft == resource.RLIM_INFINITY or soft >= _open_below(soft) + count + _FILES_BESIDE
 
 
 def _open_below(limit: int) -> int:

@@ -123,10 +123,12 @@ def execute(
     # Past the page cache is slower where there is room in it, and kinder where there is not.
     free_bytes = limits.free_bytes()
     large = lets_go(plan, free_bytes)
-    limits.allow_open_files(len(plan.base.shards) + len(plan.ft.shards) + len(plan.layouts) * (2 if large else 1))
+    shards = len(plan.base.shards) + len(plan.ft.shards) + len(plan.layouts)
+    limits.allow_open_files(shards)
     address_fit.refuse_without_room(plan)
     budget.reset_peak()
-    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=large)
+    direct = large and limits.may_open(shards + len(plan.layouts))  # a second descriptor of each in OUT
+    workspace = Workspace(out, plan.layouts, beside_bytes=beside_bytes, direct=direct)
     timeline = Timeline(keep=trace is not None)
     files, threads = InputFiles(), NumericThreads()
     run = _Run(

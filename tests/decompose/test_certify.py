@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from streamrepair.decompose import certify, lapack
 from streamrepair.decompose.certify import PROBES
+from streamrepair.decompose.device import DeviceArithmetic
+from streamrepair.decompose.device.rates import Rates
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.truncation import UnresolvedError, decide, mixing
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
-from tests.decompose.sources import from_delta, with_spectrum
+from tests.decompose.sources import ArraySource, from_delta, with_spectrum
 
 Doubles = NDArray[np.float64]
 N = 60
@@ -282,3 +284,21 @@ def test_one_vector_that_is_not_finite_is_enough(at: int) -> None:
     rows = np.linalg.qr(np.random.default_rng(4).standard_normal((900, 700)))[0].T
     rows[at, 5] = np.nan
     assert np.isnan(certify.orthonormality(rows))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("place", ["gram", "hold", "device", "batch"])
+def test_the_weights_norm_is_known_to_a_tenth(place: str, wide: bool) -> None:
+    """Mixing is held against it, by whatever sums G."""
+    rng = np.random.default_rng(5)
+    base = rng.standard_normal((40, 700) if wide else (700, 40))
+    source = ArraySource(base, base + 0.01 * rng.standard_normal(base.shape), "F64")
+    probes, norm = certify.probe_vectors(40), float(np.linalg.norm(base))
+    device = DeviceArithmetic("cpu", measured=Rates(1.0, 1.0))
+    weight = {
+        "gram": lambda: HostArithmetic().gram(source, probes, "float32").weight,
+        "hold": lambda: HostArithmetic().hold(source, probes).weight,
+        "device": lambda: device.gram(source, probes, "float64").weight,
+        "batch": lambda: device.grams([source, source], probes, "float32").members[1].weight,
+    }[place]()
+    assert abs(weight - norm) < 0.1 * norm

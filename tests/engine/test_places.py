@@ -372,7 +372,10 @@ def test_what_an_unfinished_run_has_left_is_no_input(pair: Pair, tmp_path: Path,
     api.repair(pair.base, pair.ft, out)
     assert api.plan(pair.base, out / named).tasks, "a finished result is a checkpoint like others"
     (out / "streamrepair.json").unlink()
-    for sides in ((pair.base, out / named), (out / named, pair.ft)):
+    (tmp_path / "link").mkdir()
+    for path in out.glob("*.*"):
+        (tmp_path / "link" / path.name).symlink_to(path)
+    for sides in ((pair.base, out / named), (out / named, pair.ft), (pair.base, tmp_path / "link" / named)):
         with pytest.raises(InputError, match="is the result of a run that has not finished; finish it"):
             api.plan(*sides)
 
