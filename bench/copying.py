@@ -46,11 +46,11 @@ def compare(work: Path, repeats: int) -> Record:
     """All runs over the pair in `work`, condensed, with speeds beside cp's."""
     base, ft, out = work / "base", work / "ft", work / "out"
     of_ft, of_both = data_bytes(ft), data_bytes(base, ft)
-    moved = {"read": of_both, "cp": 2 * of_ft}
+    moved, commands = {"read": of_both, "cp": 2 * of_ft}, contenders(base, ft, out)
     warmed = warm(base, ft)
-    runs: dict[str, list[Record]] = {name: [] for name in contenders(base, ft, out)}
+    runs: dict[str, list[Record]] = {name: [] for name in commands}
     for _ in range(repeats):
-        for name, command in contenders(base, ft, out).items():
+        for name, command in commands.items():
             runs[name].append(run_once(command, out, name, moved.get(name, 0)))
             print(f"{name}: {format_seconds(_synced_s(runs[name][-1]))}", file=sys.stderr, flush=True)
             if timings := own_account(out).get("timings"):

@@ -9,7 +9,7 @@ import msgspec
 
 from streamrepair.checkpoint.copies import copies
 from streamrepair.checkpoint.layout import Checkpoint, open_checkpoint
-from streamrepair.checkpoint.sidecars import check_sidecars
+from streamrepair.checkpoint.sidecars import check_sidecars, sidecars
 from streamrepair.decompose.speed import CPU
 from streamrepair.engine import address_fit, budget, limits, rates
 from streamrepair.engine.fit import gpus_of
@@ -75,7 +75,7 @@ def plan(
         raise UsageError("settings are given twice, as an object and by name: give one of them")
     resources = _resources(settings or named, ram=ram, vram=vram, device=device, workers=workers, only_plan=True)
     planned = _planned(*_sides(base, ft), settings or named, resources, only_plan=True)
-    check_sidecars(planned.ft)
+    check_sidecars(planned.ft, sidecars(planned.ft))
     return planned
 
 
@@ -127,7 +127,7 @@ def _sides(base: Source, ft: Source) -> tuple[Checkpoint, Checkpoint]:
 def _planned(
     base: Checkpoint, ft: Checkpoint, settings: Settings, resources: _Resources, *, only_plan: bool = False
 ) -> Plan:
-    found = None if only_plan else copies(base, ft)
+    found, speeds = None if only_plan else copies(base, ft), rates.load() or CPU
 
     def made(workers: int) -> Plan:
         return make_plan(
@@ -139,7 +139,7 @@ def _planned(
             ram_bytes=resources.ram_bytes,
             vram_bytes=resources.vram_bytes,
             free_of=resources.free_of,
-            rates=rates.load() or CPU,
+            rates=speeds,
             copies=found,
         )
 

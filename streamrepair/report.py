@@ -268,6 +268,11 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
     processor: str = ""
     """Of what kind the processor was, likewise: BLAS adds up differently on another."""
 
+    def elsewhere(self, other: Fingerprint) -> list[tuple[str, str]]:
+        """Where `other` computed, and where this does, if that differs as far as `other` noted it."""
+        places = ((other.device, self.device), (other.processor, self.processor))
+        return [(before, now) for before, now in places if before not in ("", now)]
+
     def differences(self, other: Fingerprint) -> list[str]:
         """What changed from `other` to this, in words; empty if nothing did."""
         found = []

@@ -124,13 +124,13 @@ def stated_model(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def check_sidecars(checkpoint: Checkpoint) -> int:
+def check_sidecars(checkpoint: Checkpoint, names: tuple[str, ...]) -> int:
     """Open every sidecar and look at its size, so that none stops the run once the weights are done; their bytes.
 
     Raises:
         InputError: one cannot be read or is too large.
     """
-    return sum(wholefile.check_readable(checkpoint.folder / name, _LARGEST_BYTES) for name in sidecars(checkpoint))
+    return sum(wholefile.check_readable(checkpoint.folder / name, _LARGEST_BYTES) for name in names)
 
 
 def copy_sidecars(checkpoint: Checkpoint, names: tuple[str, ...], out: Path, *, dtype: str | None) -> dict[str, str]:

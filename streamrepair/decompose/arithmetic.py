@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 
 from streamrepair.decompose.convert import Doubles, Raw, Real
 from streamrepair.decompose.operator import Panel, PanelSource
-from streamrepair.errors import NumericalError
+from streamrepair.errors import NumericalError, brief
 
 Precision = Literal["float32", "float64"]
 Products = Callable[[Doubles], tuple[Doubles, Doubles]]
@@ -54,6 +54,18 @@ Vectors = Real | ResidentVectors
 def on_host(vectors: Vectors) -> Real:
     """The vectors in host memory; as they are if they lie there."""
     return np.asarray(vectors)
+
+
+def rescued(vectors: Vectors) -> Real:
+    """`on_host`, of vectors whose device failed.
+
+    Raises:
+        NumericalError: it broke for good, and does not give them.
+    """
+    try:
+        return on_host(vectors)
+    except RuntimeError as error:
+        raise NumericalError(f"the kept vectors are lost with their device ({brief(error)})") from error
 
 
 @dataclass(frozen=True, slots=True)

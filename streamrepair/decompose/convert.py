@@ -35,6 +35,11 @@ _LEAST_SQUARES = 1e-30
 """Of a piece in float32: single squares below 1e-38 lose digits, 1e5 of them come to less than this."""
 
 
+def merge_type(out_dtype: str) -> RealType:
+    """What W_base + Δ* is formed in before it is rounded to a stored dtype."""
+    return np.float32 if out_dtype in ("BF16", "F16") else np.float64
+
+
 def power_of_two(value: float) -> float:
     """The largest one that is no larger than a positive value: a scale by it rounds nothing."""
     return float(2.0 ** np.floor(np.log2(value)))

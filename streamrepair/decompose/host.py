@@ -8,7 +8,17 @@ import numpy as np
 
 from streamrepair.decompose import halves, lapack
 from streamrepair.decompose.arithmetic import Gram, Merger, Precision, Vectors, on_host
-from streamrepair.decompose.convert import STORED_TYPE, Doubles, Raw, Real, RealType, difference, narrow, widen
+from streamrepair.decompose.convert import (
+    STORED_TYPE,
+    Doubles,
+    Raw,
+    Real,
+    RealType,
+    difference,
+    merge_type,
+    narrow,
+    widen,
+)
 from streamrepair.decompose.halves import Both, in_halves, in_turn, middle
 from streamrepair.decompose.held import Held, HeldDelta
 from streamrepair.decompose.operator import Panel, PanelSource, blocks, sampled_squares
@@ -178,7 +188,7 @@ class HostMerger(Merger):
     def __init__(
         self, vh: Real, out_dtype: str, scratch: Scratch, delta: Callable[[Panel, RealType], Real], both: Both
     ) -> None:
-        self._real: RealType = np.float32 if out_dtype in ("BF16", "F16") else np.float64
+        self._real: RealType = merge_type(out_dtype)
         self._basis: Real = vh.astype(self._real, copy=False)
         self._out_dtype, self._scratch, self._delta, self._both = out_dtype, scratch, delta, both
         self._lost = 0.0

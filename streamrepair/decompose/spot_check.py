@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from streamrepair.decompose.arithmetic import Vectors, on_host
-from streamrepair.decompose.convert import Raw, Real, difference, widen
+from streamrepair.decompose.arithmetic import Vectors
+from streamrepair.decompose.convert import Raw, Real, difference, merge_type, widen
 from streamrepair.decompose.operator import Panel
 
 STRIDE = 128
@@ -95,8 +95,8 @@ class SpotCheck:
             raise WrongMergeError(f"there is no result for row {rows.places[rows.waiting][0]}")
 
     def _hold(self, rows: _Rows, merged: Raw) -> None:
-        if self._basis is None:  # in the precision of a merge: float64 vectors of a GPU take twice the time
-            self._basis = np.asarray(self._vh, np.float32) if self._out_dtype in ("BF16", "F16") else on_host(self._vh)
+        if self._basis is None:  # float64 vectors of a GPU would take twice the time
+            self._basis = np.asarray(self._vh, merge_type(self._out_dtype))
         basis, dtype = self._basis, self._out_dtype
         found, expected, delta = np.empty(merged.shape), np.empty(merged.shape), np.empty(merged.shape, basis.dtype)
         with np.errstate(over="ignore", invalid="ignore"):

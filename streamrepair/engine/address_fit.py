@@ -42,7 +42,7 @@ def refuse_without_room(plan: Plan) -> None:
     if fewer is not None:
         instead = f", or give --workers {fewer}"
     count = "one worker" if plan.workers == 1 else f"{plan.workers} workers"
-    raise limit.too_little(need_bytes, f"a run with {count}", instead)
+    limit.hold(need_bytes, f"a run with {count}", instead)
 
 
 def workers_with_room(plan: Plan) -> int:
@@ -79,8 +79,7 @@ def refuse_deep_without_room(shapes: list[MatrixShape]) -> None:
     fixed = memory.PROCESS_BYTES - budget.resident_bytes() + 3 * address_space.stack_bytes()
     fixed += _BUFFERS_OF_WORKER * address_space.BUFFER_BYTES + _load(bool(shapes))
     need_bytes = max(0, fixed) + max((_deep_bytes(shape) for shape in shapes), default=0)
-    if need_bytes > limit.left_bytes:
-        raise limit.too_little(need_bytes, "--deep", ", or leave out --deep: the rest of verify needs little")
+    limit.hold(need_bytes, "--deep", ", or leave out --deep: the rest of verify needs little")
 
 
 def _deep_bytes(shape: MatrixShape) -> int:

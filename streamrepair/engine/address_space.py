@@ -52,16 +52,21 @@ class Limit:
     limit_bytes: int
     left_bytes: int
 
-    def too_little(self, need_bytes: int, what: str, instead: str = "") -> BudgetError:
-        """The refusal of work that has to map `need_bytes` more.
+    def hold(self, need_bytes: int, what: str, instead: str = "") -> None:
+        """Refuse work that has to map more than is left.
 
         Args:
             instead: what else can be done, from ", or" on.
+
+        Raises:
+            BudgetError: it has to.
         """
+        if need_bytes <= self.left_bytes:
+            return
         needs, leaves = format_apart(need_bytes, self.left_bytes)
         least_bytes = self.limit_bytes + need_bytes + TAKEN_OTHERWISE_BYTES - self.left_bytes
         least_kb = -(-least_bytes // (_ROUND_KB * 1024)) * _ROUND_KB
-        return BudgetError(
+        raise BudgetError(
             f"the limit on {self.name} leaves {leaves}, and {what} needs {needs}: "
             f"raise it to {least_kb} kB or more{instead}"
         )
@@ -110,9 +115,7 @@ def prepare_for_numpy() -> None:
     share_one_arena()
     if not any(os.environ.get(name) for name in _THREADS):
         os.environ[_THREADS[0]] = "1"
-    need_bytes = _NUMPY_BYTES + _buffers_bytes()
-    if limit.left_bytes < need_bytes:
-        raise limit.too_little(need_bytes, "loading NumPy")
+    limit.hold(_NUMPY_BYTES + _buffers_bytes(), "loading NumPy")
 
 
 def prepare_for_benchmark() -> None:
@@ -121,9 +124,8 @@ def prepare_for_benchmark() -> None:
     Raises:
         BudgetError: the limit leaves it too little.
     """
-    limit, need_bytes = tightest(), lapack_bytes() + _BENCHMARK_BYTES
-    if limit is not None and limit.left_bytes < need_bytes:
-        raise limit.too_little(need_bytes, "loading SciPy and torch")
+    if (limit := tightest()) is not None:
+        limit.hold(lapack_bytes() + _BENCHMARK_BYTES, "loading SciPy and torch")
 
 
 def share_one_arena() -> None:

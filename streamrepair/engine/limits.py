@@ -103,8 +103,8 @@ def default_workers(system: System | None = None, *, processors: int | None = No
 
 def cpu_model() -> str:
     """The processor by its name; "" where the kernel tells none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
+    with contextlib.suppress(OSError), Path("/proc/cpuinfo").open(errors="replace") as lines:
+        for line in lines:  # there are as many descriptions as processors, each made when it is read
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return ""

@@ -89,14 +89,14 @@ def _of_files_beside(plan: Plan) -> Iterator[str]:
     if broken:
         listed = ", ".join(map(shown, broken[:_LISTED]))
         yield f"FT: left out beside the weights, no regular files or readable folders three deep at most: {listed}"
-    weights = [name for name in not_carried(plan.ft) if name.endswith(".safetensors")]
-    if weights:
+    missed = not_carried(plan.ft)
+    if weights := [name for name in missed if name.endswith(".safetensors")]:
         listed = ", ".join(map(shown, weights[:_LISTED]))
         yield (
             f"FT: weights in folders beside these are neither repaired nor copied, e.g. {listed}: name such folders by "
             "themselves"
         )
-    if left := [name for name in not_carried(plan.ft) if name not in weights]:
+    if left := [name for name in missed if name not in weights]:
         more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
         listed = ", ".join(map(shown, left[:_LISTED])) + more
         yield f"FT: not copied beside the weights: {listed}: copy what loading needs"

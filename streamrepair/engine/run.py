@@ -162,7 +162,7 @@ def _looked_at(plan: Plan, out: Path, options: Mapping[str, Path | None], names:
     refuse_overlap(out, {"BASE": plan.base, "FT": plan.ft}, beside)
     check_beside(beside, out)
     check_places(out, names)
-    return check_sidecars(plan.ft) + statement_bytes(plan)
+    return check_sidecars(plan.ft, names) + statement_bytes(plan)
 
 
 def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path | None) -> Report:
@@ -180,14 +180,11 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
         report, text = finished
         _write_copy(text, report_path)
         return report
-    if done and run.workspace.began is not None:
-        before, now = run.workspace.began, fingerprint(plan)
-        for was, place in ((before.device, now.device), (before.processor, now.processor)):
-            if was not in ("", place):
-                run.warn(
-                    f"{len(done)} tensors were finished on {shown(was)}, the rest is done on {shown(place)}: "
-                    "values may differ in the last place from a run on one"
-                )
+    for before, now in run.workspace.elsewhere if done else ():
+        run.warn(
+            f"{len(done)} tensors were finished on {shown(before)}, the rest is done on {shown(now)}: "
+            "values may differ in the last place from a run on one"
+        )
     unchanged = _unchanged_check(run)
     _check_dropped(run)
     for message in machine_warnings(plan, free_bytes=run.free_bytes, resident_bytes=budget.resident_bytes()):

@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 
 from streamrepair.checkpoint.write import digest_text, new_digest
-from streamrepair.decompose.arithmetic import Arithmetic, Merger, Vectors, on_host
-from streamrepair.decompose.convert import Raw, Real
+from streamrepair.decompose.arithmetic import Arithmetic, Merger, Vectors, rescued
+from streamrepair.decompose.convert import Raw
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import Panel
 from streamrepair.decompose.spot_check import SpotCheck, WrongMergeError
@@ -86,7 +86,7 @@ def _merged(
         except RuntimeError as error:
             if isinstance(arithmetic, HostArithmetic):
                 raise
-            left, vectors = f"merge: {brief(error)}", _fetched(truncation.vh)
+            left, vectors = f"merge: {brief(error)}", rescued(truncation.vh)
             merged = _Merged(job, view, host.merger(vectors, job.task.out.dtype), vectors, left=(left,))
             merged.run()
     except WrongMergeError as error:
@@ -95,18 +95,6 @@ def _merged(
     except NumericalError as error:
         raise failed(job, error) from error
     return merged
-
-
-def _fetched(vh: Vectors) -> Real:
-    """Kept vectors of a device that failed, in host memory.
-
-    Raises:
-        NumericalError: it broke for good, and does not give them.
-    """
-    try:
-        return on_host(vh)
-    except RuntimeError as error:
-        raise NumericalError(f"the kept vectors are lost with their device ({brief(error)})") from error
 
 
 class _Merged:

@@ -66,8 +66,8 @@ class Workspace:
         self.shards = tuple(ShardFile(layout, out=out, work=self.work, direct=direct) for layout in layouts)
         self.damaged: tuple[Path, ...] = ()
         """Sealed shards whose length or header `open` found wrong."""
-        self.began: Fingerprint | None = None
-        """Of the run that is continued, as it began; None for a new one."""
+        self.elsewhere: list[tuple[str, str]] = []
+        """Where the run that is continued began to compute, and where this one does, if that is not the same."""
         self._beside_bytes = beside_bytes
         self._lock_fd = -1
 
@@ -146,7 +146,7 @@ class Workspace:
                 return self._continue(fingerprint)
             except InputError:  # another run, or a damaged journal: it is what is to be overwritten
                 self.journal.close()
-                self.began = None
+                self.elsewhere = []
         osfile.make_folder(self.work)  # what is there goes only where something can be put in its place
         self._clear()
         return self._continue(fingerprint)
@@ -354,7 +354,7 @@ class Workspace:
             before = decoded(wholefile.read_whole(path), Fingerprint)
         except (InputError, msgspec.MsgspecError) as error:
             raise InputError(f"{shown(str(path))}: unreadable ({error}): start anew with --overwrite") from error
-        self.began = before
+        self.elsewhere = fingerprint.elsewhere(before)
         if changes := fingerprint.differences(before):
             raise InputError(
                 f"OUT {shown(str(self.out))} holds a run that differs from this one: {'; '.join(changes)}: "

@@ -17,7 +17,7 @@ from streamrepair.errors import DiskSpaceError, InputError, InterruptedRunError,
 from tests.builders import bf16
 from tests.engine.results import Recorder, check_result
 from tests.faults import Kernel, fails
-from tests.pairs import read_tensors, shard_bytes, snapshot, write_pair, write_split
+from tests.pairs import Pair, read_tensors, shard_bytes, snapshot, write_pair, write_split
 
 SHAPES = {"tall": (300, 80), "wide": (70, 260), "square": (96, 96), "norm": (96,), "thin": (1500, 3)}
 
@@ -196,13 +196,19 @@ def test_overwrite_goes_on_with_an_unfinished_run_of_the_same_command(
     assert shard_bytes(out) == expected
 
 
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_a_damaged_tensor_of_a_sealed_shard_is_redone_alone(tmp_path: Path, overwrite: bool) -> None:
-    """Without --overwrite only that tensor; with it everything, as it says."""
+def _repaired(tmp_path: Path) -> tuple[Pair, Path, dict[str, bytes]]:
+    """A pair of four matrices, its finished result in two shards, and their bytes."""
     pair = write_pair(tmp_path, {f"w{i}": (64, 64) for i in range(4)}, shards=(1, 2))
     out = tmp_path / "out"
     api.repair(pair.base, pair.ft, out)
     expected = shard_bytes(out)
+    return pair, out, expected
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_damaged_tensor_of_a_sealed_shard_is_redone_alone(tmp_path: Path, overwrite: bool) -> None:
+    """Without --overwrite only that tensor; with it everything, as it says."""
+    pair, out, expected = _repaired(tmp_path)
     victim = out / "model-00002-of-00002.safetensors"
     victim.write_bytes(expected[victim.name][:-1] + bytes([expected[victim.name][-1] ^ 4]))
     assert [d.where for d in api.verify(out).damage] == ["w3"]
@@ -217,10 +223,7 @@ def test_a_damaged_tensor_of_a_sealed_shard_is_redone_alone(tmp_path: Path, over
 
 @pytest.mark.parametrize("damage", ["cut", "header", "gone"])
 def test_a_shard_that_was_cut_or_lost_is_written_again(tmp_path: Path, damage: str) -> None:
-    pair = write_pair(tmp_path, {f"w{i}": (64, 64) for i in range(4)}, shards=(1, 2))
-    out = tmp_path / "out"
-    api.repair(pair.base, pair.ft, out)
-    expected = shard_bytes(out)
+    pair, out, expected = _repaired(tmp_path)
     victim = out / "model-00001-of-00002.safetensors"
     content = expected[victim.name]
     if damage == "gone":

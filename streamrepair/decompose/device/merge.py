@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamrepair.decompose.arithmetic import Merger, Vectors, on_host
-from streamrepair.decompose.convert import Raw
+from streamrepair.decompose.arithmetic import Merger, Vectors, rescued
+from streamrepair.decompose.convert import Raw, merge_type
 from streamrepair.decompose.device.faults import no_memory
 from streamrepair.decompose.device.rates import ieee_products
 from streamrepair.decompose.device.spectrum import rows_on
@@ -46,7 +46,7 @@ class DeviceMerger(Merger):
     ) -> None:
         self._vh, self._out_dtype, self._device, self._upload = vh, out_dtype, device, upload
         self._target = TORCH_TYPE[out_dtype]
-        self._dtype = torch.float32 if out_dtype in ("BF16", "F16") else torch.float64
+        self._dtype = torch.float32 if merge_type(out_dtype) is np.float32 else torch.float64
         self._basis: Tensor | None = None
         self._lost: Tensor | None = None
         self._download: Download | None = None
@@ -123,11 +123,7 @@ class DeviceMerger(Merger):
         """Go on with the CPU."""
         self._climbed.append(f"merge: {failure}")
         self._basis = None
-        try:
-            vectors = on_host(self._vh)
-        except RuntimeError as error:
-            raise NumericalError(f"the kept vectors are lost with their device ({brief(error)})") from error
-        self._host = (self._fallback or HostArithmetic()).merger(vectors, self._out_dtype)
+        self._host = (self._fallback or HostArithmetic()).merger(rescued(self._vh), self._out_dtype)
 
     def _queued(self, block: Panel) -> Crossing:
         if self._download is None:  # not before: a card that broke has no stream to give, which is met here as all else
