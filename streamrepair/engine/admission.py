@@ -3,6 +3,7 @@
 `ledger` puts locks around it, `simulate` a fake clock; both therefore run the same rules:
 - workers stand in one line, first come, first served, whatever kind of unit they want. Only the first is considered, so
   a large unit is never starved by small ones: nobody overtakes it;
+- it gets the next unit in order, or, if it wants to be apart, the next of a shard that nobody else is at;
 - it starts once its bytes are free, or when nothing runs, for every unit fits alone (the plan saw to that);
 - a running unit may ask for more (a dearer backend after a cheap one failed). Such a demand goes before the line, and
   while one waits no new unit starts, so that running units end and return their bytes. If all that run are waiting for
@@ -14,9 +15,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 
 from streamrepair.engine.plan import Unit
+from streamrepair.engine.waiting import Waiting
 
 Worker = int
 """A worker's number."""
@@ -26,11 +27,13 @@ Worker = int
 class Admission:
     """Units waiting and running, and the bytes that are free."""
 
-    waiting: dict[str, deque[Unit]]
-    """By place ("cpu" or "cuda"), in the order they start; a batch counts as one."""
+    waiting: dict[str, Waiting]
+    """By place ("cpu" or "cuda")."""
     free_bytes: int
     held: dict[Worker, int] = field(default_factory=dict)
     """Bytes of every running unit."""
+    shards: dict[Worker, int] = field(default_factory=dict)
+    """Of every running unit."""
     line: deque[Worker] = field(default_factory=deque)
     """Workers that want a unit."""
     growing: deque[Worker] = field(default_factory=deque)
@@ -39,9 +42,9 @@ class Admission:
     @classmethod
     def of(cls, units: Iterable[Unit], room_bytes: int) -> Admission:
         """All units waiting, all bytes free."""
-        waiting: dict[str, deque[Unit]] = {"cpu": deque(), "cuda": deque()}
+        waiting = {"cpu": Waiting(), "cuda": Waiting()}
         for unit in units:
-            waiting[unit.place].append(unit)
+            waiting[unit.place].add(unit)
         return cls(waiting, room_bytes)
 
     def exhausted(self, place: str) -> bool:
@@ -50,21 +53,26 @@ class Admission:
 
     def following(self, place: str, count: int) -> list[Unit]:
         """The next so many units of a place."""
-        return list(islice(self.waiting[place], count))
+        return self.waiting[place].following(count)
 
-    def take(self, worker: Worker, place: str) -> Unit | None:
-        """The next unit for a worker, or None: it stands in line and has to ask again after a change."""
+    def take(self, worker: Worker, place: str, *, apart: bool = False) -> Unit | None:
+        """The next unit for a worker, or None: it stands in line and has to ask again after a change.
+
+        Args:
+            apart: of a shard that no other worker is at, if there is such a unit.
+        """
         if worker not in self.line:
             self.line.append(worker)
         if self.growing or self.line[0] != worker or not self.waiting[place]:
             return None
-        unit = self.waiting[place][0]
+        waiting = self.waiting[place]
+        unit = waiting.first_apart(set(self.shards.values())) if apart else waiting.first()
         if unit.ram_bytes > self.free_bytes and self.held:
             return None
         self.line.popleft()
-        self.waiting[place].popleft()
+        waiting.remove(unit)
         self.free_bytes -= unit.ram_bytes
-        self.held[worker] = unit.ram_bytes
+        self.held[worker], self.shards[worker] = unit.ram_bytes, unit.shard
         return unit
 
     def leave(self, worker: Worker) -> None:
@@ -93,6 +101,7 @@ class Admission:
         if worker in self.growing:
             self.growing.remove(worker)
         self.free_bytes += self.held.pop(worker)
+        del self.shards[worker]
 
     def drop_waiting(self) -> None:
         """No more units."""

@@ -23,16 +23,17 @@ class Ledger:
         self._state = Admission.of(units, room_bytes)
         self._changed = threading.Condition()
 
-    def take(self, worker: int, place: str, *, before_waiting: Callable[[], None]) -> Unit | None:
+    def take(self, worker: int, place: str, *, before_waiting: Callable[[], None], apart: bool = False) -> Unit | None:
         """The next unit for a worker, waiting until its bytes are free; None when there are no more.
 
         Args:
             place: "cpu" or "cuda". before_waiting: lets go of what the worker keeps from its last unit.
+            apart: of a shard that no other worker is at, if there is such a unit.
         """
         waited = False
         with self._changed:
             while not self._state.exhausted(place):
-                unit = self._state.take(worker, place)
+                unit = self._state.take(worker, place, apart=apart)
                 if unit is not None:
                     break
                 if not waited:

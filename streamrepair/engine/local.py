@@ -28,6 +28,8 @@ from streamrepair.errors import InterruptedRunError
 Do = Callable[[Unit, Worker], Iterable[Outcome]]
 """Carries a unit out: its tasks' outcomes, as they finish."""
 _POLL_S = 0.2
+_LARGE_COPY_BYTES = 1 << 20
+"""Smaller ones tell nothing of the units that follow, and are written before another thread comes in their way."""
 _PARTING_S = 2.0  # for workers that are left in the middle of a task
 
 
@@ -125,10 +127,10 @@ class LocalExecutor:
         done: queue.SimpleQueue[Outcome | BaseException | None],
     ) -> None:
         """One worker's life; it puts its outcomes, at most one failure, and None at its end."""
-        ledger = worker.ledger
+        ledger, copied = worker.ledger, False
         try:
             with own_stream(worker.device):
-                while (unit := self._next(worker)) is not None:
+                while (unit := self._next(worker, apart=copied)) is not None:
                     try:
                         if self._stop.requested:
                             break  # the collector, which closes the ledger, may be in the middle of a commit
@@ -139,8 +141,10 @@ class LocalExecutor:
                             worker.lane.task(unit.name),
                             spares.at_work(worker.lane) if worker.device == "cpu" else contextlib.nullcontext(),
                         ):
+                            copied = unit.out_bytes >= _LARGE_COPY_BYTES
                             for outcome in do(unit, worker):
                                 done.put(outcome)
+                                copied = copied and outcome.record.action != "repaired"
                         worker.scratch.settle()
                     finally:
                         ledger.give_back(worker.number)
@@ -148,8 +152,12 @@ class LocalExecutor:
             done.put(error)
         done.put(None)
 
-    def _next(self, worker: Worker) -> Unit | None:
-        """The worker's next unit; while it waits for one it keeps nothing of the last, which no reservation covers."""
+    def _next(self, worker: Worker, *, apart: bool) -> Unit | None:
+        """The worker's next unit; while it waits for one it keeps nothing of the last, which no reservation covers.
+
+        Args:
+            apart: it copied the last, and will probably copy on; the kernel lets one thread at a time write to a file.
+        """
         with contextlib.ExitStack() as waiting:
 
             def before_waiting() -> None:
@@ -158,4 +166,5 @@ class LocalExecutor:
 
             self._hold(before_waiting)
         with worker.lane.waiting("memory"):
-            return worker.ledger.take(worker.number, worker.place, before_waiting=worker.scratch.clear)
+            clear = worker.scratch.clear
+            return worker.ledger.take(worker.number, worker.place, before_waiting=clear, apart=apart)

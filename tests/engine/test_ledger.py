@@ -212,3 +212,25 @@ def test_a_task_larger_than_the_room_runs_alone(place: Place) -> None:
     assert state.take(1, "cpu") is None
     state.give_back(0)
     assert state.take(1, "cpu") is tasks[1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(shards=st.lists(st.integers(0, 3), max_size=20), data=st.data())
+def test_whoever_wants_to_be_apart_gets_a_shard_of_its_own_while_there_is_one(
+    shards: list[int], data: st.DataObject
+) -> None:
+    """Units of one shard keep their order, every unit has its turn once, and who does not ask gets the next of all."""
+    tasks = [bf16_task(str(i), (64, 32), shard=shard, ram_bytes=1) for i, shard in enumerate(shards)]
+    state, taken = Admission.of(tasks, ROOM), list[Task]()
+    while not state.exhausted("cpu"):
+        worker, apart = data.draw(st.integers(0, 2)), data.draw(st.booleans())
+        if worker in state.held:
+            state.give_back(worker)
+            continue
+        left = [task for task in tasks if task not in taken]
+        free = [task for task in left if task.shard not in state.shards.values()]
+        unit = state.take(worker, "cpu", apart=apart)
+        assert unit in free if apart and free else unit is left[0]
+        assert not any(task.shard == unit.shard for task in left[: left.index(unit)])
+        taken.append(unit)
+    assert len(taken) == len(tasks)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import pytest
 
-from streamrepair.engine.job import Outcome
+from streamrepair.engine.job import Outcome, Spent
 from streamrepair.engine.local import LocalExecutor
 from streamrepair.engine.plan import Unit
 from streamrepair.engine.stop import StopRequest
 from streamrepair.engine.timeline import Timeline
 from streamrepair.engine.worker import Worker
 from streamrepair.errors import InterruptedRunError
+from streamrepair.report import TensorRecord
 from tests.engine.tasks import bf16_task
 
 KEPT_BYTES = 80_000_000
@@ -74,3 +76,21 @@ def test_a_worker_that_waits_for_the_disk_keeps_nothing() -> None:
     assert kept == [0]
     assert [span.name for span in timeline.spans].count("wait: disk") == 1
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("action", ["copied", "repaired"])
+def test_workers_that_copy_write_to_different_shards(action: Literal["copied", "repaired"]) -> None:
+    """The kernel lets one thread at a time write to a file; repairs stay together, so that shards seal early."""
+    both, names = threading.Barrier(2), dict[int, list[str]]()
+
+    def do(unit: Unit, worker: Worker) -> list[Outcome]:
+        names.setdefault(worker.number, []).append(unit.name)
+        both.wait(20)
+        record = TensorRecord(action=action, reason="", shape=(512, 1024), dtype="BF16")
+        return [Outcome(task, record, Spent()) for task in unit.tasks]
+
+    tasks = [bf16_task(f"{shard}.{i}", (512, 1024), shard=shard, ram_bytes=1) for shard in range(3) for i in range(4)]
+    executor = LocalExecutor(lanes=("cpu", "cpu"), room_bytes=10, stop=StopRequest(), timeline=Timeline())
+    assert sum(outcome is not None for outcome in executor.run(tasks, do)) == 12
+    apart = [len({name[0] for name in pair}) == 2 for pair in zip(names[0], names[1], strict=True)]
+    assert apart == ([False] + [True] * 4 + [False] if action == "copied" else [False] * 6)
