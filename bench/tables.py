@@ -65,17 +65,20 @@ def end_to_end(records: list[Record]) -> list[Row]:
 
 
 def copies() -> list[Row]:
-    """Repairs that find nothing to do, beside cp and plain reading: the quickest runs, with the sync after them."""
-    head = ["pair", "", "moved", "quickest", "moved per second", "of cp's speed", "cp's time ÷ its own", "peak"]
+    """Repairs that find nothing to do, beside cp and plain reading: with the sync after them, the quickest runs."""
+    head = ["pair", "shards", "", "moved", "quickest", "moved per second", "of cp's speed", "cp's time ÷ its own"]
+    head += ["the same, median of turns", "peak"]
     titles = {"read": "read both", "cp": "`cp -r FT`", "zero": "Δ = 0", "passthrough": "passed through"}
     rows = []
     for record in sorted(named("copy-*"), key=lambda record: record["bytes"]):
         for name, title in titles.items():
             own = record[name]
             moved, speed = format_bytes(own["moved_bytes"]), f"{format_bytes(own['moved_bytes_per_s'])}/s"
-            ratios = [f"{own[key]:.2f}" if key in own else "–" for key in ("speed_ratio", "time_ratio")]
+            keys = ("speed_ratio", "time_ratio", "turns_time_ratio")
+            ratios = [f"{own[key]:.2f}" if key in own else "–" for key in keys]
             peak = format_bytes(own["peak_tree_bytes"])
-            rows.append([_label(record), title, moved, format_seconds(own["quickest_s"]), speed, *ratios, peak])
+            first = [_label(record), str(record["shards"]), title]
+            rows.append([*first, moved, format_seconds(own["quickest_s"]), speed, *ratios, peak])
     return [head, *rows] if rows else []
 
 
