@@ -35,7 +35,7 @@ _LEAST_HELD = 0.04
 _LESS = 0.15
 """By how much products with Δ have to be quicker than those with G, if few values are kept."""
 
-LEFT_AS_A_MATTER_OF_COURSE = ("gram-float32", "randomized", "rows", "row-space")
+LEFT_AS_A_MATTER_OF_COURSE = ("gram-float32", "randomized", "rows", "deflated", "row-space")
 """How the names of ways begin that `ladder` leaves for a better one though nothing failed."""
 
 MOST_BATCHED_COLUMNS = 1024

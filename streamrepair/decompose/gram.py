@@ -2,20 +2,22 @@
 
 Squaring costs precision: an error ε‖G‖ in G moves small singular values by ε·s_max²/(2s). In float32 products with
 float64 sums that error is measured (not assumed) on probes, and the result is used only where it fixes the median and
-every side of τ; float64 does for all but exactly low-rank deltas.
+every side of τ; float64 does, if need be with the largest values taken out, for all but exactly low-rank deltas.
 
 Source: Golub & Van Loan, Matrix Computations, section 8.6; the checks are `certify`'s.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
 
-from streamrepair.decompose import certify, matrix_free, randomized, single
+from streamrepair.decompose import certify, deflated, matrix_free, randomized, single
 from streamrepair.decompose.arithmetic import Arithmetic, Count, Gram, Precision, Spectrum
 from streamrepair.decompose.choose import Estimate
+from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import (
@@ -43,6 +45,7 @@ def truncate(
     estimate: Estimate = "exact",
     held: float = 0.0,
     left: list[str] | None = None,
+    drowning: list[Doubles] | None = None,
 ) -> Truncation:
     """Decide and factor one delta through its Gram matrix, or without one where few values are kept.
 
@@ -51,6 +54,7 @@ def truncate(
         estimate: of the noise; "fast" is `randomized`'s alone.
         held: share up to which `matrix_free` goes before that.
         left: gets why methods were left for the one whose answer, or error, this is.
+        drowning: gets, on the CPU, the directions that `deflated` is to take out if they hide the others.
 
     Raises:
         UnresolvedError: this precision cannot tell the kept rank.
@@ -85,7 +89,47 @@ def truncate(
             left.append(f"randomized-{precision}: {error}")
     if precision == "float32" and host is not None:
         return single.truncate(source, rule, arithmetic=host, gram=gram, probes=probes)
-    return conclude(gram, gram.factorise(), rule, source.rows, precision)
+    spectrum = gram.factorise()
+    try:
+        return conclude(gram, spectrum, rule, source.rows, precision)
+    except UnresolvedError:
+        if host is not None and drowning is not None:
+            basis = deflated.directions(spectrum, _factor_error(gram, spectrum)[1])
+            drowning.extend([basis] if len(basis) else [])
+        raise
+
+
+def without(drowning: Sequence[Doubles], source: PanelSource, rule: HardThreshold, host: HostArithmetic) -> Truncation:
+    """The decision for a delta from which the directions that hide the others are taken out first.
+
+    Args:
+        drowning: as `truncate` left them, (r, n).
+
+    Raises:
+        UnresolvedError: there are none, or what is left is too near to them, or to rounding.
+        NumericalError: a factorisation did not pass the checks.
+    """
+    if not drowning:
+        raise UnresolvedError("no few values stand out")
+    rest = host.deflated(source, certify.probe_vectors(source.cols), drowning[-1])
+
+    def of_rest() -> Truncation:
+        return conclude(rest.gram, rest.gram.factorise(), rule, source.rows, "float64")
+
+    return deflated.conclude(source, rule, rest, of_rest)
+
+
+def _factor_error(gram: Gram, spectrum: Spectrum) -> tuple[Doubles, float]:
+    """What the factors make of probes less what G does, and how far any eigenvalue may be off by that and by G's error.
+
+    Raises:
+        NumericalError: they are not the factors of G.
+    """
+    n, largest = gram.images.shape[1], float(spectrum.values[-1])
+    difference: Doubles = spectrum.product(certify.probe_vectors(n)) - gram.images
+    certify.check_factor(difference, largest)
+    bound = certify.spectral_bound(gram.images - gram.exact_images) + certify.spectral_bound(difference)
+    return difference, bound + certify.solver_bound(largest, n)
 
 
 def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precision: Precision) -> Truncation:
@@ -103,10 +147,7 @@ def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precis
     values, largest = spectrum.values, float(spectrum.values[-1])
     if not (np.isfinite(values).all() and largest > 0.0):
         raise NumericalError(f"eigenvalues up to {largest} of a matrix of trace {gram.trace}")
-    difference = spectrum.product(probes) - gram.images
-    certify.check_factor(difference, largest)
-    bound = certify.spectral_bound(gram.images - gram.exact_images) + certify.spectral_bound(difference)
-    bound += certify.solver_bound(largest, n)
+    difference, bound = _factor_error(gram, spectrum)
     threshold, close = decide(values, bound, rule, m, n)
     if precision == "float32" and (close or threshold.s_median**2 < LEAST_FLOAT32_VALUE):
         raise UnresolvedError(f"{close} values within {bound:.1e} of the squared threshold")

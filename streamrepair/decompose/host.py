@@ -19,6 +19,7 @@ from streamrepair.decompose.convert import (
     narrow,
     widen,
 )
+from streamrepair.decompose.deflated import Deflated
 from streamrepair.decompose.halves import Both, in_halves, in_turn, middle
 from streamrepair.decompose.held import Held, HeldDelta
 from streamrepair.decompose.operator import Panel, PanelSource, blocks, sampled_squares
@@ -28,7 +29,9 @@ from streamrepair.decompose.tridiagonal import TridiagonalSpectrum
 _FLUSH_ROWS = 8192
 """Rows summed in float32 before the sum is added to the float64 one: longer runs lose digits, shorter ones time."""
 _STRIPE_ROWS = 256
-"""Rows of a held delta that are widened at once."""
+"""Rows of a held delta that are widened, or of what lies along a basis that are factored, at once."""
+MERGE_ARRAYS = ("coefficients", "merged", "out", "gathered")
+"""Names of the merge's arrays in the scratch."""
 
 
 class HostArithmetic:
@@ -87,6 +90,41 @@ class HostArithmetic:
             lapack.add_gram(right, gram[h:, h:], beta=beta)
 
         self.both(corners, lambda: lapack.add_product(left.T, right, gram[:h, h:], beta=beta))
+
+    def deflated(self, source: PanelSource, probes: Doubles, basis: Doubles) -> Deflated:
+        """The Gram matrix of Δ′ = Δ − (ΔQ)Qᵀ in float64, Q the rows of (r, n) `basis`, and how it is tied to ΔQ.
+
+        Its images of probes are seen another way than by Δ′: of PX, P = I − QQᵀ, under Δ and Δᵀ, then P again.
+        """
+        n, count = source.cols, len(basis)
+        self.scratch.drop("partial", *MERGE_ARRAYS)  # their memory is for what lies along Q
+        total: Doubles = self.scratch.zeros("gram", (n, n), np.float64)
+        columns = np.ascontiguousarray(_apart(probes, basis).T)
+        exact, coupled, factor = np.zeros((n, len(probes))), np.zeros((count, n)), np.zeros((0, count))
+        squares = 0.0
+        for block in blocks(source):
+            squares += sampled_squares(block)
+            delta = self._delta(block, np.float64)
+            exact += delta.T @ (delta @ columns)
+            inside: Doubles = delta @ basis.T
+            left, right = (basis.T, inside.T) if block.wide else (inside, basis)
+            lapack.add_product(left, right, delta.T if block.wide else delta, alpha=-1.0)
+            coupled += inside.T @ delta
+            for start in range(0, len(inside), _STRIPE_ROWS):
+                stripe = np.concatenate([factor, inside[start : start + _STRIPE_ROWS]])
+                factor = np.asarray(np.linalg.qr(stripe, mode="r"), np.float64)
+            self._add_gram(delta, total, beta=1.0)
+        self.scratch.release("delta")
+        self.scratch.release("gram")  # from here on it belongs to the result
+        trace = float(np.trace(total))
+        # Above all that is left, and no two alike: a cluster's vectors would be dear.
+        standing = trace * (2.0 + np.arange(count) / count)
+        lapack.add_gram(np.sqrt(standing)[:, None] * basis, total, beta=1.0)
+        exact_images = _apart(exact.T, basis) + (standing * (probes @ basis.T)) @ basis
+        images = lapack.times_symmetric(total, probes)
+        gram = Gram(images, exact_images, trace, squares**0.5, lambda: TridiagonalSpectrum(total, self.both), total)
+        largest: Doubles = np.linalg.svd(factor, compute_uv=False).astype(np.float64)
+        return Deflated(gram, largest, float(np.linalg.norm(coupled)))
 
     def hold(self, source: PanelSource, probes: Doubles) -> Held:
         """Δ whole in float32, and in float64 its images of probes, in one pass."""
@@ -168,6 +206,13 @@ class HostArithmetic:
             difference(block.ft[rows], block.ft_dtype, block.base[rows], block.base_dtype, out[rows])
 
         in_halves(part, len(out), out.shape[0 if block.wide else 1], self.both)
+
+
+def _apart(rows: Doubles, basis: Doubles) -> Doubles:
+    """Each of the rows less its parts along the orthonormal rows of `basis`; twice is enough (Kahan and Parlett)."""
+    for _ in range(2):
+        rows = rows - (rows @ basis.T) @ basis
+    return rows
 
 
 def _flush(partial: Real, total: Doubles, *, first: bool) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from streamrepair.decompose import full, gram, row_space
 from streamrepair.decompose.arithmetic import Arithmetic, Precision
 from streamrepair.decompose.choose import Backend, Estimate, held_share, krylov_share
-from streamrepair.decompose.convert import difference
+from streamrepair.decompose.convert import Doubles, difference
 from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource, blocks
 from streamrepair.decompose.truncation import NonFiniteDeltaError, Truncation, UnresolvedError, without_noise
@@ -65,9 +65,11 @@ def decompose(
         NonFiniteDeltaError: an input holds NaN or Inf.
         NumericalError: every backend failed; the message has each one's reason.
     """
-    host, on_cpu = host or HostArithmetic(), isinstance(arithmetic, HostArithmetic)
+    on_cpu = isinstance(arithmetic, HostArithmetic)
+    host = arithmetic if isinstance(arithmetic, HostArithmetic) else host or HostArithmetic()
     rungs: list[Rung] = []
     left: list[str] = []
+    drowning: list[Doubles] = []
     again = {_GRAM_ON_CPU}
     if batched is not None:
         first = f"gram-{precisions(arithmetic, rule, source.cols, sharp=sharp)[0]}"
@@ -83,12 +85,15 @@ def decompose(
             estimate=estimate,
             held=held_share(backend, estimate, source.rows, source.cols),
             left=left,
+            drowning=drowning,
         )
         for precision in precisions(arithmetic, rule, source.cols, sharp=sharp):
             rungs.append((f"gram-{precision}", partial(by_gram, precision=precision)))
         if not on_cpu:
             rungs.append((_GRAM_ON_CPU, partial(gram.truncate, source, rule, arithmetic=host, precision="float64")))
         rungs.append(("rows", partial(_mostly_empty, source, rule)))
+        if on_cpu:
+            rungs.append(("deflated", partial(gram.without, drowning, source, rule, host)))
         # On a GPU's behalf only the cheap bases: its own SVD is quicker than a large one on the CPU.
         rungs.append(("row-space", partial(row_space.truncate, source, rule, thorough=on_cpu or not full_fits)))
     rungs.append(("full", partial(full.truncate, source, rule, arithmetic=arithmetic) if full_fits else _too_large))

@@ -62,6 +62,11 @@ class Scratch:
         if name in self._held and len(self._held[name]) > LARGE_ARRAY_BYTES:
             del self._held[name]
 
+    def drop(self, *names: str) -> None:
+        """Let arrays go whatever their size."""
+        for name in names:
+            self._held.pop(name, None)
+
     def settle(self) -> None:
         """Between tasks: let everything go if there is a large array, or more than a worker may keep."""
         sizes = [len(held) for held in self._held.values()]

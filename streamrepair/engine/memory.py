@@ -49,6 +49,12 @@ SINGLE_COLUMNS = 256
 """Where there are fewer nothing is tried in float32: it saves next to nothing in small matrices."""
 WINDOWED = 400
 """Vectors of the windows in which float32 is made exact, at most; a test holds it to the backend's own limit."""
+DEFLATED = 128
+"""Values that are taken out of a delta at most; a test holds it to the backend's own limit."""
+DEFLATED_SHARE = 8
+"""Of n, one in so many at most; likewise."""
+_FACTORED = 1024
+"""Rows of their parts that are factored at once, and copies of these."""
 _MADE = 8 * 256
 """Bytes a column of vectors that are checked, or turned back, at once."""
 _BESIDE = 2048
@@ -118,9 +124,24 @@ def gram_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
     factor = sums + int(8 * share * n * n) + (_BESIDE + _MADE) * n + _between_bytes(shape, panels)
     merge = int((8 + (4 if narrow else 0)) * share * n * n) + panels.in_flight + panels.gathered
     merge += _sums_kept_bytes(n) + _merge_blocks_bytes(shape)
-    empty = _sums_kept_bytes(n) + _delta_stays_bytes(shape) + _delta_bytes(shape, 8)  # `ladder`'s look at the rows
+    # `ladder`'s look at the rows, with the directions that may be taken out after it.
+    empty = _sums_kept_bytes(n) + _delta_stays_bytes(shape) + _delta_bytes(shape, 8) + 8 * _most_deflated(n) * n
     single = _single_bytes(shape, panels) if tried else 0
-    return max(accumulate + passing, factor, single, merge, empty + passing)
+    return max(accumulate + passing, factor, single, merge, empty + passing, _deflated_bytes(shape, panels))
+
+
+def _deflated_bytes(shape: MatrixShape, panels: Panels) -> int:
+    """Peak of the pass over Δ less its parts along up to 128 vectors: these four times, a block's parts, a small QR.
+
+    Of the last merge nothing is kept then.
+    """
+    n = shape.cols
+    along = 8 * _most_deflated(n) * (4 * n + shape.block + _FACTORED)
+    return 8 * n * n + _delta_bytes(shape, 8) + along + _BESIDE * n + panels.in_flight
+
+
+def _most_deflated(n: int) -> int:
+    return min(DEFLATED, n // DEFLATED_SHARE)
 
 
 def _single_bytes(shape: MatrixShape, panels: Panels) -> int:

@@ -154,8 +154,7 @@ def result_warnings(records: Mapping[str, TensorRecord]) -> Iterator[str]:
         deltas = "1 delta is" if len(flat) == 1 else f"{len(flat)} deltas are"
         yield (
             f"{deltas} of low rank but for less than {_ROUNDING_ALONE:.0e} of the norm, as a merged LoRA's are, e.g. "
-            f"{shown(flat[0])}: what was dropped may be rounding, not noise of training, and a float64 SVD decided, "
-            "which takes many times as long"
+            f"{shown(flat[0])}: what was dropped may be rounding, not noise of training"
         )
 
 
@@ -167,6 +166,8 @@ def task_warnings(outcome: Outcome) -> Iterator[str]:
     elif record.action == "kept_ft" and task.pairing.intent == "repair":
         yield f"tensor {shown(task.name)} is kept as fine-tuned: {record.reason}"
         return  # which way that was found out is in the record
+    # A whole Gram matrix that is too blunt is what deflation is for.
+    deflated = ("gram-float64",) if record.backend == "deflated-float64" else ()
     for reason in record.climbed:
-        if not reason.startswith(LEFT_AS_A_MATTER_OF_COURSE):
+        if not reason.startswith(LEFT_AS_A_MATTER_OF_COURSE + deflated):
             yield f"tensor {shown(task.name)}: {reason}; decided by {record.backend}"

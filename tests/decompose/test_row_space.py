@@ -67,7 +67,7 @@ def test_the_ladder_needs_no_room_for_the_reference_to_settle_it(monkeypatch: py
         source = from_delta(_low_rank((700, 400), 150), "F32")
         truncation = ladder.decompose(source, RULE, arithmetic=HostArithmetic(), backend="auto", full_fits=fits)
         assert (truncation.noise_free, truncation.backend) == (True, "row-space")
-        assert [reason.partition(":")[0] for reason in truncation.climbed][-2:] == ["gram-float64", "rows"]
+        assert [reason.partition(":")[0] for reason in truncation.climbed][-3:] == ["gram-float64", "rows", "deflated"]
 
 
 def test_what_is_not_finite_is_named_so() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from streamrepair import api
-from streamrepair.decompose import full, gram, krylov_search, order_statistic, single
+from streamrepair.decompose import deflated, full, gram, krylov_search, order_statistic, single
 from streamrepair.decompose.arithmetic import Products
 from streamrepair.decompose.choose import MOST_KEPT
 from streamrepair.decompose.host import HostArithmetic
@@ -32,7 +32,7 @@ from streamrepair.report import Settings
 from streamrepair.spectral.threshold import HardThreshold
 from tests import command
 from tests.builders import Raw, write_safetensors
-from tests.decompose.sources import Doubles, fine_tuned
+from tests.decompose.sources import ArraySource, Doubles, fine_tuned
 from tests.pairs import stored, write_split
 
 CASES = {
@@ -148,6 +148,40 @@ def test_nor_where_few_values_are_kept(tmp_path: Path, shape: tuple[int, int], e
         assert measured <= projected
         (record,) = tensors.values()
         assert record["backend"].startswith("randomized")  # type: ignore[index]
+
+
+@pytest.mark.parametrize("shape", [(1201, 1201), (307, 4001), (9001, 157)])
+def test_nor_where_as_many_values_as_may_be_are_taken_out(tmp_path: Path, shape: tuple[int, int]) -> None:
+    """An adapter merged in float32, in whole matrices and in the smallest panels: it takes no float64 SVD."""
+    rank, rng = min(deflated.MOST, min(shape) // deflated.SHARE), np.random.default_rng(0)
+    base = 0.02 * rng.standard_normal(shape)
+    update = rng.standard_normal((shape[0], rank)) @ rng.standard_normal((rank, shape[1]))
+    for name, values in (("base", base), ("ft", base + update)):
+        write_split(tmp_path / name, {"w": stored(values, "F32")}, 1)
+    for ram in ("4GB", _least(tmp_path, {})):
+        projected, measured, tensors = _repair(tmp_path, ram, 1, {})
+        assert measured <= projected
+        (record,) = tensors.values()
+        assert (record["backend"], record["rank_kept"]) == ("deflated-float64", rank)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("n", "rows"), [(601, 601), (1201, 1201), (257, 4001)])
+def test_every_array_of_deflation_is_in_the_model(n: int, rows: int) -> None:
+    rank, rng = min(deflated.MOST, n // deflated.SHARE), np.random.default_rng(0)
+    base = 0.02 * rng.standard_normal((rows, n))
+    update = rng.standard_normal((rows, rank)) @ rng.standard_normal((rank, n))
+    source = ArraySource(stored(base, "F32"), stored(base + update, "F32"), "F32")
+    directions = np.ascontiguousarray(np.linalg.svd(source.delta(), full_matrices=False)[2][:rank])
+    host = HostArithmetic(Scratch())
+    tracemalloc.start()
+    try:
+        drowning = [directions.copy()]  # so that it is counted
+        found = gram.without(drowning, source, HardThreshold(), host)
+        live = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.backend == "deflated-float64"
+    assert live <= memory._deflated_bytes(MatrixShape(rows, n, 4, 4, 4), Panels()) <= 1.6 * live
 
 
 def _live_bytes(
@@ -306,6 +340,10 @@ def test_block_krylovs_limits_are_those_of_the_backend() -> None:
     assert memory.KRYLOV_LEAST == (krylov_search.LOOK_AT + 2) * krylov_search.BLOCK
     assert 1 / memory.KRYLOV_KEPT >= MOST_KEPT
     assert memory.KRYLOV_MEDIAN == (order_statistic._MOST_STEPS + 1) * order_statistic._BLOCK
+
+
+def test_the_most_that_is_taken_out_is_the_backends() -> None:
+    assert (memory.DEFLATED, memory.DEFLATED_SHARE) == (deflated.MOST, deflated.SHARE)
 
 
 def test_the_widest_windows_are_those_of_the_backend() -> None:
