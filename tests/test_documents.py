@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 import streamrepair
+from streamrepair.decompose.speed import Rates
 from tests.command import run
 
 PACKAGE = Path(streamrepair.__file__).parent
@@ -59,3 +63,83 @@ def test_the_readme_quotes_what_is_printed() -> None:
     refused = run("plan", *PAIR, "--ram", "100MB", *on_two, cwd=ROOT)
     assert refused.status == 5
     assert refused.err in quoted
+
+
+FORMATS = (ROOT / "docs" / "formats.md").read_text()
+FREE = ("tensors", "sidecar_digests", "headers", "utilisation[].waiting_s", "machine.versions")
+"""Objects whose members have names of files, tensors and the like; only those of `tensors` are objects themselves."""
+
+
+def _section(title: str) -> str:
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", FORMATS, re.MULTILINE | re.DOTALL)
+    assert found is not None, title
+    return found[1]
+
+
+def _documented(title: str) -> set[str]:
+    """The fields in a section's tables, with the objects they are members of, which the headings name."""
+    found: set[str] = set()
+    within = [""]
+    for line in _section(title).splitlines():
+        if line.startswith("### "):
+            within = [f"{path}." for path in re.findall(r"`([^`]+)`", line)]
+        elif row := re.match(r"\| `([^`]+)` \|", line):
+            found |= {path + row[1] for path in within}
+    return found
+
+
+def _found(value: object, within: str = "") -> Iterator[str]:
+    """The same of a document: its fields, those of objects in it as well."""
+    if isinstance(value, dict):
+        free = within.removesuffix(".") in FREE
+        for name, member in value.items():
+            if not free:
+                yield within + name
+            yield from _found(member, f"{within}{'*' if free else name}.")
+    elif isinstance(value, list):
+        for member in value:
+            yield from _found(member, f"{within.removesuffix('.')}[].")
+
+
+def _written(*documents: str) -> set[str]:
+    return {field for text in documents for field in _found(json.loads(text))}
+
+
+def test_formats_has_every_field_of_report_trace_and_verification(tmp_path: Path) -> None:
+    out, trace = tmp_path / "out", tmp_path / "trace.json"
+    report = run("repair", *PAIR, out, "--trace", trace, "--json", cwd=ROOT)
+    assert report.out == (out / "streamrepair.json").read_text()
+    assert _written(report.out) == _documented("Report")
+    assert _written(trace.read_text()) == _documented("Trace")
+    deep = run("verify", out, "--deep", "--sample", "1", "--json")
+    (out / "config.json").write_text("{}")
+    damaged, mended = run("verify", out, "--json"), run("verify", out, "--repair", "--json")
+    assert (deep.status, damaged.status, mended.status) == (0, 4, 0)
+    assert _written(deep.out, damaged.out, mended.out) == _documented("Verification")
+
+
+def test_formats_has_every_field_of_a_plan() -> None:
+    on_gpu = run("plan", *PAIR, "--device", "cuda", "--vram", "24GB", "--json", cwd=ROOT)
+    assert _written(run("plan", *PAIR, "--json", cwd=ROOT).out, on_gpu.out) == _documented("Plan")
+
+
+def test_formats_has_every_field_of_a_benchmark() -> None:
+    quick = ("--shape", "64x64", "--spectrum", "gapped", "--backend", "gram", "--repeats", "1")
+    assert _written(run("bench", *quick, "--json").out) == _documented("Benchmark")
+    assert {field.name for field in fields(Rates)} == _documented("Speeds")
+
+
+def test_formats_has_every_backend_that_decides() -> None:
+    found: set[str] = set()
+    for module in (PACKAGE / "decompose").rglob("*.py"):
+        for name in re.findall(r'backend=f?"([^"]+)"', module.read_text()):
+            stem, braces, _ = name.partition("{")
+            found |= {f"{stem}float32", f"{stem}float64"} if braces else {name}
+    table = _section("Report").partition("### Values of backend")[2]
+    assert set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)) == found
+
+
+def test_a_failure_prints_nothing_but_its_line(tmp_path: Path) -> None:
+    for words in (("plan", *PAIR, "--ram", "1MB", "--json"), ("verify", tmp_path, "--json")):
+        failed = run(*words, cwd=ROOT)
+        assert (failed.status != 0, failed.out, failed.err.count("\n")) == (True, "", 1)
