@@ -27,11 +27,13 @@ if TYPE_CHECKING:
         StreamRepairError,
         UsageError,
     )
-    from streamrepair.report import Report, Settings, TensorRecord
+    from streamrepair.report import Budget, CheckpointSummary, Report, ResourceUse, Settings, TensorRecord, Timings
     from streamrepair.verification import Damage, DeepCheck, Verified
 
 __all__ = [
+    "Budget",
     "BudgetError",
+    "CheckpointSummary",
     "Damage",
     "DamageError",
     "DeepCheck",
@@ -43,10 +45,12 @@ __all__ = [
     "OutputError",
     "Plan",
     "Report",
+    "ResourceUse",
     "Settings",
     "StopRequest",
     "StreamRepairError",
     "TensorRecord",
+    "Timings",
     "UsageError",
     "Verified",
     "Watcher",
@@ -58,7 +62,9 @@ __all__ = [
 
 _ELSEWHERE = {
     **dict.fromkeys(("plan", "repair", "verify"), "api"),
-    **dict.fromkeys(("Report", "Settings", "TensorRecord"), "report"),
+    **dict.fromkeys(
+        ("Budget", "CheckpointSummary", "Report", "ResourceUse", "Settings", "TensorRecord", "Timings"), "report"
+    ),
     **dict.fromkeys(("Damage", "DeepCheck", "Verified"), "verification"),
     "Plan": "engine.plan",
     "StopRequest": "engine.stop",

@@ -54,6 +54,8 @@ def plan(
 ) -> Plan:
     """Plan a repair from headers alone: reads no weights, writes nothing.
 
+    Of a Hub id that is not in the cache all weights are downloaded first, here too.
+
     Args:
         base, ft: a folder, one .safetensors file, an index.json, or a Hub id.
         ram, vram: memory allowed, in bytes or as text such as "16GB"; by default a share of what is free.
@@ -61,7 +63,8 @@ def plan(
         settings: in place of `backend` to `on_nonfinite`, as a report has them.
 
     Raises:
-        InputError: a checkpoint is malformed, or the two have nothing in common, or a file beside FT cannot be read.
+        InputError: a checkpoint is malformed or cannot be fetched, or the two have nothing in common, or a file beside
+            FT cannot be read.
         BudgetError: a tensor does not fit the memory even alone.
         UsageError: an option has no meaning.
     """
@@ -176,9 +179,14 @@ def repair(
     """Repair a fine-tuned checkpoint against its base and write the result to the folder `out`.
 
     An interrupted call is continued by the same call. Relative paths are of the working folder, which is not to change
-    meanwhile.
+    meanwhile. Of a Hub id that is not in the cache all weights are downloaded first.
 
     Args:
+        out: must be new, empty, or hold an unfinished run or a result of this same call.
+        overwrite: accept other folders, too, unless they hold weights that streamrepair did not write. An earlier
+            result is removed, files with a sidecar's name are replaced, others stay; an unfinished run with the same
+            settings and inputs is continued.
+        workers: at most so many threads on the CPU; fewer where memory or work does not suffice.
         report: gets a second copy of OUT/streamrepair.json. trace: gets a timeline that Perfetto opens.
         watcher: is told how the run goes on, `advance` by several threads; what it raises ends the run.
         stop: ends the run early, like a signal, where `stop.request(reason)` is called; it serves for one run.
@@ -237,12 +245,18 @@ def verify(
 
     Args:
         deep: also recompute `sample` tensors in float64 from BASE and FT.
-        repair: do damaged tensors again, from BASE and FT, with the settings of the report; what follows is for that.
+        sample: how many, spread evenly over the result; without `deep` it does nothing.
+        repair: do damaged tensors again, from BASE and FT, with the settings of the report, and copy sidecars again
+            that were edited or are gone.
+        ram, device, workers, watcher, stop: for `repair`; without it they do nothing.
 
     Raises:
-        DamageError: `out` holds no finished result. Damage to a finished one is returned, not raised.
+        DamageError: `out` holds no finished result, or, with `repair`, nothing tells which inputs it was made from.
+            Damage to a finished one is returned, not raised.
+        InputError: with `deep` or `repair`, BASE or FT is not where the report has it, or has other headers.
+        BudgetError: with `deep` or `repair`, there is too little memory for it.
         UsageError: an option has no meaning.
-        StreamRepairError: with `repair`, the work failed.
+        StreamRepairError: with `repair`, the work failed in another way.
     """
     for name, flag in (("deep", deep), ("repair", repair)):
         check_flag(name, flag)

@@ -63,8 +63,9 @@ app = App(
     help="Repair a fine-tuned checkpoint against its base, out of core: keep of Δ = FT − BASE what rises above the "
     "noise (Donoho–Gavish threshold), write BASE + Δ*.",
     version=f"streamrepair {__version__}",
-    help_epilogue="Exit status: 0 done, 1 failed, 2 wrong usage, 3 bad input, 4 damage found, 5 does not fit memory or "
-    "disk, 11 OUT is held by another run, 75 interrupted (the same command continues). `--debug` shows tracebacks.",
+    help_epilogue="Exit status: 0 done, 1 failed, 2 wrong usage, 3 BASE, FT or OUT refused, 4 damage found, or no "
+    "result to verify, 5 does not fit memory or disk, 11 OUT is held by another run, 75 interrupted (the same command "
+    "continues). `--debug` shows tracebacks.",
     result_action="return_value",
 )
 
@@ -89,7 +90,15 @@ def repair(
     exclude: Exclude = None,
     out_dtype: OutDtype = "same",
     on_nonfinite: OnNonfinite = "refuse",
-    overwrite: Annotated[bool, Parameter(group=OUTPUT, negative=(), help="Replace what OUT holds.")] = False,
+    overwrite: Annotated[
+        bool,
+        Parameter(
+            group=OUTPUT,
+            negative=(),
+            help="Replace an earlier result in OUT, or write into a folder that holds other things, but no weights of "
+            "other origin. Files with a sidecar's name are replaced; an unfinished run of this command is continued.",
+        ),
+    ] = False,
     report: Annotated[str | None, Parameter(group=OUTPUT, help="Second copy of the report.")] = None,
     trace: Annotated[str | None, Parameter(group=OUTPUT, help="Timeline of the run, for ui.perfetto.dev.")] = None,
     quiet: Quiet = False,
@@ -135,7 +144,10 @@ def plan(
     on_nonfinite: OnNonfinite = "refuse",
     json: Json = False,
 ) -> int:
-    """Say what a repair would do and need, from headers alone; reads no weights, writes nothing."""
+    """Say what a repair would do and need, from headers alone; reads no weights, writes nothing.
+
+    Of a Hub id all weights are downloaded first, here too.
+    """
     from streamrepair import api
     from streamrepair.engine.notices import plan_warnings
     from streamrepair.terminal import Bar, print_json, print_plan
@@ -166,7 +178,12 @@ def verify(
     ] = False,
     sample: Annotated[int, Parameter(converter=whole_number, help="How many tensors --deep recomputes.")] = 5,
     repair: Annotated[
-        bool, Parameter(negative=(), help="Do damaged tensors again, and nothing else; then verify once more.")
+        bool,
+        Parameter(
+            negative=(),
+            help="Do damaged tensors again, copy FT's files again where they were edited, nothing else; then verify "
+            "once more.",
+        ),
     ] = False,
     ram: Ram = None,
     device: Device = "auto",
@@ -174,9 +191,9 @@ def verify(
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Check that OUT is whole: structure, completeness, and the digest of every tensor.
+    """Check that OUT is whole: structure, completeness, and the digest of every tensor and every copied file.
 
-    --ram, --device and --workers are for --repair.
+    --sample is for --deep, --ram, --device and --workers are for --repair; without it they do nothing.
     """
     stop = StopRequest()
     with stop_on_signals(stop, quiet=quiet) if repair else contextlib.nullcontext():

@@ -14,7 +14,11 @@ from streamrepair.errors import NumericalError, UsageError, shown
 
 Shapes = Annotated[
     list[str] | None,
-    Parameter(group=NUMBERS, negative=(), help="ROWSxCOLUMNS, repeatable. Default: 1024x1024 and 4096x1024."),
+    Parameter(
+        group=NUMBERS,
+        negative=(),
+        help="ROWSxCOLUMNS, both at least 64, repeatable; beside those of BASE. Default: 1024x1024 and 4096x1024.",
+    ),
 ]
 Spectra = Annotated[
     list[str] | None,
@@ -37,7 +41,11 @@ Check = Annotated[
     Parameter(group=NUMBERS, negative="--no-check", help="Hold results against a float64 SVD; slow where large."),
 ]
 ShapesOf = Annotated[
-    str | None, Parameter(help="Take the shapes of this checkpoint's matrices; with FT, of those a repair computes.")
+    str | None,
+    Parameter(
+        help="Take the shapes of this checkpoint's matrices; with FT, of those a repair computes. Of a Hub id all "
+        "weights are downloaded first."
+    ),
 ]
 Threads = Annotated[
     int | None,

@@ -25,7 +25,13 @@ def whole_number(_kind: object, tokens: Sequence[Token]) -> int:
     return int(text)
 
 
-Base = Annotated[str, Parameter(help="Base checkpoint: a folder, a .safetensors file, an index.json, or a Hub id.")]
+Base = Annotated[
+    str,
+    Parameter(
+        help="Base checkpoint: a folder, a .safetensors file, an index.json, or a Hub id, whose weights are all "
+        "downloaded first."
+    ),
+]
 Ft = Annotated[str, Parameter(help="Fine-tuned checkpoint, likewise.")]
 Out = Annotated[str, Parameter(help="Folder of the result.")]
 Ram = Annotated[
@@ -46,7 +52,8 @@ Workers = Annotated[
     Parameter(
         group=MEANS,
         converter=whole_number,
-        help="Threads on the CPU, a matrix each; every GPU has one more. Default: one per processor.",
+        help="At most so many threads on the CPU, a matrix each; fewer where memory or work does not suffice. Every "
+        "GPU has one more. Default: one per processor.",
     ),
 ]
 Backend = Annotated[
@@ -61,7 +68,7 @@ NoiseEstimate = Annotated[
     Literal["exact", "fast"],
     Parameter(
         group=NUMBERS,
-        help="exact, or fast: large matrices that keep little get an interval for τ instead of the exact median.",
+        help="exact, or fast: large matrices that keep few values get an interval for τ instead of the exact median.",
     ),
 ]
 Sigma = Annotated[

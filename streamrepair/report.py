@@ -1,5 +1,7 @@
 """The records that cross a file: the report `streamrepair.json`, the journal's lines, and a run's fingerprint.
 
+docs/formats.md describes the report for those who read it.
+
 Field names shared with dghard's report mean the same here. All numbers are checked to be finite before they are
 written: JSON has no NaN.
 """
@@ -96,7 +98,7 @@ class TensorRecord(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float = 0.0
     """Of its work, reading and writing included; of a batch's decision its share."""
     digest: str | None = None
-    """XXH3-128 of the tensor's bytes in the output."""
+    """XXH3-128 of the tensor's bytes in the output, as "xxh3-128:…"; null for a dropped one."""
     warnings: tuple[str, ...] = ()
     """What was said of it while it was done."""
     paired_with: str | None = None
@@ -132,7 +134,7 @@ class CheckpointSummary(msgspec.Struct, frozen=True, kw_only=True):
     tensors: int
     bytes: int
     header_digest: str
-    """Digest over all shards' headers."""
+    """SHA-256 over the header digests of all shards, as "sha256:…"."""
     unindexed: tuple[str, ...] = ()
     """Tensors in shards that the index does not list: ignored when read, carried along when written."""
     stray_files: tuple[str, ...] = ()
@@ -238,21 +240,27 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     budget: Budget
     timings: Timings
     sessions: int = 1
-    """How often the command was started for this result; more than once after an interruption or damage."""
+    """How often the command was started for this result; more than once after an interruption or damage.
+
+    A start that ended before its first commit is not counted.
+    """
     utilisation: tuple[ResourceUse, ...] = ()
     """Each worker, then the files, over all sessions; one that had fewer workers counts for those that it had."""
     sidecars: tuple[str, ...]
     """Files copied from FT beside the weights."""
     sidecar_digests: dict[str, str] = {}
-    """File → digest of the copy; none in reports of earlier versions."""
+    """File → XXH3-128 of the copy, as "xxh3-128:…"; none in reports of earlier versions."""
     headers: dict[str, str]
-    """Shard → digest of its header."""
+    """Shard → SHA-256 of its header in OUT, the length before it included: hexadecimal digits without a prefix."""
     index_digest: str | None = None
-    """Of the index; null without one, and in reports of earlier versions."""
+    """XXH3-128 of the index, as "xxh3-128:…"; null without one, and in reports of earlier versions."""
     warnings: tuple[str, ...]
     tensors: dict[str, TensorRecord]
     report_digest: str | None = None
-    """Of all else that the file says, however it is laid out; last of all, and null in reports of earlier versions."""
+    """XXH3-128 of all else that the file says, however it is laid out, as "xxh3-128:…".
+
+    It comes last, and is null in reports of earlier versions.
+    """
 
 
 class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):

@@ -170,6 +170,8 @@ def test_every_exported_name_is_there_and_the_functions_are_the_apis() -> None:
     for name in streamrepair.__all__:
         assert getattr(streamrepair, name) is not None
     assert {"Report", "Settings", "Plan", "UsageError", "InputError", "TensorRecord"} <= set(streamrepair.__all__)
+    of_fields = {"Budget", "CheckpointSummary", "ResourceUse", "Settings", "TensorRecord", "Timings"}
+    assert of_fields <= set(streamrepair.__all__), "the types of a report's fields"
     assert (streamrepair.plan, streamrepair.repair, streamrepair.verify) == (api.plan, api.repair, api.verify)
     assert Report.__module__ == "streamrepair.report"
     assert Plan.__module__ == "streamrepair.engine.plan"
