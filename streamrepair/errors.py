@@ -36,7 +36,7 @@ class InputError(StreamRepairError, ValueError):
 
 
 class DamageError(StreamRepairError, ValueError):
-    """OUT is not what its report says it is, holds no finished result to verify, or a shard did not read back as written."""
+    """OUT is not what its report says it is, or no result at all; or a shard did not read back as it was written."""
 
     exit_status = 4
 
