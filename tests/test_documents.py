@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import streamrepair
+from streamrepair.checkpoint import beside
 from streamrepair.decompose.speed import Rates
+from streamrepair.engine import address_space
 from tests.command import run
 
 PACKAGE = Path(streamrepair.__file__).parent
@@ -137,6 +139,17 @@ def test_formats_has_every_backend_that_decides() -> None:
             found |= {f"{stem}float32", f"{stem}float64"} if braces else {name}
     table = _section("Report").partition("### Values of backend")[2]
     assert set(re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)) == found
+
+
+def test_formats_has_every_name_that_comes_along_and_every_variable() -> None:
+    copied = _section("What comes along from FT")
+    for name in (*beside._SUFFIXES, *beside._NAMES):
+        assert f"`{name}`" in copied
+    read = set(address_space._THREADS)
+    for module in PACKAGE.rglob("*.py"):
+        read |= set(re.findall(r'environ(?:\.get\(|\[)"(\w+)"', module.read_text()))
+    for name in read:
+        assert f"`{name}`" in _section("Environment variables"), name
 
 
 def test_a_failure_prints_nothing_but_its_line(tmp_path: Path) -> None:
