@@ -97,10 +97,22 @@ def check_vectors(
     defect = orthonormality(vectors)
     if not defect <= orthonormal:
         raise NumericalError(f"singular vectors are not orthonormal (off by {defect:.1e})")
-    seen, expected = times(vectors, images), times(vectors, probes)
-    residual = float(np.linalg.norm((seen - values[:, None] * expected) / values.max()) / np.sqrt(PROBES))
+    residual = float(np.linalg.norm(residuals(vectors, values, probes, images) / values.max()))
     if not residual <= belonging:
         raise NumericalError(f"singular vectors do not belong to their values (residual {residual:.1e})")
+
+
+def residuals(vectors: Vectors, values: Doubles, probes: Doubles, images: Doubles) -> Doubles:
+    """(k,) ‖G·v − λ·v‖ of unit vectors as rows, as PROBES probes X see it in G·X.
+
+    Args:
+        vectors, values, probes, images: as of `check_vectors`.
+    """
+    if len(vectors) == 0:
+        return np.zeros(0)
+    difference = times(vectors, images) - values[:, None] * times(vectors, probes)
+    norms: Doubles = np.linalg.norm(difference, axis=1) / np.sqrt(PROBES)
+    return norms
 
 
 def times(vectors: Vectors, columns: Doubles) -> Doubles:
