@@ -15,6 +15,8 @@ Parlett, The Symmetric Eigenvalue Problem, sections 3.3 and 10.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from streamrepair.decompose.arithmetic import Vectors
@@ -27,12 +29,26 @@ RESIDUAL = 1e-10
 FACTOR = 1e-10
 _AT_ONCE = 256
 """Vectors that are widened, or multiplied with all others, at once."""
+_KEPT_COLUMNS = 1024
+"""Probes of longer vectors are made anew each time."""
 _COUNTING = 4.0
 """What a Sturm sequence's own rounding may move, in units of ε·λ_max."""
 
 
 def probe_vectors(n: int) -> Doubles:
-    """(PROBES, n) signs ±1, the same for every matrix of that n: reruns must give the same bytes."""
+    """(PROBES, n) signs ±1, the same for every matrix of that n: reruns must give the same bytes. Not to be written."""
+    return _kept_probes(n) if n <= _KEPT_COLUMNS else _probes(n)
+
+
+@lru_cache(maxsize=16)
+def _kept_probes(n: int) -> Doubles:
+    """Of small matrices, which are many: making them took a twentieth of the time."""
+    probes = _probes(n)
+    probes.flags.writeable = False
+    return probes
+
+
+def _probes(n: int) -> Doubles:
     signs = np.random.Generator(np.random.SFC64(n)).integers(0, 2, (PROBES, n))
     return (2.0 * signs - 1.0).astype(np.float64)
 
