@@ -12,7 +12,7 @@ from types import FrameType
 
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import InterruptedRunError, OutputError, StreamRepairError
-from streamrepair.streams import drop, end_process, hurry, tell
+from streamrepair.streams import ENDING, drop, end_process, hurry, tell
 
 _LEAST_COLUMNS, _MOST_COLUMNS = 40, 500
 
@@ -51,7 +51,7 @@ def printing(*, worse: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_on_signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
-    """SIGINT, SIGTERM and SIGUSR1 ask the run to stop; the second one ends it at once (and it can still be resumed).
+    """`ENDING` signals ask the run to stop; the second one ends it at once (and it can still be resumed).
 
     Before the run has begun (imports, headers, a download from the Hub) and once it is over the first one does.
     One that whoever started the process has it ignore stays ignored.
@@ -73,7 +73,7 @@ def stop_on_signals(stop: StopRequest, *, quiet: bool) -> Iterator[None]:
         if not quiet:
             tell(("\n" if os.isatty(2) else "") + answer + "\n")
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in ENDING}
     before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, handle)

@@ -13,7 +13,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-from streamrepair.streams import end_process
+from streamrepair.streams import ENDING, end_process
 
 _INTERRUPTED = 75  # as InterruptedRunError has it, which is not imported yet
 
@@ -24,7 +24,7 @@ def main() -> NoReturn:
     The interpreter's own end is left out: it takes the handlers away first, so that a signal would still kill what is
     done, and a worker that is in torch's C++ meanwhile takes the process down with it.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup and a shell's background leave it
             signal.signal(number, _end)
     gc.disable()  # nothing of what is imported is garbage: to look for it is a tenth of the start

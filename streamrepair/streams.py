@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import select
+import signal
 import sys
 import threading
 import time
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that mean "interrupted": Ctrl-C, a batch system's notices, a terminal that was closed."""
 _LOOK_MS = 1000
 """How often a writer looks whether it shall still wait: so long at most it does once that is over."""
 _UNSHOWN = "backslashreplace"

@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, NoReturn
 import msgspec
 
 from streamrepair.decompose.speed import CPU
-from streamrepair.engine.fit import full_budget, full_fits
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import shown
 from streamrepair.report import Action, Report, ResourceUse, TensorRecord
 from streamrepair.streams import speaking
-from streamrepair.units import counted, format_bytes, format_seconds
+from streamrepair.units import counted, format_bytes, format_seconds, whole_mb
 from streamrepair.verification import Verified
 from streamrepair.views import groups
 
@@ -141,7 +140,7 @@ def print_plan(plan: Plan) -> None:
     by = "speeds measured here"
     if plan.rates == CPU:
         by = "shipped speeds (streamrepair bench --calibrate measures this machine's)"
-    lanes = f"{plan.device} with {counted(plan.workers, 'worker')} of one thread each"
+    lanes = f"{plan.device} with {counted(plan.workers, 'worker')}, a processor each"
     print(f"time: about {format_seconds(plan.estimated_s)} on {lanes}, by {by}")
     _print_memory(plan)
 
@@ -157,23 +156,10 @@ def _print_memory(plan: Plan) -> None:
     if plan.side_by_side < len(plan.at_once):
         line += (
             f": room for {plan.side_by_side} of the largest at once, for one per worker with --ram "
-            f"{_whole_mb(plan.ram_unhindered_bytes)}"
+            f"{whole_mb(plan.ram_unhindered_bytes)}"
         )
     print(line)
-    fits = full_fits(plan)
-    if without := [task for task in plan.tasks if not fits.get(task.name, True)]:
-        enough = max(full_budget(plan, task) for task in without)
-        more = f"--ram {_whole_mb(enough)} " if enough > plan.ram_allowed_bytes else ""
-        print(
-            f"no room for the float64 SVD that {counted(len(without), 'tensor')} may turn out to need, though few do: "
-            f"with {more}--workers 1 there is"
-        )
     sys.stdout.flush()
-
-
-def _whole_mb(nbytes: int) -> str:
-    """As --ram takes it, rounded up."""
-    return f"{-(-nbytes // 1_000_000)}MB"
 
 
 def print_summary(report: Report, out: Path) -> None:
@@ -261,8 +247,8 @@ def print_verified(result: Verified, out: Path) -> None:
         beyond = f"off by {check.delta_error:.1e} beyond rounding" if check.delta_error else "right to within rounding"
         print(
             f"{shown(check.name)}: rank {check.rank_kept}, float64 SVD {check.rank_exact}; "
-            f"{check.correctly_rounded:.4%} of values correctly rounded, the rest at most "
-            f"{check.largest_ulp:.2f} units in the last place off; delta {beyond}"
+            f"{check.correctly_rounded:.4%} of values correctly rounded, none off by more than "
+            f"{check.largest_ulp:.2f} units in the last place; delta {beyond}"
         )
     state = counted(len(result.damage), "fault") if result.damage else "whole"
     rate = result.bytes / result.seconds if result.seconds else 0.0

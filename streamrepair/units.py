@@ -42,6 +42,11 @@ def format_bytes(size_bytes: float, *, digits: int = 3) -> str:
     return f"{value:.{digits}g} TB"
 
 
+def whole_mb(size_bytes: float) -> str:
+    """ "117MB": rounded up, as --ram and --vram take it."""
+    return f"{-(-int(size_bytes) // 1_000_000)}MB"
+
+
 def format_apart(size_bytes: int, other_bytes: int) -> tuple[str, str]:
     """Two sizes that differ, with as many digits as show it: "117.2 MB" and "117.0 MB" are both 117 MB."""
     for digits in range(3, 17):

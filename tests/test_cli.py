@@ -549,7 +549,7 @@ def test_one_of_something_is_said_so(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, {"w": (64, 48)}, shards=(1, 1))
     text = run("plan", pair.base, pair.ft, "--workers", 1).out
     assert "in 1 shard, 0 GFLOP\n" in text
-    assert "s on cpu with 1 worker of one thread each, by shipped speeds (streamrepair bench --calibrate" in text
+    assert "s on cpu with 1 worker, a processor each, by shipped speeds (streamrepair bench --calibrate" in text
     assert "1 tensor: 1 repaired" in run(pair.base, pair.ft, tmp_path / "out").out
     (tmp_path / "out" / "config.json").unlink()
     assert "1 fault; 1 tensor," in run("verify", tmp_path / "out").out
@@ -601,7 +601,7 @@ def test_a_plan_has_times_and_their_sum(pair: Pair) -> None:
     head, *rows = text.splitlines()
     assert head.split() == ["tensors", "shape", "what", "result", "memory", "each", "one", "worker"]
     assert all(row.split()[-1] in ("s", "min", "h") for row in rows[: rows.index("")])
-    assert re.search(r"^time: about [\d.e-]+ s on cpu with \d+ workers of one thread each, by ", text, re.MULTILINE)
+    assert re.search(r"^time: about [\d.e-]+ s on cpu with \d+ workers, a processor each, by ", text, re.MULTILINE)
     data = json.loads(run("plan", pair.base, pair.ft, "--device", "cpu", "--json").out)
     assert sum(group["count"] for group in data["groups"]) == len(data["tensors"])
     total_s = sum(tensor.get("seconds", 0.0) for tensor in data["tensors"].values())
@@ -638,11 +638,11 @@ def test_a_plan_names_the_budget_in_which_a_float64_svd_has_room(tmp_path: Path)
     pair = write_pair(tmp_path, {"a": (1000, 1000), "b": (600, 600)}, shards=(1, 1))
     options = ("plan", pair.base, pair.ft, "--device", "cpu", "--workers", 1)
     found = re.search(
-        r"may turn out to need, though few do: with (--ram \S+ --workers 1) there",
-        run(*options, "--ram", smallest_budget(pair)).out,
+        r"may turn out to need, though few do; one that does would fail the run: with (--ram \S+ --workers 1) there",
+        run(*options, "--ram", smallest_budget(pair)).err,
     )
     assert found is not None
-    assert "no room" not in run(*options, *found[1].split()[:2]).out
+    assert "no room" not in run(*options, *found[1].split()[:2]).err
 
 
 def test_the_summary_says_who_was_busy_and_a_trace_what_they_did(pair: Pair, tmp_path: Path) -> None:

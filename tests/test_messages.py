@@ -192,7 +192,8 @@ CASES: list[tuple[Callable[[Case], object], int, str]] = [
      "checkpoint and one that was fine-tuned from it"),
     (_nan, 3, f"T/ft/{FIRST}: tensor w holds NaN or infinity at element 7, expected finite numbers; restore the file, "
      "or pass such tensors through with --on-nonfinite copy-ft"),
-    (_full_out, 3, "OUT T/out is not empty and holds no unfinished run: name a new folder"),
+    (_full_out, 3, "OUT T/out is not empty and holds no unfinished run: name a new folder, or write "
+     "beside what it holds with --overwrite"),
     (_other_settings, 3, "OUT T/out holds a run that differs from this one: --scale was 1.0, is 1.5: repeat the "
      "earlier command, name another OUT, or start anew with --overwrite"),
     (_other_input, 3, "OUT T/out holds a run that differs from this one: BASE file T/base/model.safetensors was 6408 "

@@ -26,7 +26,7 @@ _READ_BACK_BYTES = 1 << 23
 _PIECE_BYTES = 1 << 20
 """What is digested at once where the page cache has it: small enough that the allocator keeps the memory."""
 _READERS = 2
-"""Threads that read a shard back: one waits for the device while the other digests."""
+"""Threads that read a shard back, if it is not small: one waits for the device while the other digests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +198,11 @@ class ShardFile:
             check_stop()
             return self.digest(name)
 
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="read-back") as pool:
-            digested = list(pool.map(read_back, self.layout.entries))
+        if self.layout.file_bytes <= _READ_BACK_BYTES:
+            digested = [read_back(name) for name in self.layout.entries]
+        else:
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="read-back") as pool:
+                digested = list(pool.map(read_back, self.layout.entries))
         for name, found in zip(self.layout.entries, digested, strict=True):
             if found != digests[name]:
                 raise DamageError(

@@ -15,6 +15,8 @@ Parlett, The Symmetric Eigenvalue Problem, sections 3.3 and 10.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from streamrepair.decompose.arithmetic import Vectors
@@ -27,12 +29,26 @@ RESIDUAL = 1e-10
 FACTOR = 1e-10
 _AT_ONCE = 256
 """Vectors that are widened, or multiplied with all others, at once."""
+_KEPT_COLUMNS = 1024
+"""Probes of longer vectors are made anew each time."""
 _COUNTING = 4.0
 """What a Sturm sequence's own rounding may move, in units of ε·λ_max."""
 
 
 def probe_vectors(n: int) -> Doubles:
-    """(PROBES, n) signs ±1, the same for every matrix of that n: reruns must give the same bytes."""
+    """(PROBES, n) signs ±1, the same for every matrix of that n: reruns must give the same bytes. Not to be written."""
+    return _kept_probes(n) if n <= _KEPT_COLUMNS else _probes(n)
+
+
+@lru_cache(maxsize=16)
+def _kept_probes(n: int) -> Doubles:
+    """Of small matrices, which are many: making them took a twentieth of the time."""
+    probes = _probes(n)
+    probes.flags.writeable = False
+    return probes
+
+
+def _probes(n: int) -> Doubles:
     signs = np.random.Generator(np.random.SFC64(n)).integers(0, 2, (PROBES, n))
     return (2.0 * signs - 1.0).astype(np.float64)
 
@@ -97,10 +113,22 @@ def check_vectors(
     defect = orthonormality(vectors)
     if not defect <= orthonormal:
         raise NumericalError(f"singular vectors are not orthonormal (off by {defect:.1e})")
-    seen, expected = times(vectors, images), times(vectors, probes)
-    residual = float(np.linalg.norm((seen - values[:, None] * expected) / values.max()) / np.sqrt(PROBES))
+    residual = float(np.linalg.norm(residuals(vectors, values, probes, images) / values.max()))
     if not residual <= belonging:
         raise NumericalError(f"singular vectors do not belong to their values (residual {residual:.1e})")
+
+
+def residuals(vectors: Vectors, values: Doubles, probes: Doubles, images: Doubles) -> Doubles:
+    """(k,) ‖G·v − λ·v‖ of unit vectors as rows, as PROBES probes X see it in G·X.
+
+    Args:
+        vectors, values, probes, images: as of `check_vectors`.
+    """
+    if len(vectors) == 0:
+        return np.zeros(0)
+    difference = times(vectors, images) - values[:, None] * times(vectors, probes)
+    norms: Doubles = np.linalg.norm(difference, axis=1) / np.sqrt(PROBES)
+    return norms
 
 
 def times(vectors: Vectors, columns: Doubles) -> Doubles:

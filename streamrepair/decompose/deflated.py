@@ -32,9 +32,11 @@ SHARE = 8
 _DROWNING = 1e5
 """Values above so many times G's error may be taken out: their directions are known well."""
 _GAP = 4.0
-"""Times that the last of them exceeds the next value, at least."""
+"""Times that the last of them exceeds the next value, if they end at the widest gap."""
 _SHARPER = 1e3
-"""How much smaller the largest value has to become: so much smaller is the error of a Gram matrix then."""
+"""Times that the largest value has to fall by that: the error of a Gram matrix falls as much."""
+_FALLEN = 1e7
+"""Times that it has to fall where there is no gap."""
 _COUPLED = 1e-6
 """What C may move, in units of the median eigenvalue."""
 _APART = 10.0
@@ -56,9 +58,9 @@ class Deflated:
 
 
 def directions(spectrum: Spectrum, bound: float) -> Doubles:
-    """(r, n) orthonormal rows Q: the eigenvectors of values beside which others cannot be seen, as far as a wide gap.
+    """(r, n) orthonormal rows Q: eigenvectors of values beside which others cannot be seen.
 
-    None where there is no such gap.
+    As far as the widest gap, or else until the rest is much smaller; none where few vectors do not come to that.
 
     Args:
         spectrum: of G, on the CPU. bound: G's error.
@@ -68,6 +70,9 @@ def directions(spectrum: Spectrum, bound: float) -> Doubles:
     gaps = descending[:most] / np.maximum(descending[1 : most + 1], bound)
     count = int(np.argmax(gaps)) + 1 if most else 0
     if not (count and gaps[count - 1] >= _GAP and descending[0] >= _SHARPER * descending[count]):
+        fallen = np.flatnonzero(descending[0] >= _FALLEN * descending[1 : most + 1])
+        count = int(fallen[0]) + 1 if len(fallen) else 0
+    if not count:
         return np.zeros((0, len(descending)))
     basis: Doubles = np.linalg.qr(np.asarray(spectrum.top(count), np.float64).T)[0].T
     return np.ascontiguousarray(basis)

@@ -151,16 +151,17 @@ def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precis
     threshold, close = decide(values, bound, rule, m, n)
     if precision == "float32" and (close or threshold.s_median**2 < LEAST_FLOAT32_VALUE):
         raise UnresolvedError(f"{close} values within {bound:.1e} of the squared threshold")
-    if precision == "float32":
-        error = difference + gram.images - gram.exact_images
-        along = errors_along(spectrum.top(threshold.rank_kept), error)
-        refuse_mixing(mixing(values, threshold.rank_kept, along), values[n - threshold.rank_kept :], gram.weight)
-    close = _checked_count(spectrum.count_above(threshold.tau * threshold.tau, bound), threshold.rank_kept, close)
+    rank = threshold.rank_kept
+    close = _checked_count(spectrum.count_above(threshold.tau * threshold.tau, bound), rank, close)
     if precision == "float32" and close:
         raise UnresolvedError(f"a count leaves {close} values near the squared threshold open")
-    vectors = spectrum.top(threshold.rank_kept)
-    kept = values[len(values) - threshold.rank_kept :]
+    vectors, kept = spectrum.top(rank), values[n - rank :]
     certify.check_vectors(vectors, kept, probes, gram.images)
+    error = difference + gram.images - gram.exact_images
+    # A solver may hand out vectors of a cluster's other side: only their residuals, at the cluster's scale, show it.
+    errors = np.hypot(errors_along(vectors, error), certify.residuals(vectors, kept, probes, gram.images))
+    undecided = slice(max(0, n - rank - close), n - rank + close)
+    refuse_mixing(mixing(values, rank, errors, undecided), kept, gram.weight)
     return Truncation(
         values=np.sqrt(np.maximum(values, 0.0)),
         threshold=threshold,

@@ -46,6 +46,8 @@ class Committer:
         self._pending: dict[str, tuple[int, TensorRecord]] = {}
         self._pending_bytes = 0
         self._since = time.monotonic()
+        self._held_at = float("-inf")
+        """When the inputs were last looked at."""
         self._missing = [set(shard.layout.entries) - self.records.keys() for shard in workspace.shards]
 
     def add(self, name: str, shard: int, record: TensorRecord, nbytes: int) -> None:
@@ -73,7 +75,7 @@ class Committer:
         pending_bytes, self._pending_bytes = self._pending_bytes, 0
         if pending:
             self._workspace.check_held()
-            self._before_commit()
+            self._hold_inputs()
         for shard in sorted({shard for shard, _ in pending.values()}):
             self._workspace.shards[shard].sync()
         self._synced(pending_bytes)
@@ -90,10 +92,15 @@ class Committer:
         self._seal_whole()
         self._since = time.monotonic()
 
+    def _hold_inputs(self) -> None:
+        self._before_commit()
+        self._held_at = time.monotonic()
+
     def _seal_whole(self) -> None:
         for shard, missing in zip(self._workspace.shards, self._missing, strict=True):
             if not missing and not shard.sealed and not self._stop.requested:
-                self._before_commit()
+                if time.monotonic() - self._held_at > _EVERY_S:  # it looks at every shard of both inputs
+                    self._hold_inputs()
                 digests = {name: self.records[name].digest or "" for name in shard.layout.entries}
                 shard.seal(digests, check_stop=self._stop.check_at_once)
                 if self._lets_go:

@@ -13,7 +13,7 @@ from streamrepair.decompose.halves import is_cut
 from streamrepair.engine import limits, memory
 from streamrepair.engine.limits import RAM_SHARE
 from streamrepair.errors import BudgetError, shown
-from streamrepair.units import format_apart
+from streamrepair.units import format_apart, whole_mb
 
 if TYPE_CHECKING:
     from streamrepair.engine.batches import Batch
@@ -60,8 +60,8 @@ def refuse_too_large(tasks: Sequence[Task], room: Room) -> None:
         largest = max(tasks, key=lambda task: task.vram_bytes)
         need = memory.card_bytes(largest.vram_bytes)
         if need > room.vram_bytes:
-            names_cpu = "let the CPU take it: --device cuda,cpu or --device cpu"
-            raise BudgetError(f"{_refusal(largest, '--vram', need, room.vram_bytes)}, or {names_cpu}")
+            refusal = _refusal(largest, "--vram", need, room.vram_bytes)
+            raise BudgetError(f"{refusal}, or let the CPU do the work: --device cpu")
     largest = max(tasks, key=_least_bytes)
     need = room.fixed_bytes + _least_workers(tasks) * memory.WORKER_BYTES + _least_bytes(largest)
     if need > room.ram_bytes:
@@ -104,11 +104,10 @@ def fitted(task: Task, room: Room, workers: int) -> Task:
 
 
 def _refusal(task: Task, option: str, need_bytes: int, allowed_bytes: int) -> str:
-    need_mb = -(-need_bytes // 1_000_000)
     needs, allows = format_apart(need_bytes, allowed_bytes)
     return (
         f"tensor {shown(task.name)} {list(task.out.shape)} needs {needs}, {option} allows {allows}: "
-        f"the smallest budget that works is {option} {need_mb}MB"
+        f"the smallest budget that works is {option} {whole_mb(need_bytes)}"
     )
 
 
@@ -118,7 +117,7 @@ def _refusal_of_default(task: Task, need_bytes: int, allowed_bytes: int, free_of
     free_mb = -(-int(need_bytes / RAM_SHARE) // 1_000_000)
     remedy = "raise its limit on memory" if free_of == limits.GROUP else "free some"
     if need_bytes * RAM_SHARE < allowed_bytes:
-        remedy = f"let it take more, with --ram {-(-need_bytes // 1_000_000)}MB, or {remedy}"
+        remedy = f"let it take more, with --ram {whole_mb(need_bytes)}, or {remedy}"
     return (
         f"tensor {shown(task.name)} {list(task.out.shape)} needs {needs}; without --ram a run takes {RAM_SHARE:.0%} of "
         f"what {free_of} has free, {allows}: {remedy}, so that {free_mb} MB are free"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from streamrepair.decompose.operator import block_rows
 from streamrepair.decompose.scratch import LARGE_ARRAY_BYTES, RETAINED_BYTES
@@ -300,6 +301,7 @@ def card_bytes(vram_bytes: int) -> int:
     return CUDA_CONTEXT_BYTES + CUDA_LIBRARY_BYTES + vram_bytes
 
 
+@lru_cache(maxsize=1 << 12)  # a checkpoint has few shapes, and each is asked for several times a tensor
 def repair_bytes(shape: MatrixShape, backend: str, panel_rows: int, *, cuda: bool = False) -> int:
     """Host bytes of one repair; with `cuda` the matrices are on the device and only vectors and results pass here."""
     n, panels = shape.cols, Panels.of(shape, panel_rows)

@@ -12,12 +12,13 @@ from streamrepair.checkpoint.naming import same_by_another_name
 from streamrepair.checkpoint.pairing import NOT_IN_BASE, SHAPES_DIFFER, Selection, is_of_no_kind
 from streamrepair.checkpoint.sidecars import left_beside, not_carried, sidecars, stated_model
 from streamrepair.decompose.choose import LEFT_AS_A_MATTER_OF_COURSE
+from streamrepair.engine.fit import full_budget, full_fits
 from streamrepair.engine.job import Outcome
 from streamrepair.engine.memory import PROCESS_BYTES
 from streamrepair.engine.plan import Plan
 from streamrepair.errors import InputError, shown
 from streamrepair.report import TensorRecord
-from streamrepair.units import counted, format_apart
+from streamrepair.units import counted, format_apart, whole_mb
 
 _ROUNDING_ALONE = 1e-5
 """σ̂ below this share of ‖Δ‖_F is no noise of training, of which each value has some 1/√rank; nor that of bfloat16."""
@@ -63,7 +64,21 @@ def plan_warnings(plan: Plan) -> list[str]:
     if None not in kinds and kinds[0] != kinds[1]:
         base, ft = (shown(str(kind)) for kind in kinds)
         found.append(f"BASE is a model of type {base}, FT of type {ft}, by their config.json: was FT tuned from BASE?")
-    return [*found, *_of_files_beside(plan)]
+    return [*found, *_of_room(plan), *_of_files_beside(plan)]
+
+
+def _of_room(plan: Plan) -> list[str]:
+    """Tensors whose last resort the budget has no room for."""
+    fits = full_fits(plan)
+    without = [task for task in plan.tasks if not fits.get(task.name, True)]
+    if not without:
+        return []
+    enough = max(full_budget(plan, task) for task in without)
+    more = f"--ram {whole_mb(enough)} " if enough > plan.ram_allowed_bytes else ""
+    return [
+        f"no room for the float64 SVD that {counted(len(without), 'tensor')} may turn out to need, though few do; one "
+        f"that does would fail the run: with {more}--workers 1 there is room"
+    ]
 
 
 def _of_copies(plan: Plan) -> Iterator[str]:

@@ -18,6 +18,8 @@ from streamrepair.engine.timeline import Timeline
 from streamrepair.errors import StreamRepairError
 
 _PIECE_BYTES = 1 << 23
+_LEAST_BYTES = 1 << 16
+"""Tensors with less to read are not read ahead: the kernel reads on as far by itself, and to be told costs time."""
 _AHEAD_SHARE = 0.1
 """Of the machine's free memory, as much as may be read ahead."""
 _LARGE_SHARE = 0.5
@@ -52,6 +54,8 @@ class PageCache:
 
     def upcoming(self, task: Task) -> None:
         """A task will start soon: read its inputs ahead, once, if there is room."""
+        if task.read_once_bytes < _LEAST_BYTES:
+            return
         with self._lock:
             held = sum(self._ahead.values())
             if task.name in self._seen or held + task.read_once_bytes > self._room_bytes:

@@ -173,8 +173,9 @@ def _execute(run: _Run, journalled: dict[str, TensorRecord], report_path: Path |
     run.watcher.begin(plan, sum(t.out.nbytes for t in plan.tasks if t.name in done))
     finished = finished_report(plan, run.workspace, done, mending=run.mending)
     if finished is not None:
-        run.watcher.note("nothing to do: the result is whole")
-        for message in other_sidecars(plan, run.workspace.out):
+        others = list(other_sidecars(plan, run.workspace.out))
+        run.watcher.note("nothing to do: " + ("every tensor is there" if others else "the result is whole"))
+        for message in others:
             run.warn(message)
         run.workspace.finish()
         report, text = finished

@@ -23,6 +23,7 @@ from streamrepair.engine.task import passed_through
 from streamrepair.engine.view import MatrixView
 from streamrepair.errors import NumericalError, brief, shown
 from streamrepair.report import TensorRecord
+from streamrepair.units import whole_mb
 
 
 def written(
@@ -190,8 +191,8 @@ def failed(job: Job, error: Exception) -> NumericalError:
     """What is to be said of a matrix that nothing could decompose."""
     more = ""
     if not job.around.full_fits[job.task.name]:
-        need_mb = -(-job.around.full_budget(job.task) // 1_000_000)
-        more = f"give the float64 SVD room with --ram {need_mb}MB --workers 1, or "
+        enough = whole_mb(job.around.full_budget(job.task))
+        more = f"give the float64 SVD room with --ram {enough} --workers 1, or "
     return NumericalError(
         f"tensor {shown(job.task.name)} {list(job.task.out.shape)}: no backend could decompose its delta ({error}); "
         f"{more}leave it out with --exclude '^{shown(job.task.name)}$' to pass it through"

@@ -206,6 +206,8 @@ class Workspace:
                 way = "name a new folder"
                 if self._earlier_report() is not None:
                     way += ", or replace the result it holds with --overwrite"
+                else:
+                    way += ", or write beside what it holds with --overwrite"
                 raise InputError(f"OUT {shown(str(self.out))} is not empty and holds no unfinished run: {way}")
             return
         own = self._own_weights()

@@ -181,6 +181,25 @@ def test_a_blunt_float64_gram_matrix_does_not_decide_within_its_bound(arithmetic
 
 
 @pytest.mark.parametrize("arithmetic", ARITHMETICS)
+@pytest.mark.parametrize("gap", [1e-10, 5e-10, 1.5e-9, 1e-8, 1e-6])
+@pytest.mark.parametrize("largest", [1.5, 15.0, 45.0])
+def test_a_cluster_on_both_sides_of_the_threshold(arithmetic: str, gap: float, largest: float) -> None:
+    """MRRR hands out vectors of its other side, orthonormal, with residuals that are small against λ_max."""
+    m, n, k = 420, 300, 20
+    below = np.concatenate([np.linspace(0.3, 1.0, 150), np.linspace(1.01, 1.4, n - 151 - 2 * k)])
+    tau = RULE.estimate(np.concatenate([below, np.full(2 * k + 1, 9.0)]), m, n).tau
+    s = np.concatenate([below, np.full(k, tau * (1.0 - gap)), np.full(k, tau * (1.0 + gap)), [tau * largest]])
+    source = from_delta(with_spectrum(s, m))
+    truncation = ladder.decompose(source, RULE, arithmetic=ARITHMETICS[arithmetic], backend="auto", sharp=True)
+    delta = source.delta()
+    vh = np.linalg.svd(delta, full_matrices=False)[2][: k + 1]
+    found, expected = np.asarray(truncation.vh, np.float64), (delta @ vh.T) @ vh
+    assert truncation.undecidable or truncation.threshold.rank_kept == k + 1
+    if not truncation.undecidable:
+        assert np.linalg.norm((delta @ found.T) @ found - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("route", ["gram-float64", "full", "auto"])
 def test_values_on_the_threshold_itself_are_recorded_as_undecidable(arithmetic: str, route: str) -> None:
     m, n = 300, 100

@@ -88,7 +88,9 @@ def test_beside_a_gpu_the_cpu_takes_copies_and_if_named_small_matrices(pair: Pai
 
 def test_what_no_gpu_holds_is_refused_or_goes_to_the_cpu_if_that_was_named(tmp_path: Path) -> None:
     pair = write_pair(tmp_path, {"large": (2207, 2203)})
-    with pytest.raises(BudgetError, match=r"large .*--vram allows 1\.2 GB.* --vram \d+MB, or let the CPU take it"):
+    with pytest.raises(
+        BudgetError, match=r"large .*--vram allows 1\.2 GB.* --vram \d+MB, or let the CPU do the work: --device cpu"
+    ):
         planned(pair, ("cuda:0",), vram=1_200_000_000)
     assert [t.place for t in planned(pair, ("cuda:0", "cpu"), vram=1_200_000_000).tasks] == ["cpu"]
     assert [t.place for t in planned(pair, ("cuda:0", "cpu"), vram=4_000_000_000).tasks] == ["cuda"]

@@ -24,6 +24,7 @@ from streamrepair.engine import task
 from streamrepair.engine.job import Job
 from streamrepair.errors import DamageError, InputError, LockedError, OutputError
 from streamrepair.report import JournalEntry, TensorRecord
+from streamrepair.streams import ENDING
 from tests.command import finish, run, start, start_held
 from tests.faults import Kernel
 from tests.pairs import Pair, shard_bytes, snapshot, write_pair
@@ -323,7 +324,7 @@ def test_a_second_run_is_refused_while_the_first_is_alive(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", ENDING)
 def test_a_signal_ends_the_run_with_75_and_the_same_command_goes_on(
     many: Pair, undisturbed: dict[str, bytes], tmp_path: Path, number: signal.Signals
 ) -> None:

@@ -18,6 +18,7 @@ from streamrepair.engine import limits
 from streamrepair.engine.fit import full_fits
 from streamrepair.errors import NumericalError
 from tests.builders import Raw, bf16, write_index, write_safetensors
+from tests.decompose.sources import with_spectrum
 from tests.engine.results import Recorder, check_result
 from tests.pairs import (
     DEMO,
@@ -341,8 +342,7 @@ def test_full_runs_in_every_budget_that_its_plan_accepts_for_two_workers(tmp_pat
 
 
 def test_a_spectrum_too_wide_for_the_budget_names_one_that_works(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    delta = rng.standard_normal((300, 300)) + 1e9 * np.outer(rng.standard_normal(300), rng.standard_normal(300))
+    delta = with_spectrum(np.geomspace(1.0, 1e13, 300), 300)  # no few values that could be taken out
     base = write_split(tmp_path / "base", {"w": np.zeros((300, 300))}, 1)
     pair = Pair(base, write_split(tmp_path / "ft", {"w": delta}, 1))
     least = smallest_budget(pair)
@@ -351,21 +351,21 @@ def test_a_spectrum_too_wide_for_the_budget_names_one_that_works(tmp_path: Path)
     enough = str(caught.value).partition("--ram ")[2].partition(" ")[0]
     report = api.repair(pair.base, pair.ft, tmp_path / "out", ram=enough, workers=1)
     assert report.tensors["w"].backend == "full"
+    assert any(warning.startswith("tensor w: gram-float64: ") for warning in report.warnings)
 
 
 def test_what_is_meant_to_be_left_is_not_warned_of(tmp_path: Path) -> None:
-    """A spectrum too wide for Gram matrices: the search for zero rows is a step on the way, and no fault."""
+    """A spectrum too wide for a Gram matrix of all: what is tried on the way to one of the rest is no fault."""
     rng = np.random.default_rng(0)
     delta = rng.standard_normal((64, 64)) + 1e9 * np.outer(rng.standard_normal(64), rng.standard_normal(64))
     base = write_split(tmp_path / "base", {"w": np.zeros((64, 64))}, 1)
     ft = write_split(tmp_path / "ft", {"w": delta}, 1)
     report = api.repair(base, ft, tmp_path / "out")
     record = report.tensors["w"]
-    assert (record.action, record.backend) == ("repaired", "full")
-    assert any(reason.startswith("rows: ") for reason in record.climbed)
-    whole, own = report.warnings
+    assert (record.action, record.backend) == ("repaired", "deflated-float64")
+    assert [reason.partition(":")[0] for reason in record.climbed] == ["gram-float64", "rows"]
+    (whole,) = report.warnings
     assert whole.startswith("1 delta is of low rank but for less than 1e-05 of the norm, as a merged LoRA's are, ")
-    assert own.startswith("tensor w: gram-float64: ")
 
 
 def test_more_memory_than_is_free_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from streamrepair.engine import local, stop
 from streamrepair.engine.plan import Plan
 from streamrepair.engine.stop import StopRequest
 from streamrepair.errors import InterruptedRunError
+from streamrepair.streams import ENDING
 from tests.command import Result, finish
 from tests.crash.judge import journalled
 from tests.pairs import Pair, shard_bytes, tensor_bytes, write_pair
@@ -70,7 +71,7 @@ def _goes_on(pair: Pair, out: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", ENDING)
 def test_a_worker_that_cannot_be_reached_is_left_behind(pair: Pair, tmp_path: Path, number: signal.Signals) -> None:
     """Ten minutes in one call, as in LAPACK; the run ends at its limit, which is made short here."""
     out = tmp_path / "out"
@@ -203,7 +204,7 @@ IGNORED = (
     "from streamrepair.entry import main\n"
     "repair = task._repair\n"
     "def sent(job):\n"
-    "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):\n"
+    "    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):\n"
     "        os.kill(os.getpid(), number)\n"
     "    return repair(job)\n"
     "task._repair = sent\n"
@@ -216,12 +217,12 @@ IGNORED = (
 
 
 def test_a_signal_that_is_ignored_at_the_start_stays_ignored(pair: Pair, tmp_path: Path) -> None:
-    """As SIGINT is in the background of a script's shell, and SIGUSR1 where a batch system wants it so."""
+    """As SIGINT is in a script's background, SIGHUP under nohup, SIGUSR1 where a batch system wants it so."""
     command = [sys.executable, "-c", IGNORED, str(pair.base), str(pair.ft), str(tmp_path / "out"), "--quiet"]
-    words = ["sh", "-c", "trap '' INT TERM USR1; exec \"$@\"", "sh", *command]
+    words = ["sh", "-c", "trap '' INT TERM USR1 HUP; exec \"$@\"", "sh", *command]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    words[2], words[-2] = "trap '' INT USR1; exec \"$@\"", str(tmp_path / "out2")
+    words[2], words[-2] = "trap '' INT USR1 HUP; exec \"$@\"", str(tmp_path / "out2")
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 75
     assert "error: interrupted by SIGTERM; finished work is kept" in done.stderr
@@ -238,7 +239,7 @@ AT_THE_END = (
 )
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
 def test_no_signal_kills_a_command_that_is_done(pair: Pair, name: str) -> None:
     """At its end the interpreter takes handlers away some time before it is gone."""
     words = [sys.executable, "-c", AT_THE_END.format(name), "plan", str(pair.base), str(pair.ft)]
