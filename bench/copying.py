@@ -10,7 +10,7 @@ Contenders, each a process of its own into a fresh folder, and the sync after it
 Speeds are of all bytes moved, read and written, as cp and the reports say; a repair's reading back is not counted.
 On a virtual machine that gives free memory back to its host, what a fresh page costs varies from one run to the next by
 more than everything else. So there are two kinds of ratio: of the quickest run of each, which had the fewest, and the
-median over the turns of cp's time to the repair's that followed it.
+median over the turns, each of which begins with another, of cp's time to the repair's.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ def compare(work: Path, repeats: int) -> Record:
     moved, commands = {"read": of_both, "cp": 2 * of_ft}, contenders(base, ft, out)
     warmed = warm(base, ft)
     runs: dict[str, list[Record]] = {name: [] for name in commands}
-    for _ in range(repeats):
-        for name, command in commands.items():
+    for turn in range(repeats):
+        names = list(commands)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:  # what comes first finds other pages free
+            command = commands[name]
             runs[name].append(run_once(command, out, name, moved.get(name, 0)))
             print(f"{name}: {format_seconds(_synced_s(runs[name][-1]))}", file=sys.stderr, flush=True)
             if timings := own_account(out).get("timings"):

@@ -120,6 +120,8 @@ class Gram:
     """Factorise G, in place: to be called once."""
     matrix: Doubles | None = None
     """(n, n) G itself, C upper triangle, where it is in host memory: for methods that need no full factorisation."""
+    moved: float = 0.0
+    """How far its eigenvalues are from those asked for beyond what the images tell."""
 
 
 class GramBatch(Protocol):

@@ -97,8 +97,8 @@ def check_vectors(
     *,
     orthonormal: float = ORTHONORMALITY,
     belonging: float = RESIDUAL,
-) -> None:
-    """Hold that rows are orthonormal and eigenvectors.
+) -> Doubles:
+    """Hold that rows are orthonormal and eigenvectors; returns (k,) ‖G·v − λ·v‖ as the probes see it.
 
     Args:
         vectors: (k, n) eigenvectors, wherever they are. values: (k,) their eigenvalues.
@@ -109,26 +109,16 @@ def check_vectors(
         NumericalError: not orthonormal, or not eigenvectors.
     """
     if len(vectors) == 0:
-        return
+        return np.zeros(0)
     defect = orthonormality(vectors)
     if not defect <= orthonormal:
         raise NumericalError(f"singular vectors are not orthonormal (off by {defect:.1e})")
-    residual = float(np.linalg.norm(residuals(vectors, values, probes, images) / values.max()))
+    difference = times(vectors, images) - values[:, None] * times(vectors, probes)
+    residuals: Doubles = np.linalg.norm(difference, axis=1) / np.sqrt(PROBES)
+    residual = float(np.linalg.norm(residuals / values.max()))
     if not residual <= belonging:
         raise NumericalError(f"singular vectors do not belong to their values (residual {residual:.1e})")
-
-
-def residuals(vectors: Vectors, values: Doubles, probes: Doubles, images: Doubles) -> Doubles:
-    """(k,) ‖G·v − λ·v‖ of unit vectors as rows, as PROBES probes X see it in G·X.
-
-    Args:
-        vectors, values, probes, images: as of `check_vectors`.
-    """
-    if len(vectors) == 0:
-        return np.zeros(0)
-    difference = times(vectors, images) - values[:, None] * times(vectors, probes)
-    norms: Doubles = np.linalg.norm(difference, axis=1) / np.sqrt(PROBES)
-    return norms
+    return residuals
 
 
 def times(vectors: Vectors, columns: Doubles) -> Doubles:

@@ -2,8 +2,8 @@
 
 Of a merged LoRA in float32 the median is the rounding of the merge, a millionth of s₁ or less, and its square is lost
 in the rounding of G. But G has the directions Q of the largest values. Of Δ′ = Δ − (ΔQ)Qᵀ, formed in float64, a Gram
-matrix knows the rest as well as it ever does; what ties the two parts is C = (ΔQ)ᵀΔ′, and by Haynsworth's inertia
-formula no eigenvalue λ below those of Q is off by more than ‖C‖²/(λ_min − λ), λ_min the least of Q's.
+matrix knows the rest as well as it ever does. What ties the two parts is C = LᵀΔ′, L = ΔQ, and by Haynsworth's inertia
+formula no eigenvalue below those of LᵀL is off by more than ‖Cᵀ(LᵀL − λ)⁻¹C‖, which widens the bound.
 
 `gram.conclude` decides and checks as ever, on G′ = Δ′ᵀΔ′ + Σ cᵢ·qᵢqᵢᵀ, where the cᵢ, above all that is left, stand in
 for what was taken out.
@@ -22,12 +22,12 @@ from streamrepair.decompose import full
 from streamrepair.decompose.arithmetic import Gram, Spectrum
 from streamrepair.decompose.convert import Doubles
 from streamrepair.decompose.operator import PanelSource
-from streamrepair.decompose.truncation import Truncation, UnresolvedError, without_noise
+from streamrepair.decompose.truncation import Truncation, UnresolvedError, refuse_mixing, without_noise
 from streamrepair.spectral.threshold import HardThreshold
 
 MOST = 128
 """Values that are taken out at most."""
-SHARE = 8
+SHARE = 4
 """Of n columns, one in so many at most."""
 _DROWNING = 1e5
 """Values above so many times G's error may be taken out: their directions are known well."""
@@ -37,8 +37,6 @@ _SHARPER = 1e3
 """Times that the largest value has to fall by that: the error of a Gram matrix falls as much."""
 _FALLEN = 1e7
 """Times that it has to fall where there is no gap."""
-_COUPLED = 1e-6
-"""What C may move, in units of the median eigenvalue."""
 _APART = 10.0
 """How far above τ² all that was taken out has to lie."""
 _LEAST_SQUARE = 1e-280
@@ -53,8 +51,31 @@ class Deflated:
     """Of Δ′, with stand-ins for what was taken out; its trace without them."""
     largest: Doubles
     """Singular values of ΔQ, descending."""
-    coupling: float
-    """‖(ΔQ)ᵀΔ′‖_F."""
+    turned: float
+    """About how far Δ* is off, ‖·‖_F, since Q is not exactly invariant: ‖R⁻ᵀC‖_F."""
+
+
+def most(cols: int) -> int:
+    """How many values are taken out of a delta with so many columns at most."""
+    return min(MOST, cols // SHARE)
+
+
+def parts(factor: Doubles, coupled: Doubles) -> tuple[Doubles, float]:
+    """Singular values of L = ΔQ, descending, and ‖R⁻ᵀC‖_F.
+
+    Args:
+        factor: (r, r) R of L. coupled: (r, n) C, nothing of it along Q.
+
+    Raises:
+        LinAlgError: L has not full rank.
+    """
+    largest: Doubles = np.linalg.svd(factor, compute_uv=False).astype(np.float64)
+    return largest, float(np.linalg.norm(np.linalg.solve(factor.T, coupled)))
+
+
+def moved(turned: float) -> float:
+    """Bound of ‖Cᵀ(LᵀL − λ)⁻¹C‖₂ for all λ up to τ², from ‖R⁻ᵀC‖_F: what was taken out lies far above that."""
+    return turned * turned / (1.0 - 1.0 / _APART)
 
 
 def directions(spectrum: Spectrum, bound: float) -> Doubles:
@@ -66,11 +87,11 @@ def directions(spectrum: Spectrum, bound: float) -> Doubles:
         spectrum: of G, on the CPU. bound: G's error.
     """
     descending = spectrum.values[::-1]
-    most = min(MOST, len(descending) // SHARE, int(np.count_nonzero(descending > _DROWNING * bound)))
-    gaps = descending[:most] / np.maximum(descending[1 : most + 1], bound)
-    count = int(np.argmax(gaps)) + 1 if most else 0
+    known = min(most(len(descending)), int(np.count_nonzero(descending > _DROWNING * bound)))
+    gaps = descending[:known] / np.maximum(descending[1 : known + 1], bound)
+    count = int(np.argmax(gaps)) + 1 if known else 0
     if not (count and gaps[count - 1] >= _GAP and descending[0] >= _SHARPER * descending[count]):
-        fallen = np.flatnonzero(descending[0] >= _FALLEN * descending[1 : most + 1])
+        fallen = np.flatnonzero(descending[0] >= _FALLEN * descending[1 : known + 1])
         count = int(fallen[0]) + 1 if len(fallen) else 0
     if not count:
         return np.zeros((0, len(descending)))
@@ -98,15 +119,15 @@ def conclude(
     if found.gram.trace <= zero * zero:  # as `row_space` proves it
         return without_noise(n, m, rule, norm=norm, backend="row-space")
     decided = of_rest()
-    cut, median = decided.threshold.tau**2, decided.threshold.s_median**2
-    if not (decided.threshold.rank_kept >= count and least >= _APART * cut):
+    cut = decided.threshold.tau**2
+    if not least >= _APART * cut:
         raise UnresolvedError(f"a value that was taken out, {least:.1e}, is too near the squared threshold, {cut:.1e}")
-    if not (moved := found.coupling**2 / (least - cut)) <= _COUPLED * median:
-        raise UnresolvedError(f"what was taken out moves a median eigenvalue of {median:.1e} by {moved:.1e}")
     level = decided.threshold.sigma_hat if rule.sigma == "tail" else decided.threshold.s_median
     if not level > zero:
         raise UnresolvedError(f"a noise level of {level:.1e} may be rounding")
     values = np.concatenate([decided.values[: n - count], found.largest[::-1]])
     threshold = rule.estimate(values, m, n)
-    assert threshold.rank_kept == decided.threshold.rank_kept
+    if threshold.rank_kept != (rank := decided.threshold.rank_kept):
+        raise UnresolvedError(f"{rank} values and stand-ins exceed the threshold, of all values {threshold.rank_kept}")
+    refuse_mixing(found.turned / norm, np.square(values[n - rank :]), found.gram.weight)
     return replace(decided, values=values, threshold=threshold, frob_delta_in=norm, backend="deflated-float64")

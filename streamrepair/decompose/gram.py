@@ -22,6 +22,7 @@ from streamrepair.decompose.host import HostArithmetic
 from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import (
     LEAST_FLOAT32_VALUE,
+    BluntError,
     OutgrownError,
     Truncation,
     UnresolvedError,
@@ -92,11 +93,12 @@ def truncate(
     spectrum = gram.factorise()
     try:
         return conclude(gram, spectrum, rule, source.rows, precision)
-    except UnresolvedError:
-        if host is not None and drowning is not None:
-            basis = deflated.directions(spectrum, _factor_error(gram, spectrum)[1])
-            drowning.extend([basis] if len(basis) else [])
-        raise
+    except BluntError as error:
+        blunt = error.with_traceback(None)  # which would hold on to arrays
+    if host is not None and drowning is not None:
+        basis = deflated.directions(spectrum, _factor_error(gram, spectrum)[1])
+        drowning.extend([basis] if len(basis) else [])
+    raise blunt
 
 
 def without(drowning: Sequence[Doubles], source: PanelSource, rule: HardThreshold, host: HostArithmetic) -> Truncation:
@@ -110,7 +112,7 @@ def without(drowning: Sequence[Doubles], source: PanelSource, rule: HardThreshol
         NumericalError: a factorisation did not pass the checks.
     """
     if not drowning:
-        raise UnresolvedError("no few values stand out")
+        raise UnresolvedError(f"no {deflated.most(source.cols)} values or fewer stand out")
     rest = host.deflated(source, certify.probe_vectors(source.cols), drowning[-1])
 
     def of_rest() -> Truncation:
@@ -129,7 +131,7 @@ def _factor_error(gram: Gram, spectrum: Spectrum) -> tuple[Doubles, float]:
     difference: Doubles = spectrum.product(certify.probe_vectors(n)) - gram.images
     certify.check_factor(difference, largest)
     bound = certify.spectral_bound(gram.images - gram.exact_images) + certify.spectral_bound(difference)
-    return difference, bound + certify.solver_bound(largest, n)
+    return difference, bound + certify.solver_bound(largest, n) + gram.moved
 
 
 def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precision: Precision) -> Truncation:
@@ -156,10 +158,10 @@ def conclude(gram: Gram, spectrum: Spectrum, rule: HardThreshold, m: int, precis
     if precision == "float32" and close:
         raise UnresolvedError(f"a count leaves {close} values near the squared threshold open")
     vectors, kept = spectrum.top(rank), values[n - rank :]
-    certify.check_vectors(vectors, kept, probes, gram.images)
+    residuals = certify.check_vectors(vectors, kept, probes, gram.images)
     error = difference + gram.images - gram.exact_images
     # A solver may hand out vectors of a cluster's other side: only their residuals, at the cluster's scale, show it.
-    errors = np.hypot(errors_along(vectors, error), certify.residuals(vectors, kept, probes, gram.images))
+    errors = np.hypot(errors_along(vectors, error), residuals)
     undecided = slice(max(0, n - rank - close), n - rank + close)
     refuse_mixing(mixing(values, rank, errors, undecided), kept, gram.weight)
     return Truncation(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 
-from streamrepair.decompose import halves, lapack
+from streamrepair.decompose import deflated, halves, lapack
 from streamrepair.decompose.arithmetic import Gram, Merger, Precision, Vectors, on_host
 from streamrepair.decompose.convert import (
     STORED_TYPE,
@@ -106,9 +107,12 @@ class HostArithmetic:
             squares += sampled_squares(block)
             delta = self._delta(block, np.float64)
             exact += delta.T @ (delta @ columns)
-            inside: Doubles = delta @ basis.T
-            left, right = (basis.T, inside.T) if block.wide else (inside, basis)
-            lapack.add_product(left, right, delta.T if block.wide else delta, alpha=-1.0)
+            inside: Doubles = np.zeros((len(delta), count))
+            for _ in range(2):  # what rounding leaves along Q the first time would turn the vectors of G′
+                along: Doubles = delta @ basis.T
+                left, right = (basis.T, along.T) if block.wide else (along, basis)
+                lapack.add_product(left, right, delta.T if block.wide else delta, alpha=-1.0)
+                inside += along
             coupled += inside.T @ delta
             for start in range(0, len(inside), _STRIPE_ROWS):
                 stripe = np.concatenate([factor, inside[start : start + _STRIPE_ROWS]])
@@ -122,9 +126,10 @@ class HostArithmetic:
         lapack.add_gram(np.sqrt(standing)[:, None] * basis, total, beta=1.0)
         exact_images = _apart(exact.T, basis) + (standing * (probes @ basis.T)) @ basis
         images = lapack.times_symmetric(total, probes)
-        gram = Gram(images, exact_images, trace, squares**0.5, lambda: TridiagonalSpectrum(total, self.both), total)
-        largest: Doubles = np.linalg.svd(factor, compute_uv=False).astype(np.float64)
-        return Deflated(gram, largest, float(np.linalg.norm(coupled)))
+        largest, turned = deflated.parts(factor, _apart(coupled, basis))
+        moved, weight = deflated.moved(turned), squares**0.5
+        factorise = partial(TridiagonalSpectrum, total, self.both)
+        return Deflated(Gram(images, exact_images, trace, weight, factorise, total, moved), largest, turned)
 
     def hold(self, source: PanelSource, probes: Doubles) -> Held:
         """Δ whole in float32, and in float64 its images of probes, in one pass."""

@@ -25,6 +25,8 @@ MOST_MIXING = 3e-5
 _MOST_TURNED = 7.5e-7
 """Likewise of ‖Δ*′ − Δ*‖/‖W_ft‖, so that less than one value in a thousand is rounded to its other neighbour in
 bfloat16: 400 to 1,300 times what this came to were, of normally distributed weights."""
+_LEAST_MIXING = 1e-10
+"""What is allowed whatever W_ft is: that is float64's own, and no route is sharper."""
 _AT_ONCE = 64
 """Kept values whose mixing is summed in one operation."""
 _ALIKE = 4
@@ -35,6 +37,10 @@ PROMISED_GAP = 1e-5
 
 class UnresolvedError(NumericalError):
     """The precision of this backend cannot tell the kept rank; a sharper one may."""
+
+
+class BluntError(UnresolvedError):
+    """The error of the eigenvalues is too large beside the median."""
 
 
 class OutgrownError(UnresolvedError):
@@ -104,17 +110,17 @@ def decide(values: Doubles, bound: float, rule: HardThreshold, m: int, n: int) -
         The threshold, and how many eigenvalues lie closer to τ² than the bound on both.
 
     Raises:
-        UnresolvedError: τ is not resolved, or values lie within a bound that is wider than is promised.
+        BluntError: τ is not resolved, or values lie within a bound that is wider than is promised.
     """
     # Every estimator of σ rises with each value, so that shifting all of them encloses τ.
     low, threshold, high = (rule.estimate(roots(values + shift), m, n) for shift in (-bound, 0.0, bound))
     if not high.tau - low.tau <= TAU_RESOLUTION * threshold.tau:
-        raise UnresolvedError(f"bound {bound:.1e} against a median eigenvalue of {threshold.s_median**2:.1e}")
+        raise BluntError(f"bound {bound:.1e} against a median eigenvalue of {threshold.s_median**2:.1e}")
     cut = threshold.tau * threshold.tau  # infinite rather than an OverflowError
     margin = bound + max(high.tau**2 - cut, cut - low.tau**2)
     close = int(np.count_nonzero(~(np.abs(values - cut) > margin)))
     if close and margin > 2.0 * PROMISED_GAP * cut:
-        raise UnresolvedError(f"{close} values within {margin / cut:.1e} of the squared threshold")
+        raise BluntError(f"{close} values within {margin / cut:.1e} of the squared threshold")
     return threshold, close
 
 
@@ -168,7 +174,7 @@ def most_mixing(kept: Doubles, weight: float) -> float:
         kept: eigenvalues that are kept. weight: about ‖W_ft‖_F.
     """
     norm = float(kept.sum()) ** 0.5
-    return min(MOST_MIXING, _MOST_TURNED * weight / norm) if norm > 0.0 else MOST_MIXING
+    return max(_LEAST_MIXING, min(MOST_MIXING, _MOST_TURNED * weight / norm)) if norm > 0.0 else MOST_MIXING
 
 
 def refuse_mixing(turned: float, kept: Doubles, weight: float) -> None:

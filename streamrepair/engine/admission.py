@@ -1,9 +1,10 @@
 """Who may start next: the rules of the ledger as plain state, without threads or a clock. Deterministic.
 
-`ledger` puts locks around it, `simulate` a fake clock; both therefore run the same rules:
+`ledger` puts locks around it, `simulate` a fake clock; both therefore run the same rules, except that a simulation does
+not tell copies apart:
 - workers stand in one line, first come, first served, whatever kind of unit they want. Only the first is considered, so
   a large unit is never starved by small ones: nobody overtakes it;
-- it gets the next unit in order, or, if it wants to be apart, the next of a shard that nobody else is at;
+- it gets the next unit in order, or, if it wants to be apart, the next of those whose shard nobody else is at;
 - it starts once its bytes are free, or when nothing runs, for every unit fits alone (the plan saw to that);
 - a running unit may ask for more (a dearer backend after a cheap one failed). Such a demand goes before the line, and
   while one waits no new unit starts, so that running units end and return their bytes. If all that run are waiting for
@@ -51,9 +52,9 @@ class Admission:
         """Whether no unit is left for a place."""
         return not self.waiting[place]
 
-    def following(self, place: str, count: int) -> list[Unit]:
-        """The next so many units of a place."""
-        return self.waiting[place].following(count)
+    def following(self, place: str, count: int, shard: int | None = None) -> list[Unit]:
+        """The next so many units of a place, of all or of a shard."""
+        return self.waiting[place].following(count, shard)
 
     def take(self, worker: Worker, place: str, *, apart: bool = False) -> Unit | None:
         """The next unit for a worker, or None: it stands in line and has to ask again after a change.

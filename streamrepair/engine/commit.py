@@ -93,8 +93,9 @@ class Committer:
         self._since = time.monotonic()
 
     def _hold_inputs(self) -> None:
+        began = time.monotonic()
         self._before_commit()
-        self._held_at = time.monotonic()
+        self._held_at = began
 
     def _seal_whole(self) -> None:
         for shard, missing in zip(self._workspace.shards, self._missing, strict=True):

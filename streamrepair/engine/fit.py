@@ -186,11 +186,15 @@ def _beside_bytes(unit: Unit, task: Task) -> int:
     return unit.ram_bytes - task.ram_bytes
 
 
-def full_budget(plan: Plan, task: Task) -> int:
-    """Bytes of --ram in which the reference route fits for a task, with one worker on the CPU."""
-    assert task.shape is not None
-    unit = next(unit for unit in plan.units if any(member is task for member in unit.tasks))
+def full_budget(plan: Plan, *tasks: Task) -> int:
+    """Bytes of --ram in which the reference route fits for each of some repairs, with one worker on the CPU."""
+    wanted = {id(task) for task in tasks}
     others = sorted((other.ram_bytes for other in plan.at_once), reverse=True)[: len(plan.gpus)]
     fixed = memory.run_bytes(1 + len(plan.gpus), records_bytes=plan.records_bytes, gpus=len(plan.gpus))
-    need = memory.repair_bytes(task.shape, "full", task.shape.block) + _beside_bytes(unit, task)
+    need = max(
+        memory.repair_bytes(task.shape, "full", task.shape.block) + _beside_bytes(unit, task)
+        for unit in plan.units
+        for task in unit.tasks
+        if task.shape is not None and id(task) in wanted
+    )
     return fixed + sum(others) + need

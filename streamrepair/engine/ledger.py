@@ -56,10 +56,10 @@ class Ledger:
             self._changed.notify_all()
             return granted
 
-    def following(self, place: str, count: int) -> list[Unit]:
-        """The units that workers of that place will get next: worth reading ahead for."""
+    def following(self, place: str, count: int, shard: int | None = None) -> list[Unit]:
+        """The units that workers of that place, or one that stays at a shard, will get next: to be read ahead."""
         with self._changed:
-            return self._state.following(place, count)
+            return self._state.following(place, count, shard)
 
     def give_back(self, worker: int) -> None:
         """Return all that a worker's unit had reserved."""

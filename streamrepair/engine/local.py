@@ -29,7 +29,7 @@ Do = Callable[[Unit, Worker], Iterable[Outcome]]
 """Carries a unit out: its tasks' outcomes, as they finish."""
 _POLL_S = 0.2
 _LARGE_COPY_BYTES = 1 << 20
-"""Smaller ones tell nothing of the units that follow, and are written before another thread comes in their way."""
+"""Smaller ones tell nothing of the units that follow."""
 _PARTING_S = 2.0  # for workers that are left in the middle of a task
 
 
@@ -134,17 +134,19 @@ class LocalExecutor:
                     try:
                         if self._stop.requested:
                             break  # the collector, which closes the ledger, may be in the middle of a commit
-                        for following in ledger.following(worker.place, worker.peers):
+                        coming = (1, unit.shard) if copied else (worker.peers, None)
+                        for following in ledger.following(worker.place, *coming):
                             for task in following.tasks:
                                 self._upcoming(task)
                         with (
                             worker.lane.task(unit.name),
                             spares.at_work(worker.lane) if worker.device == "cpu" else contextlib.nullcontext(),
                         ):
-                            copied = unit.out_bytes >= _LARGE_COPY_BYTES
+                            large = unit.out_bytes >= _LARGE_COPY_BYTES
+                            copied = copied or large
                             for outcome in do(unit, worker):
                                 done.put(outcome)
-                                copied = copied and outcome.record.action != "repaired"
+                                copied = copied and not (large and outcome.record.backend)
                         worker.scratch.settle()
                     finally:
                         ledger.give_back(worker.number)
@@ -156,7 +158,7 @@ class LocalExecutor:
         """The worker's next unit; while it waits for one it keeps nothing of the last, which no reservation covers.
 
         Args:
-            apart: it copied the last, and will probably copy on; the kernel lets one thread at a time write to a file.
+            apart: it copied its last large one, and may copy on; the kernel lets one thread at a time write to a file.
         """
         with contextlib.ExitStack() as waiting:
 

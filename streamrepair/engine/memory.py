@@ -52,7 +52,7 @@ WINDOWED = 400
 """Vectors of the windows in which float32 is made exact, at most; a test holds it to the backend's own limit."""
 DEFLATED = 128
 """Values that are taken out of a delta at most; a test holds it to the backend's own limit."""
-DEFLATED_SHARE = 8
+DEFLATED_SHARE = 4
 """Of n, one in so many at most; likewise."""
 _FACTORED = 1024
 """Rows of their parts that are factored at once, and copies of these."""
@@ -132,12 +132,12 @@ def gram_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
 
 
 def _deflated_bytes(shape: MatrixShape, panels: Panels) -> int:
-    """Peak of the pass over Δ less its parts along up to 128 vectors: these four times, a block's parts, a small QR.
+    """Peak of the pass over Δ less its parts along up to 128 vectors; of the last merge nothing is kept then.
 
-    Of the last merge nothing is kept then.
+    These vectors are there five times, a block's parts twice, and a small QR.
     """
     n = shape.cols
-    along = 8 * _most_deflated(n) * (4 * n + shape.block + _FACTORED)
+    along = 8 * _most_deflated(n) * (5 * n + 2 * shape.block + _FACTORED)
     return 8 * n * n + _delta_bytes(shape, 8) + along + _BESIDE * n + panels.in_flight
 
 

@@ -73,7 +73,7 @@ def _of_room(plan: Plan) -> list[str]:
     without = [task for task in plan.tasks if not fits.get(task.name, True)]
     if not without:
         return []
-    enough = max(full_budget(plan, task) for task in without)
+    enough = full_budget(plan, *without)
     more = f"--ram {whole_mb(enough)} " if enough > plan.ram_allowed_bytes else ""
     return [
         f"no room for the float64 SVD that {counted(len(without), 'tensor')} may turn out to need, though few do; one "

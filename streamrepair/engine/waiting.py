@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Collection
 from itertools import islice
 
 from streamrepair.engine.plan import Unit
 
-_Queue = OrderedDict[str, Unit]
-"""By name. A plain dict takes the longer to its first item the more were taken from there."""
+_Queue = OrderedDict[int, Unit]
+"""By number. A plain dict takes the longer to its first item the more were taken from there."""
 
 
 class Waiting:
@@ -18,33 +18,38 @@ class Waiting:
     def __init__(self) -> None:
         self._all: _Queue = OrderedDict()
         self._by_shard: dict[int, _Queue] = {}
+        self._numbers: dict[str, int] = {}
+        """Place in the order, by name."""
 
     def __len__(self) -> int:
         return len(self._all)
 
     def add(self, unit: Unit) -> None:
         """One more, after all others."""
-        self._all[unit.name] = unit
-        self._by_shard.setdefault(unit.shard, OrderedDict())[unit.name] = unit
+        number = self._numbers[unit.name] = len(self._numbers)
+        self._all[number] = self._by_shard.setdefault(unit.shard, OrderedDict())[number] = unit
 
     def first(self) -> Unit:
         """The next."""
         return next(iter(self._all.values()))
 
-    def first_apart(self, shards: Container[int]) -> Unit:
-        """The next of a shard that is not among `shards`; the next if there is none."""
-        of_others = (units for shard, units in self._by_shard.items() if shard not in shards)
-        return next(iter(next(of_others, self._all).values()))
+    def first_apart(self, shards: Collection[int]) -> Unit:
+        """The next of those that are in none of `shards`; the next of all if there is none."""
+        others = (next(iter(units)) for shard, units in self._by_shard.items() if shard not in shards)
+        number = min(others, default=None) if shards else None
+        return self.first() if number is None else self._all[number]
 
-    def following(self, count: int) -> list[Unit]:
-        """The next so many."""
-        return list(islice(self._all.values(), count))
+    def following(self, count: int, shard: int | None = None) -> list[Unit]:
+        """The next so many units, of all or of a shard."""
+        units = self._all if shard is None else self._by_shard.get(shard, _Queue())
+        return list(islice(units.values(), count))
 
     def remove(self, unit: Unit) -> None:
         """It starts."""
-        del self._all[unit.name]
+        number = self._numbers[unit.name]
+        del self._all[number]
         of_shard = self._by_shard[unit.shard]
-        del of_shard[unit.name]
+        del of_shard[number]
         if not of_shard:
             del self._by_shard[unit.shard]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from streamrepair import api
 from streamrepair.checkpoint import osfile
+from streamrepair.checkpoint.headers import ShardHeader
+from streamrepair.checkpoint.read import InputFiles
 from streamrepair.engine import commit
 from streamrepair.errors import InputError
 from tests.faults import ALL, Kernel, none
@@ -124,6 +126,26 @@ def test_an_input_that_is_changed_after_it_was_read_does_not_count(
     with pytest.raises(InputError, match="changed while it was being read"):
         api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(("every_s", "most"), [(0.0, 40), (3600.0, 3)])
+def test_inputs_are_looked_at_once_for_many_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_s: float, most: int
+) -> None:
+    """A look is at every shard of both: one for each that is sealed would take the square of their number."""
+    pair = write_pair(tmp_path, {f"w{i}": (64,) for i in range(16)}, shards=(16, 16))
+    looks, look = list[int](), InputFiles.check_unchanged
+
+    def counted(files: InputFiles, shards: Sequence[ShardHeader]) -> None:
+        looks.append(len(shards))
+        look(files, shards)
+
+    monkeypatch.setattr(InputFiles, "check_unchanged", counted)
+    monkeypatch.setattr(commit, "_EVERY_S", every_s)
+    api.repair(pair.base, pair.ft, tmp_path / "out", workers=1)
+    assert set(looks) == {32}
+    assert 2 <= len(looks) <= most
+    assert len(looks) >= 16 or every_s
 
 
 def test_a_sidecar_that_goes_away_meanwhile_is_missed(tmp_path: Path) -> None:

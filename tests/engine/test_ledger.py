@@ -230,7 +230,6 @@ def test_whoever_wants_to_be_apart_gets_a_shard_of_its_own_while_there_is_one(
         left = [task for task in tasks if task not in taken]
         free = [task for task in left if task.shard not in state.shards.values()]
         unit = state.take(worker, "cpu", apart=apart)
-        assert unit in free if apart and free else unit is left[0]
-        assert not any(task.shard == unit.shard for task in left[: left.index(unit)])
+        assert unit is (free[0] if apart and free else left[0])
         taken.append(unit)
     assert len(taken) == len(tasks)

@@ -86,7 +86,8 @@ def test_workers_that_copy_write_to_different_shards(action: Literal["copied", "
     def do(unit: Unit, worker: Worker) -> list[Outcome]:
         names.setdefault(worker.number, []).append(unit.name)
         both.wait(20)
-        record = TensorRecord(action=action, reason="", shape=(512, 1024), dtype="BF16")
+        backend = "gram-float32" if action == "repaired" else None
+        record = TensorRecord(action=action, reason="", shape=(512, 1024), dtype="BF16", backend=backend)
         return [Outcome(task, record, Spent()) for task in unit.tasks]
 
     tasks = [bf16_task(f"{shard}.{i}", (512, 1024), shard=shard, ram_bytes=1) for shard in range(3) for i in range(4)]
