@@ -53,9 +53,9 @@ bench: $(DEMO)
 	$(BENCH) --arch llama-135m --spectrum gapped --name end-to-end-llama-135m-gapped --check
 	$(BENCH) --arch qwen-0.5b --spectrum heavy --name end-to-end-qwen-0.5b-heavy --check --sample 40
 	$(BENCH) --arch qwen-0.5b --spectrum gapped --name end-to-end-qwen-0.5b-gapped --check --sample 40
-	$(COPYING) --arch qwen-0.5b --name copy-qwen-0.5b --repeats 7
-	$(COPYING) --arch llama-8b --layers 4 --name copy-8b-4-layers --repeats 5
-	$(COPYING) --arch llama-8b --layers 4 --max-shard 1GB --name copy-8b-4-layers-in-4 --repeats 5
+	$(COPYING) --arch qwen-0.5b --name copy-qwen-0.5b --repeats 8
+	$(COPYING) --arch llama-8b --layers 4 --name copy-8b-4-layers --repeats 6
+	$(COPYING) --arch llama-8b --layers 4 --max-shard 1GB --name copy-8b-4-layers-in-4 --repeats 6
 	$(BENCH) --arch llama-8b --layers 8 --spectrum heavy --skip-reference --name 8b-8-layers
 	$(BENCH) --arch llama-70b-layer --skip-reference --name 70b-layer-4GB -- --ram 4GB
 	$(BIN)/python bench/budgets.py --only qwen-0.5b --workers 1 --workers 2 --json bench/results/budgets-qwen-0.5b.json

@@ -93,12 +93,11 @@ def truncate(
     spectrum = gram.factorise()
     try:
         return conclude(gram, spectrum, rule, source.rows, precision)
-    except BluntError as error:
-        blunt = error.with_traceback(None)  # which would hold on to arrays
-    if host is not None and drowning is not None:
-        basis = deflated.directions(spectrum, _factor_error(gram, spectrum)[1])
-        drowning.extend([basis] if len(basis) else [])
-    raise blunt
+    except BluntError:  # nothing that is large but G was made by then
+        if host is not None and drowning is not None:
+            basis = deflated.directions(spectrum, _factor_error(gram, spectrum)[1])
+            drowning.extend([basis] if len(basis) else [])
+        raise
 
 
 def without(drowning: Sequence[Doubles], source: PanelSource, rule: HardThreshold, host: HostArithmetic) -> Truncation:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import tracemalloc
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -157,6 +159,20 @@ def test_a_weight_that_fine_tuning_has_made_zero_is_no_reason_to_climb(
     ft[::every] = 0.0
     source = ArraySource(stored(base, dtype), stored(ft, dtype), dtype)
     assert _decide(source).backend.startswith("gram")
+
+
+def test_nothing_is_left_for_the_garbage_collector() -> None:
+    """An error that is held in its own frame would keep the Gram matrix of every matrix until one is looked for."""
+    source = _merged_adapter(500, 400, 4)
+    _decide(source)  # loads what is loaded late
+    gc.disable()
+    tracemalloc.start()
+    try:
+        _decide(source)
+        assert tracemalloc.get_traced_memory()[0] < 200_000  # G has 1.28 MB
+    finally:
+        tracemalloc.stop()
+        gc.enable()
 
 
 def test_the_same_bytes_in_any_panels() -> None:
