@@ -113,7 +113,7 @@ class HostArithmetic:
                 left, right = (basis.T, along.T) if block.wide else (along, basis)
                 lapack.add_product(left, right, delta.T if block.wide else delta, alpha=-1.0)
                 inside += along
-            coupled += inside.T @ delta
+            lapack.add_product(inside.T, delta, coupled)
             for start in range(0, len(inside), _STRIPE_ROWS):
                 stripe = np.concatenate([factor, inside[start : start + _STRIPE_ROWS]])
                 factor = np.asarray(np.linalg.qr(stripe, mode="r"), np.float64)

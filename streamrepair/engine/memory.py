@@ -54,8 +54,8 @@ DEFLATED = 128
 """Values that are taken out of a delta at most; a test holds it to the backend's own limit."""
 DEFLATED_SHARE = 4
 """Of n, one in so many at most; likewise."""
-_FACTORED = 1024
-"""Rows of their parts that are factored at once, and copies of these."""
+_FACTORED = 2048
+"""Rows of their parts that are factored at once, copies of these, and pieces that are converted."""
 _MADE = 8 * 256
 """Bytes a column of vectors that are checked, or turned back, at once."""
 _BESIDE = 2048
@@ -134,11 +134,12 @@ def gram_bytes(shape: MatrixShape, panels: Panels = _NONE) -> int:
 def _deflated_bytes(shape: MatrixShape, panels: Panels) -> int:
     """Peak of the pass over Δ less its parts along up to 128 vectors; of the last merge nothing is kept then.
 
-    These vectors are there five times, a block's parts twice, and a small QR.
+    While it runs those vectors are there twice, a block's parts three times, and a small QR; after it seven times.
     """
-    n = shape.cols
-    along = 8 * _most_deflated(n) * (5 * n + 2 * shape.block + _FACTORED)
-    return 8 * n * n + _delta_bytes(shape, 8) + along + _BESIDE * n + panels.in_flight
+    n, each, delta = shape.cols, 8 * _most_deflated(shape.cols), _delta_bytes(shape, 8)
+    passing = delta + each * (2 * n + 3 * shape.block + _FACTORED)
+    after = (delta if _stays(delta) else 0) + 7 * each * n
+    return 8 * n * n + max(passing, after) + _BESIDE * n + panels.in_flight
 
 
 def _most_deflated(n: int) -> int:
