@@ -75,6 +75,14 @@ def fine_tuned(delta: Doubles, dtype: str, panel_blocks: int = 1, seed: int = 5)
     return ArraySource(stored(base, dtype), stored(base + delta, dtype), dtype, panel_blocks)
 
 
+def merged_adapter(m: int, n: int, rank: int, seed: int = 0) -> ArraySource:
+    """A float32 weight and the same with a low-rank update added: what is not of low rank is rounding."""
+    rng = np.random.default_rng(seed)
+    base = (0.02 * rng.standard_normal((m, n))).astype(np.float32)
+    update = 0.02 * rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n))
+    return ArraySource(base, stored(base + update, "F32"), "F32")
+
+
 def with_spectrum(s: ArrayLike, m: int, seed: int = 0) -> Doubles:
     """(m, n) U·diag(s)·Vᵀ with random orthonormal U, V; m ≥ n = len(s)."""
     rng = np.random.default_rng(seed)

@@ -20,17 +20,9 @@ from streamrepair.decompose.operator import PanelSource
 from streamrepair.decompose.truncation import Truncation, UnresolvedError
 from streamrepair.errors import NumericalError
 from streamrepair.spectral.threshold import HardThreshold
-from tests.decompose.sources import ArraySource, Doubles, from_delta, stored, with_spectrum
+from tests.decompose.sources import ArraySource, Doubles, from_delta, merged_adapter, stored, with_spectrum
 
 RULE = HardThreshold()
-
-
-def _merged_adapter(m: int, n: int, rank: int, seed: int = 0) -> ArraySource:
-    """A float32 weight and the same with a low-rank update added: what is not of low rank is rounding."""
-    rng = np.random.default_rng(seed)
-    base = (0.02 * rng.standard_normal((m, n))).astype(np.float32)
-    update = 0.02 * rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n))
-    return ArraySource(base, stored(base + update, "F32"), "F32")
 
 
 def _drowned(m: int, largest: Doubles, rest: Doubles, seed: int = 0) -> ArraySource:
@@ -63,7 +55,7 @@ def _held_against_svd(found: Truncation, source: ArraySource, rule: HardThreshol
 @pytest.mark.parametrize(("m", "n"), [(300, 300), (1500, 200), (200, 1500)])
 @pytest.mark.parametrize("rank", [1, 8, 25])
 def test_an_adapter_merged_in_float32_needs_no_svd(m: int, n: int, rank: int) -> None:
-    source = _merged_adapter(m, n, rank)
+    source = merged_adapter(m, n, rank)
     found = _decide(source)
     assert found.backend == "deflated-float64"
     assert [reason.partition(":")[0] for reason in found.climbed] == ["gram-float64", "rows"]
@@ -163,7 +155,7 @@ def test_a_weight_that_fine_tuning_has_made_zero_is_no_reason_to_climb(
 
 def test_nothing_is_left_for_the_garbage_collector() -> None:
     """An error that is held in its own frame would keep the Gram matrix of every matrix until one is looked for."""
-    source = _merged_adapter(500, 400, 4)
+    source = merged_adapter(500, 400, 4)
     _decide(source)  # loads what is loaded late
     gc.disable()
     tracemalloc.start()
@@ -176,7 +168,7 @@ def test_nothing_is_left_for_the_garbage_collector() -> None:
 
 
 def test_the_same_bytes_in_any_panels() -> None:
-    source = _merged_adapter(2600, 300, 4)
+    source = merged_adapter(2600, 300, 4)
     one, other = (_decide(replace(source, panel_blocks=blocks)) for blocks in (1, 3))
     assert np.asarray(one.vh).tobytes() == np.asarray(other.vh).tobytes()
     assert one.values.tobytes() == other.values.tobytes()
@@ -185,7 +177,7 @@ def test_the_same_bytes_in_any_panels() -> None:
 class TestFaults:
     """What a wrong pass over Δ would give is not taken."""
 
-    source = _merged_adapter(400, 200, 6)
+    source = merged_adapter(400, 200, 6)
     basis = np.linalg.svd(source.delta())[2][:6]
 
     @staticmethod

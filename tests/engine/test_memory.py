@@ -32,7 +32,7 @@ from streamrepair.report import Settings
 from streamrepair.spectral.threshold import HardThreshold
 from tests import command
 from tests.builders import Raw, write_safetensors
-from tests.decompose.sources import ArraySource, Doubles, fine_tuned
+from tests.decompose.sources import Doubles, fine_tuned, merged_adapter
 from tests.pairs import stored, write_split
 
 CASES = {
@@ -153,11 +153,10 @@ def test_nor_where_few_values_are_kept(tmp_path: Path, shape: tuple[int, int], e
 @pytest.mark.parametrize("shape", [(1201, 1201), (307, 4001), (9001, 157)])
 def test_nor_where_as_many_values_as_may_be_are_taken_out(tmp_path: Path, shape: tuple[int, int]) -> None:
     """An adapter merged in float32, in whole matrices and in the smallest panels: it takes no float64 SVD."""
-    rank, rng = min(deflated.MOST, min(shape) // deflated.SHARE), np.random.default_rng(0)
-    base = 0.02 * rng.standard_normal(shape)
-    update = rng.standard_normal((shape[0], rank)) @ rng.standard_normal((rank, shape[1]))
-    for name, values in (("base", base), ("ft", base + update)):
-        write_split(tmp_path / name, {f"w{copy}": stored(values, "F32") for copy in range(5)}, 1)
+    rank = deflated.most(min(shape))
+    pair = merged_adapter(*shape, rank)
+    for name, weight in (("base", pair.base), ("ft", pair.ft)):
+        write_split(tmp_path / name, {f"w{copy}": weight for copy in range(5)}, 1)
     for ram in ("4GB", _least(tmp_path, {})):
         projected, measured, tensors = _repair(tmp_path, ram, 1, {})
         assert measured <= projected
@@ -167,10 +166,8 @@ def test_nor_where_as_many_values_as_may_be_are_taken_out(tmp_path: Path, shape:
 
 @pytest.mark.parametrize(("n", "rows"), [(601, 601), (1201, 1201), (257, 4001)])
 def test_every_array_of_deflation_is_in_the_model(n: int, rows: int) -> None:
-    rank, rng = min(deflated.MOST, n // deflated.SHARE), np.random.default_rng(0)
-    base = 0.02 * rng.standard_normal((rows, n))
-    update = rng.standard_normal((rows, rank)) @ rng.standard_normal((rank, n))
-    source = ArraySource(stored(base, "F32"), stored(base + update, "F32"), "F32")
+    rank = deflated.most(n)
+    source = merged_adapter(rows, n, rank)
     directions = np.ascontiguousarray(np.linalg.svd(source.delta(), full_matrices=False)[2][:rank])
     host = HostArithmetic(Scratch())
     tracemalloc.start()
